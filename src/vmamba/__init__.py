@@ -1,3 +1,12 @@
-"""VMamba: the visual state-space backbone (arXiv 2401.10166) for PyTorch and timm."""
+"""VMamba: the visual state-space backbone (arXiv 2401.10166) for PyTorch and timm.
+
+Importing it registers every variant with timm: `timm.create_model("vmamba_tiny")`.
+"""
+
+from vmamba import ops
+from vmamba.models import VMamba, load_official
+from vmamba.nn import SS2D, VSSBlock
 
 __version__ = "0.1.0"
+
+__all__ = ["SS2D", "VMamba", "VSSBlock", "__version__", "load_official", "ops"]

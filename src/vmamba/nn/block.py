@@ -1,0 +1,55 @@
+"""The VSS block (arXiv 2401.10166, section 4.3): SS2D and an MLP, each behind a norm, with residuals."""
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from vmamba.nn.ss2d import SS2D, CascadeSS2D
+
+
+class VSSBlock(nn.Module):
+    """x + SS2D(norm(x)), then x + MLP(norm(x)); (B, H, W, C) → (B, H, W, C).
+
+    Args:
+        dim: C.
+        mlp_ratio: Hidden width of the MLP over C; 0 leaves the MLP out, as in the vanilla models.
+        drop_path: Rate of stochastic depth of both residual branches.
+        routes: As for `SS2D`, or "cascade" for `CascadeSS2D`.
+        d_state, dt_rank, ssm_ratio, ssm_conv, ssm_conv_bias, ssm_init, gate: As for `SS2D`.
+
+    Raises:
+        ValueError: An argument is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        d_state: int = 1,
+        dt_rank: int | None = None,
+        ssm_ratio: float = 2.0,
+        ssm_conv: int = 3,
+        ssm_conv_bias: bool = False,
+        ssm_init: str = "mamba",
+        gate: bool = False,
+        routes: str | tuple[str, ...] = "cross",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        args = (dim, d_state, dt_rank, ssm_ratio, ssm_conv, ssm_conv_bias, ssm_init, gate)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.op = CascadeSS2D(*args, **dd) if routes == "cascade" else SS2D(*args, routes, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio > 0 else nn.Identity()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if mlp_ratio > 0 else None
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 and mlp_ratio > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.op(self.norm1(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x

@@ -1,0 +1,19 @@
+"""The selective scan: one operator, an engine a file."""
+
+from vmamba.ops import chunked, decomposition, reference  # noqa: F401  (each registers its engine)
+from vmamba.ops._registry import BackendStatus, BackendWarning, backends, use_backend
+from vmamba.ops._routes import NAMED_ROUTES, ROUTES, cross_merge, cross_scan
+from vmamba.ops.selective_scan import selective_scan, selective_scan_2d
+
+__all__ = [
+    "NAMED_ROUTES",
+    "ROUTES",
+    "BackendStatus",
+    "BackendWarning",
+    "backends",
+    "cross_merge",
+    "cross_scan",
+    "selective_scan",
+    "selective_scan_2d",
+    "use_backend",
+]
