@@ -1,13 +1,13 @@
 """Loading of the weights that VMamba's authors released.
 
-Their names and shapes are turned into ours; nothing is left over and nothing is missing, or the load raises and
-the model stays as it was.
+Their names and shapes are turned into ours; nothing is left over and nothing is missing, or the load raises
+and the model stays as it was.
 """
 
 import collections
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NAMES = [
+_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # The first released vanilla models had these names.
     (r"^patch_embed\.proj\.", "patch_embed.0."),
     (r"^patch_embed\.norm\.", "patch_embed.2."),
@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 
 
 def safe_globals() -> AbstractContextManager[None]:
-    """Allow the yacs config that the authors' files hold to be read, as a plain dict, with `weights_only=True`.
+    """Let `weights_only=True` read the yacs config that the authors' files hold, as a plain dict.
 
     yacs' class subclasses dict, so that its pickle fills it item by item, which the safe reader does for
     OrderedDict alone.
@@ -110,8 +110,8 @@ def load_official(model: nn.Module, source: str | PathLike[str] | Mapping[str, A
 
     Args:
         model: A `VMamba` of the same settings, on any device and of any type.
-        source: Their `.pth` file, which holds the weights as `model` or `model_ema`, or a state dict under their
-            names; the first vanilla models' names are known too. Linear weights may be (out, in) or
+        source: Their `.pth` file, which holds the weights as `model` or `model_ema`, or a state dict under
+            their names; the first vanilla models' names are known too. Linear weights may be (out, in) or
             (out, in, 1, 1).
 
     Returns:
@@ -119,14 +119,14 @@ def load_official(model: nn.Module, source: str | PathLike[str] | Mapping[str, A
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be read safely, or weights are missing, left over or of another shape;
-            the message lists all of them, and the model is as it was.
+        CheckpointError: The file cannot be read safely, or weights are missing, left over or of another
+            shape; the message lists all of them, and the model is as it was.
     """
     if isinstance(source, Mapping):
         where, checkpoint = "state dict", source
     else:
         where, checkpoint = str(source), read_checkpoint(source)
-    weights = checkpoint_filter_fn(checkpoint, model)
+    weights: dict[str, Any] = checkpoint_filter_fn(checkpoint, model)
     own = model.state_dict()
     problems = [f"missing: {name} {tuple(own[name].shape)}" for name in own if name not in weights]
     for name, weight in weights.items():

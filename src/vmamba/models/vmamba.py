@@ -5,7 +5,7 @@ B batch, H height, W width, C channels. Images come and feature maps go as (B, C
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -40,7 +40,7 @@ class VSSStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  (TorchScript)
                 x = checkpoint(block, x)
             else:
                 x = block(x)
@@ -115,7 +115,7 @@ class VMamba(nn.Module):
             raise ValueError(
                 f"downsample: expected one of {', '.join(map(repr, _DOWNSAMPLES))}, got {downsample!r}"
             )
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -183,7 +183,7 @@ class VMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for backward, and compute each block again there."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            cast(VSSStage, stage).grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -260,7 +260,7 @@ class VMamba(nn.Module):
         if shortened:
             self.num_features = self.feature_info[last_taken]["num_chs"]
         if prune_norm or shortened:
-            self.norm = nn.Identity()  # it is sized for the last stage
+            self.norm = nn.Identity()  # type: ignore[assignment]  # it is sized for the last stage
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return taken
@@ -308,7 +308,7 @@ def _cfg(release: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-_SMALL_IMAGES = {"input_size": (3, 32, 32), "pool_size": (2, 2), "crop_pct": 1.0}
+_SMALL_IMAGES: dict[str, Any] = {"input_size": (3, 32, 32), "pool_size": (2, 2), "crop_pct": 1.0}
 _TINY_S2L5 = _cfg("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth")
 _SMALL_S2L15 = _cfg("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth")
 _BASE_S2L15 = _cfg("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth")

@@ -1,5 +1,7 @@
 """The VSS block (arXiv 2401.10166, section 4.3): SS2D and an MLP, each behind a norm, with residuals."""
 
+from typing import Any
+
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class VSSBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         args = (dim, d_state, dt_rank, ssm_ratio, ssm_conv, ssm_conv_bias, ssm_init, gate)
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.op = CascadeSS2D(*args, **dd) if routes == "cascade" else SS2D(*args, routes, **dd)

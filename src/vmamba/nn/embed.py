@@ -1,7 +1,9 @@
 """From the image to the first stage, and from stage to stage.
 
-B batch, H height, W width, C channels. Convolutions see a channels-last view of (B, H, W, C): no copy is made.
+B batch, H height, W width, C channels. Convolutions see a channels-last view of (B, H, W, C), without a copy.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class ConvStem(nn.Module):
         super().__init__()
         if stride not in (1, 2, 4):
             raise ValueError(f"stem_stride: expected 1, 2 or 4 for the stem 'conv', got {stride}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2 if stride > 1 else 1, padding=1, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, **dd)
         self.act = nn.GELU()
@@ -45,12 +47,12 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution over patches of stride × stride, then norm; (B, C, H, W) → (B, ⌊H/stride⌋, ⌊W/stride⌋, dim).
+    """One convolution over patches of stride × stride, then norm; (B, C, H, W) → (B, H', W', dim).
 
     Args:
         in_chans: Channels of the image.
         dim: Channels of the first stage.
-        stride: Side of a patch.
+        stride: Side of a patch; H' = ⌊H / stride⌋.
 
     Raises:
         ValueError: `stride` is less than 1.

@@ -1,9 +1,11 @@
 """SS2D: the 2D selective scan as a layer (arXiv 2401.10166, section 4.2).
 
-B batch, H height, W width, C channels outside, D = ssm_ratio·C inside, K routes, N state size, R rank of delta.
+B batch, H height, W width, C channels outside, D = ssm_ratio·C inside, K routes, N state size, R rank of
+delta.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ class SS2D(nn.Module):
         self.init = init
         self.splits: list[int] = [rank, d_state, d_state]
         n_routes = len(self.routes)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv = (
@@ -177,8 +179,9 @@ class CascadeSS2D(SS2D):
     """SS2D with the cascade scan of Table 5: along every row, then along every column.
 
     Each row is a sequence of its own, read left to right (group 0) plus right to left (group 1) from
-    u = LayerNorm(x); then each column likewise, down (group 2) plus up (group 3), from v = LayerNorm of what the
-    rows gave, whose projections are made anew. Neither norm has weights. Arguments as for `SS2D`, but `routes`.
+    u = LayerNorm(x); then each column likewise, down (group 2) plus up (group 3), from v = LayerNorm of what
+    the rows gave, whose projections are made anew. Neither norm has weights. Arguments as for `SS2D`, without
+    `routes`.
     """
 
     def __init__(

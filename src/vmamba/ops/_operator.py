@@ -19,7 +19,8 @@ _OPERANDS = """Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, 
 
 library = torch.library.Library("vmamba", "DEF")
 library.define(
-    f"selective_scan_2d({_OPERANDS}, ScalarType? out_dtype, str? backend) -> (Tensor y, Tensor last, Tensor states)",
+    f"selective_scan_2d({_OPERANDS}, ScalarType? out_dtype, str? backend)"
+    " -> (Tensor y, Tensor last, Tensor states)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
@@ -44,7 +45,7 @@ def _forward(
     out_dtype: torch.dtype | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, H, W, D) in `out_dtype` (None: the state's type), the last state (B, K, D, N), the saved states."""
+    """y (B, H, W, D) in `out_dtype` (None: the state's type), last state (B, K, D, N), saved states."""
     validate(x, delta, A, B, C, D, delta_bias, delta_weight, routes, initial_state, out_dtype)
     engine = resolve(backend, x.device, A.shape[2])
     with torch.autocast(x.device.type, enabled=False):
@@ -178,14 +179,14 @@ def _differentiable_backward(
 ) -> Gradients:
     """The gradients by autograd through the reference, so that they can be differentiated in turn."""
     *first, initial_state = operands
-    y, last, _ = reference.scan(*first, delta_softplus, routes, initial_state)  # type: ignore[arg-type]
-    wanted = [i for i, operand in enumerate(operands) if operand is not None and operand.requires_grad]
+    y, last, _ = reference.scan(*first, delta_softplus, routes, initial_state)  # type: ignore[call-arg, arg-type]
+    wanted = {
+        i: operand for i, operand in enumerate(operands) if operand is not None and operand.requires_grad
+    }
     outputs, grads = [y], [grad_y.to(y.dtype)]
     if grad_last is not None:
         outputs, grads = [y, last], [*grads, grad_last]
-    found = torch.autograd.grad(
-        outputs, [operands[i] for i in wanted], grads, create_graph=True, allow_unused=True
-    )
+    found = torch.autograd.grad(outputs, list(wanted.values()), grads, create_graph=True, allow_unused=True)
     gradients: list[Tensor | None] = [None] * len(operands)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient

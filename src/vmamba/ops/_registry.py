@@ -136,7 +136,7 @@ def resolve(name: str | None, device: torch.device, n_state: int) -> Backend:
         if (backend.name, reason) not in _WARNED:
             _WARNED.add((backend.name, reason))
             warnings.warn(
-                f"the selective scan runs on the slower engine {FALLBACK!r}, not on {backend.name!r}: {reason}",
+                f"the selective scan runs on the slower {FALLBACK!r}, not on {backend.name!r}: {reason}",
                 BackendWarning,
                 stacklevel=2,
             )

@@ -4,9 +4,9 @@ B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank
 
 All K routes advance together, a chunk of T positions at a time; what a chunk needs is gathered from image
 position by the routes' order, so that nothing of size (B, K, L, …) is ever stored. Within a chunk, each pair
-(a, b) of h ↦ a·h + b is combined with its neighbour as (a₂a₁, a₂b₁ + b₂), in place, up and down a binary tree:
-3·log₂ T launches and 3·T combinations, and neither a division nor a difference of cumulated sums. The backward
-starts each chunk from a saved state and computes it again.
+(a, b) of h ↦ a·h + b is combined with its neighbour as (a₂a₁, a₂b₁ + b₂), in place, up and down a binary
+tree: 3·log₂ T launches, 3·T combinations, and neither a division nor a difference of cumulated sums. The
+backward starts each chunk from a saved state and computes it again.
 
 Memory beyond inputs and outputs: about a dozen values for each element of a chunk, which is at most a
 quarter of the batch's positions, plus the saved states. It does not grow with N.
@@ -104,7 +104,7 @@ class _Chunk:
         return (self.delta * A[:, None, :, n]).exp_()
 
     def states(self, decay: Tensor, h: Tensor, n: int) -> Tensor:
-        """h of state n after each position, given that before the first, (B, K, D); `decay` is overwritten."""
+        """h of state n after each position, given it before the first, (B, K, D); overwrites `decay`."""
         b = (self.delta * self.x).mul_(self.B[..., n, None])
         b[..., 0, :].addcmul_(decay[..., 0, :], h)
         scan_(decay, b)

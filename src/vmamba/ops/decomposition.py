@@ -2,9 +2,11 @@
 
 B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
 
-The number of operations may not depend on L here, so that the tree has a fixed depth: `ROUNDS` rounds, each of
-which pads to a multiple of `RADIX` and combines `RADIX` neighbours to one.
+The number of operations may not depend on L here. Groups of `GROUP` neighbours, a fixed number, are combined
+up and down a tree; from group to group the carry is found by doubling: step s takes in 2^s groups more.
 """
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,33 +16,39 @@ from vmamba.ops._routes import route_order, scan_order
 from vmamba.ops._validate import state_dtype, validate
 from vmamba.ops.reference import softplus
 
-RADIX, ROUNDS = 32, 5
-MAX_LENGTH = RADIX**ROUNDS
-"""33,554,432 positions: an image of 23,000 × 23,000 pixels at a stem's stride of 4."""
+GROUP, DOUBLINGS = 64, 15
+MAX_LENGTH = (2**DOUBLINGS - 1) * GROUP
+"""Two million positions: an image of 5,792 by 5,792 pixels at a stem's stride of 4."""
 
 
-def scan(a: Tensor, b: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t along dimension -2 from h = 0; a, b and h are (..., L, D), L up to RADIX^rounds."""
-    if rounds == 0:
-        return b  # one position
+def scan(a: Tensor, b: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t along dimension -2 from h = 0; all (..., L, D), L up to `MAX_LENGTH`."""
     length = b.shape[-2]
-    groups = (length + RADIX - 1) // RADIX
-    padding = (0, 0, 0, groups * RADIX - length)
-    h = _scan_groups(F.pad(a, padding), F.pad(b, padding), groups, RADIX, rounds)
-    return h[..., :length, :]
+    # No symbolic size may be 1, for export would guard on it: hence a group more than is needed.
+    groups = length // GROUP + 2
+    padding = (0, 0, 0, groups * GROUP - length)
+    h = _scan_groups(
+        F.pad(a, padding).unflatten(-2, (groups, GROUP)), F.pad(b, padding).unflatten(-2, (groups, GROUP))
+    )
+    # A copy in plain layout: whether the slice is contiguous depends on L, and export would guard on it.
+    return h.flatten(-3, -2)[..., :length, :].clone(memory_format=torch.contiguous_format)
 
 
-def _scan_groups(a: Tensor, b: Tensor, groups: int, size: int, rounds: int) -> Tensor:
-    """`scan` of a length that is known as groups·size, size a power of two."""
+def _scan_groups(a: Tensor, b: Tensor) -> Tensor:
+    """`scan` of (..., groups, size, D) along groups·size, size a power of two."""
+    groups, size = b.shape[-3], b.shape[-2]
     if size == 1:
-        return scan(a, b, rounds - 1)
-    pairs = (groups * (size // 2), 2)
-    a_first, a_second = a.unflatten(-2, pairs).unbind(-2)
-    b_first, b_second = b.unflatten(-2, pairs).unbind(-2)
-    second = _scan_groups(a_second * a_first, a_second * b_first + b_second, groups, size // 2, rounds)
-    before = F.pad(second, (0, 0, 1, 0))[..., :-1, :]
-    first = a_first * before + b_first
-    return torch.stack((first, second), -2).flatten(-3, -2)
+        for step in range(DOUBLINGS):
+            shift = (0, 0, 0, 0, 2**step, 0)
+            b = b + a * F.pad(b, shift)[..., :groups, :, :]
+            a = a * F.pad(a, shift)[..., :groups, :, :]
+        return b
+    a_first, a_second = a.unflatten(-2, (size // 2, 2)).unbind(-2)
+    b_first, b_second = b.unflatten(-2, (size // 2, 2)).unbind(-2)
+    second = _scan_groups(a_second * a_first, a_second * b_first + b_second)
+    carry = F.pad(second[..., -1:, :], (0, 0, 0, 0, 1, 0))[..., :groups, :, :]
+    before = torch.cat((carry, second[..., :-1, :]), -2)
+    return torch.stack((a_first * before + b_first, second), -2).flatten(-3, -2)
 
 
 def selective_scan_2d(
@@ -60,7 +68,8 @@ def selective_scan_2d(
     """y (B, H, W, D) in `out_dtype` (None: the state's type) and the last state (B, K, D, N).
 
     Raises:
-        TypeError, ValueError: As the operator; also for more than `MAX_LENGTH` positions, where L is known.
+        TypeError: As the operator.
+        ValueError: As the operator; also for more than `MAX_LENGTH` positions, where L is known.
     """
     validate(x, delta, A, B, C, D, delta_bias, delta_weight, routes, initial_state, out_dtype)
     dtype = state_dtype(x)
@@ -70,7 +79,9 @@ def selective_scan_2d(
         raise ValueError(f"x: expected at most {MAX_LENGTH} positions for export, got {height}·{width}")
     order = scan_order(routes, height, width, x.device)
     route = torch.arange(len(routes), device=x.device)[:, None]
-    with torch.autocast(x.device.type, enabled=False):
+    # Where autocast is off, the context would still leave a region of its own in the exported graph.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         u = x.flatten(1, 2)[:, order].to(dtype)  # (B, K, L, D)
         z = delta.flatten(1, 2)[:, order, route].to(dtype)
         if delta_weight is not None:
