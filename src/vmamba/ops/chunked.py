@@ -8,8 +8,8 @@ position by the routes' order, so that nothing of size (B, K, L, …) is ever st
 tree: 3·log₂ T launches, 3·T combinations, and neither a division nor a difference of cumulated sums. The
 backward starts each chunk from a saved state and computes it again.
 
-Memory beyond inputs and outputs: about a dozen values for each element of a chunk, which is at most a
-quarter of the batch's positions, plus the saved states. It does not grow with N.
+Memory beyond inputs and outputs: about a dozen values for each element of a chunk, which is at most
+an eighth of the batch's positions, plus the saved states. It does not grow with N.
 """
 
 from collections.abc import Iterator
@@ -115,10 +115,10 @@ def _chunk_size(x: Tensor, n_routes: int, n_state: int) -> tuple[int, int]:
     """(samples, positions) of a chunk; positions are a multiple of `state_stride` or all of them."""
     batch, height, width, channels = x.shape
     length, stride = height * width, state_stride(n_state)
-    budget = max(1, batch * length // 4)
+    budget = max(1, batch * length // 8)
     if x.device.type == "cpu":
         budget = min(budget, max(1, CPU_CHUNK // (n_routes * channels)))
-    samples = min(batch, max(1, budget // min(stride, length)))
+    samples = max(1, min(batch, budget // min(stride, length)))
     return samples, min(length, stride * max(1, budget // (samples * stride)))
 
 

@@ -1,0 +1,20 @@
+"""Settings of every test: fixed seed, two threads, uninitialised memory filled with NaN."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _fixed() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, on by default: empty() is NaN
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
