@@ -219,7 +219,7 @@ def backward(
             chunk = _Chunk(o, x[i], delta[i], B[i], C[i], delta_bias, delta_weight, delta_softplus)
             dy = grad_y[i, o // width, o % width].to(dtype)
             dx = torch.zeros_like(chunk.x) if D is None else dy * D.to(dtype)[:, None]
-            grad_D += torch.einsum("bktd,bktd->kd", dy, chunk.x)
+            grad_D += (dy * chunk.x).sum((0, 2))
             d_delta = torch.zeros_like(chunk.x)
             dB, dC = torch.empty_like(chunk.B), torch.empty_like(chunk.C)
             for n in range(n_state):
@@ -238,7 +238,7 @@ def backward(
                 decay.mul_(g)
                 decay[:, :, 1:] *= h[:, :, :-1]
                 decay[:, :, 0] *= before
-                grad_A[..., n] += torch.einsum("bktd,bktd->kd", decay, chunk.delta)
+                grad_A[..., n] += torch.mul(decay, chunk.delta, out=scratch).sum((0, 2))
                 d_delta.addcmul_(decay, A[:, None, :, n])
 
                 torch.mul(g, chunk.delta, out=scratch)
