@@ -70,7 +70,7 @@ def assert_accurate(*calls: dict[str, Any], backend: str, **kwargs: Any) -> None
     """Forward and gradients of float32 (or half) calls are as near to float64 as the contract asks.
 
     At most twice the reference's own error in the same types, plus 4 eps of the largest value. Where a call
-    is so small that the reference's own error is luck, give several of the same shape: they are judged together.
+    is so small that the own error is luck, give several of the same shape: they are judged together.
     """
     true, own, found = [], [], []
     for call in calls:

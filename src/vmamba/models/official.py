@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba.errors import CheckpointError
+
 _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # The first released vanilla models had these names.
     (r"^patch_embed\.proj\.", "patch_embed.0."),
@@ -40,10 +42,6 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^classifier\.norm\.", "norm."),
     (r"^classifier\.head\.", "head.fc."),
 ]
-
-
-class CheckpointError(ValueError):
-    """A file does not hold weights that fit the model, or cannot be read safely."""
 
 
 def safe_globals() -> AbstractContextManager[None]:

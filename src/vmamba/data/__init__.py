@@ -1,0 +1,25 @@
+"""Data sets, their order and their randomness."""
+
+from vmamba.data.classification import (
+    ClassificationDataset,
+    ImageFolder,
+    ImageSource,
+    MnistSubset,
+    read_image,
+)
+from vmamba.data.loading import ResumableLoader
+from vmamba.data.sampling import EpochSampler, SampleKey
+from vmamba.data.seeding import draw_seed, seeded
+
+__all__ = [
+    "ClassificationDataset",
+    "EpochSampler",
+    "ImageFolder",
+    "ImageSource",
+    "MnistSubset",
+    "ResumableLoader",
+    "SampleKey",
+    "draw_seed",
+    "read_image",
+    "seeded",
+]

