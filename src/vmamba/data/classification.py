@@ -1,5 +1,7 @@
 """Images with a class each: a folder of folders, and a real set that needs no download."""
 
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,11 @@ from vmamba.errors import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
+_DECODING_ERRORS = (
+    *(UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+    *(EOFError, IndexError, TypeError, struct.error, zlib.error),  # what Pillow's decoders let through
+)
+
 
 def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
     """Decode an image file in full.
@@ -25,14 +32,19 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         mode: "RGB" or "L".
 
     Raises:
-        DataError: There is no such file, or it is no image or a damaged one; the message names it.
+        DataError: There is no such file, or it is no image, a damaged one, or one of more than 8 bits a channel;
+            the message names it.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{path}: more than 8 bits a channel (mode {image.mode}); convert it to 8")
             return image.convert(mode)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except _DECODING_ERRORS as error:
         raise DataError(f"{path}: not an image, or a damaged one ({error})") from error
 
 
@@ -54,7 +66,7 @@ class ImageSource(ABC):
 
 
 class ImageFolder(ImageSource):
-    """`root/<class>/…/<image>`; classes are numbered in the order of their names.
+    """`root/<class>/…/<image>`; classes are numbered in the order of their names, hidden entries left out.
 
     Args:
         root: The folder of the split.
@@ -70,7 +82,7 @@ class ImageFolder(ImageSource):
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; expected one with a folder for each class")
-        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
         if not found:
             raise DataError(f"{root}: no class folders in it; expected {root}/<class>/<image>")
         if classes is not None and found != classes:
@@ -79,7 +91,8 @@ class ImageFolder(ImageSource):
         self.classes, self.mode = found, mode
         self.samples: list[tuple[Path, int]] = []
         for number, name in enumerate(found):
-            images = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            files = (root / name).rglob("[!.]*")
+            images = sorted(path for path in files if path.suffix.lower() in EXTENSIONS)
             if not images:
                 raise DataError(
                     f"{root / name}: no images in this class folder; expected {', '.join(sorted(EXTENSIONS))}"
@@ -157,5 +170,5 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
         epoch, index = key
         image, label = self.source.load(index)
-        with seeded(self.seed, epoch, index):
+        with seeded("augmentation", self.seed, epoch, index):
             return self.transform(image), label

@@ -59,7 +59,7 @@ class EpochSampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         if self.shuffle:
-            generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))

@@ -3,6 +3,7 @@
 No random state has to be kept, handed to workers or saved: the number of workers and a resume change nothing.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,22 @@ import numpy as np
 import torch
 
 
-def draw_seed(*counters: int) -> int:
-    """A seed of 63 bits that is well mixed from non-negative counters, such as (seed, epoch, sample)."""
-    return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> 1)
+def draw_seed(purpose: str, *counters: int) -> int:
+    """A seed of 63 bits, well mixed from counters such as (seed, epoch, sample).
+
+    Args:
+        purpose: What is drawn, so that equal counters elsewhere do not draw the same.
+        counters: Where one is.
+    """
+    digest = hashlib.blake2b(repr((purpose, *counters)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager
-def seeded(*counters: int) -> Iterator[None]:
-    """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded from counters; then as before."""
+def seeded(purpose: str, *counters: int) -> Iterator[None]:
+    """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded by `draw_seed`; then as before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = draw_seed(*counters)
+    seed = draw_seed(purpose, *counters)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.random.default_generator.manual_seed(seed)

@@ -1,0 +1,38 @@
+# `make demo` and `make test` need Python 3.10 or newer, git and make; they make .venv and install into it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint typecheck conformance clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         train a small model on real digits, judge it, draw what it sees (about 6 minutes)"
+	@echo "make test         run the tests"
+	@echo "make lint typecheck conformance   what CI runs besides"
+	@echo "make clean        remove $(VENV) and what tools leave behind"
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/installed
+	$(BIN)/mypy
+
+conformance: $(VENV)/installed
+	$(BIN)/python scripts/timm_conformance.py
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

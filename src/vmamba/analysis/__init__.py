@@ -1,0 +1,1 @@
+"""What a backbone costs and what it sees."""

@@ -1,0 +1,31 @@
+"""`vmamba predict`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Annotated[Path, typer.Option(help="checkpoints/best.ckpt or last.ckpt of a run.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every class.")] = False,
+) -> None:
+    """Say what images show."""
+    import json
+    from dataclasses import asdict
+
+    from vmamba_cli._extra import load
+
+    predictions = load("vmamba.train.run", "train").predict(images, checkpoint)
+    if as_json:
+        found = [
+            {"image": str(image), **asdict(prediction)}
+            for image, prediction in zip(images, predictions, strict=True)
+        ]
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for image, prediction in zip(images, predictions, strict=True):
+        shown = ", ".join(f"{c.label} {c.score:.1%}" for c in prediction.classes[:top])
+        typer.echo(f"{image}: {shown}")
