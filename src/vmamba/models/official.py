@@ -57,7 +57,7 @@ def _is_official(state_dict: Mapping[str, Any]) -> bool:
     return any(name.startswith(("layers.", "patch_embed.")) for name in state_dict)
 
 
-def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Weights under the authors' names → under ours, for `load_state_dict`; ours pass as they are.
 
     Args:
@@ -68,17 +68,19 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     if not _is_official(state_dict):
         return dict(state_dict)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    converted = {}
+    converted: dict[str, Any] = {}
     for name, weight in state_dict.items():
         for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
+        converted[name] = weight
         shape = shapes.get(name)
+        if shape is None or not isinstance(weight, Tensor):
+            continue
         # (K·D, N) → (K, D, N), (K·D,) → (K, D), and a linear layer saved as a 1×1 convolution.
         grouped = name.endswith((".op.A_log", ".op.D"))
         as_conv = weight.ndim == 4 and weight.shape[2:] == (1, 1)
-        if shape is not None and (grouped or as_conv) and weight.numel() == shape.numel():
-            weight = weight.reshape(shape)
-        converted[name] = weight
+        if (grouped or as_conv) and weight.numel() == shape.numel():
+            converted[name] = weight.reshape(shape)
     return converted
 
 
@@ -124,7 +126,7 @@ def load_official(model: nn.Module, source: str | PathLike[str] | Mapping[str, A
         where, checkpoint = "state dict", source
     else:
         where, checkpoint = str(source), read_checkpoint(source)
-    weights: dict[str, Any] = checkpoint_filter_fn(checkpoint, model)
+    weights = checkpoint_filter_fn(checkpoint, model)
     own = model.state_dict()
     problems = [f"missing: {name} {tuple(own[name].shape)}" for name in own if name not in weights]
     for name, weight in weights.items():

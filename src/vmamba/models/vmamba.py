@@ -124,7 +124,7 @@ class VMamba(nn.Module):
         self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
         drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         stages = []
-        self.feature_info: list[dict[str, Any]] = []
+        feature_info: list[dict[str, Any]] = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             down = nn.Identity() if i == 0 else _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd)
             blocks = [
@@ -145,9 +145,8 @@ class VMamba(nn.Module):
                 for j in range(depth)
             ]
             stages.append(VSSStage(down, blocks))
-            self.feature_info.append(
-                {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
-            )
+            feature_info.append({"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"})
+        self.feature_info = feature_info
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(

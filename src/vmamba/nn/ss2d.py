@@ -45,6 +45,9 @@ class SS2D(nn.Module):
         ValueError: An argument is out of range or unknown.
     """
 
+    routes: list[int]
+    splits: list[int]
+
     def __init__(
         self,
         dim: int,
@@ -69,10 +72,10 @@ class SS2D(nn.Module):
             raise ValueError(f"conv: expected 0 or an odd kernel size, got {conv}")
         if init not in ("mamba", "rand", "zero"):
             raise ValueError(f"init: expected 'mamba', 'rand' or 'zero', got {init!r}")
-        self.routes: list[int] = route_codes(routes)
+        self.routes = route_codes(routes)
         self.gated = gate
         self.init = init
-        self.splits: list[int] = [rank, d_state, d_state]
+        self.splits = [rank, d_state, d_state]
         n_routes = len(self.routes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 

@@ -1,0 +1,202 @@
+"""Every variant: counts, sizes, timm's contract where timm's own tests do not look."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint as timm_load_checkpoint
+from timm.models import save_for_hf
+from torch import nn
+
+import vmamba
+from vmamba.models import ALIASES, VARIANTS
+
+TABLE = {  # parameters, GMACs at 224: the design's table
+    "vmamba_tiny_s2l5": (30_705_832, 4.858),
+    "vmamba_small_s2l15": (50_147_752, 8.716),
+    "vmamba_base_s2l15": (88_557_800, 15.359),
+    "vmamba_tiny_s1l8": (30_249_064, 4.906),
+    "vmamba_small_s1l20": (49_012_840, 8.612),
+    "vmamba_base_s1l20": (86_614_504, 15.221),
+    "vanilla_vmamba_tiny": (22_893_448, 5.627),
+    "vanilla_vmamba_small": (44_417_416, 11.232),
+    "vanilla_vmamba_base": (76_254_056, 18.020),
+    "vmamba_tiny_v6": (28_991_656, 5.633),
+    "vmamba_tiny_v7": (28_256_680, 5.179),
+    "vmamba_tiny_v7_shallow": (22_926_376, 4.018),
+    "vmamba_tiny_v8": (26_247_592, 4.861),
+}
+NAMES = [*VARIANTS, *ALIASES]
+
+
+def small(**kwargs) -> vmamba.VMamba:
+    return vmamba.VMamba(**{"num_classes": 5, "depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), **kwargs})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = sum(p.numel() for p in model.parameters())
+    variant = ALIASES.get(name, name)
+    if variant in TABLE:
+        assert found == TABLE[variant][0]
+    limit = {"vmamba_pico": 1_500_000, "vmamba_nano": 6_000_000}
+    assert found <= limit.get(variant, 200_000_000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_cfg_and_unknown_arguments(name: str) -> None:
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    assert cfg.input_size[-1] // (2 * 2**4 if cfg.input_size[-1] == 224 else 2 * 2**3) == cfg.pool_size[0]
+    if name not in ("vmamba_pico", "vmamba_nano", "vmamba_large") and "_v" not in name.replace("_vmamba", ""):
+        assert cfg.url.startswith("https://github.com/MzeroMiko/VMamba/releases/download/")
+    with torch.device("meta"), pytest.raises(TypeError):
+        timm.create_model(name, not_an_argument=1)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 61), (64, 32), (47, 95)])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True}, {"routes": "cascade"}],
+    ids=str,
+)
+def test_any_input_size(size: tuple[int, int], settings: dict) -> None:
+    model = small(**settings)
+    logits = model(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_features_are_nchw_in_channels_last_memory() -> None:
+    model = timm.create_model("vmamba_pico", features_only=True)
+    maps = model(torch.randn(2, 3, 64, 96))
+    assert model.feature_info.reduction() == [2, 4, 8, 16]
+    for feature, channels, stride in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert feature.shape == (2, channels, 64 // stride, 96 // stride)
+        assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_intermediates_in_both_formats() -> None:
+    model = small().eval()
+    x = torch.randn(1, 3, 64, 64)
+    final, maps = model.forward_intermediates(x, norm=True)
+    torch.testing.assert_close(maps[-1], final)
+    last, nhwc = model.forward_intermediates(x, indices=[1, 3], output_fmt="NHWC")
+    torch.testing.assert_close(nhwc[0].permute(0, 3, 1, 2), maps[1])
+    torch.testing.assert_close(last.permute(0, 3, 1, 2), final)
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_reset_classifier_keeps_device_and_type() -> None:
+    model = small().to(torch.bfloat16)
+    model.reset_classifier(7)
+    assert model.head.fc.weight.dtype == torch.bfloat16
+    assert model(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).shape == (1, 7)
+    with torch.device("meta"):
+        model = small()
+    model.reset_classifier(3, "max")
+    assert model.head.fc.weight.device.type == "meta"
+
+
+def test_checkpointing_changes_nothing() -> None:
+    model = small(drop_path_rate=0.3).train()
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    x = torch.randn(2, 3, 32, 32)
+    for m in (model, other):
+        torch.manual_seed(1)
+        m(x).square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_drop_path_rises_linearly() -> None:
+    model = small(drop_path_rate=0.4)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for s in model.stages for block in s.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_no_weight_decay_is_the_recurrence() -> None:
+    model = small()
+    names = model.no_weight_decay()
+    assert {name.rpartition(".")[2] for name in names} == {"A_log", "D", "dt_bias"}
+    assert len(names) == 3 * 5
+
+
+def test_safetensors_and_hub_round_trip(tmp_path) -> None:
+    pytest.importorskip("safetensors")
+    model = timm.create_model("vmamba_pico", num_classes=3).eval()
+    save_for_hf(model, tmp_path, model_config={"num_classes": 3}, safe_serialization=True)
+    x = torch.randn(1, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    other = timm.create_model("vmamba_pico", num_classes=3).eval()
+    timm_load_checkpoint(other, str(tmp_path / "model.safetensors"))
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stem": "swin"}, "stem: expected one of 'conv', 'patch'"),
+        ({"downsample": "pool"}, "downsample: expected"),
+        ({"depths": (1, 1)}, "depths, dims: expected as many"),
+        ({"stem_stride": 3}, "stem_stride: expected 1, 2 or 4"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"d_state": 4, "gate": True}, {"routes": "cascade"}], ids=str)
+def test_compiled_traced_and_under_autocast_as_eager(settings: dict) -> None:
+    model = small(depths=(1,), dims=(8,), **settings).eval()
+    x = torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x)
+    assert (half - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_scripted_as_eager() -> None:
+    model = small(gate=True).eval()
+    x = torch.randn(2, 3, 40, 56)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True, "d_state": 2}],
+    ids=str,
+)
+def test_exported_with_dynamic_batch_height_and_width(settings: dict) -> None:
+    model = small(depths=(1, 1), dims=(8, 16), **settings).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(
+        model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not any("vmamba" in target for target in targets)
+    for size in ((1, 3, 64, 64), (2, 3, 33, 97), (3, 3, 128, 40)):
+        x = torch.randn(size)
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_meta_device_gives_shapes() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vmamba_base")
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    assert isinstance(model.get_classifier(), nn.Linear)
