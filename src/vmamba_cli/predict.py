@@ -27,5 +27,4 @@ def command(
         typer.echo(json.dumps(found, indent=2))
         return
     for image, prediction in zip(images, predictions, strict=True):
-        shown = ", ".join(f"{c.label} {c.score:.1%}" for c in prediction.classes[:top])
-        typer.echo(f"{image}: {shown}")
+        typer.echo(f"{image}: {prediction.text(top)}")

@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Run a recipe, or go on with a run.
 
-    Writes recipe.yaml, env.json, metrics.csv, curves.png and checkpoints/best.ckpt and last.ckpt into the folder.
+    Writes recipe.yaml, env.json, metrics.csv, curves.png, checkpoints/best.ckpt and last.ckpt to the folder.
     Ctrl-C finishes the step and leaves a checkpoint to go on from.
     """
     from vmamba_cli._extra import load

@@ -32,8 +32,8 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         mode: "RGB" or "L".
 
     Raises:
-        DataError: There is no such file, or it is no image, a damaged one, or one of more than 8 bits a channel;
-            the message names it.
+        DataError: There is no such file, or it is no image, a damaged one, or one of more than 8 bits a
+            channel; the message names it.
     """
     try:
         with Image.open(path) as image:
@@ -49,7 +49,7 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
 
 
 class ImageSource(ABC):
-    """Images and their classes, by number."""
+    """Images and their classes, by number; `str` of one says where it is, for messages."""
 
     classes: list[str]
 
@@ -71,24 +71,19 @@ class ImageFolder(ImageSource):
     Args:
         root: The folder of the split.
         mode: "RGB" or "L".
-        classes: The classes to expect, for a further split of the same set; default those found.
 
     Raises:
-        DataError: The folder is missing or has no class folders, a class folder has no images, or the classes
-            are not the ones expected.
+        DataError: The folder is missing or has no class folders, or a class folder has no images.
     """
 
-    def __init__(self, root: str | Path, mode: str = "RGB", classes: list[str] | None = None) -> None:
+    def __init__(self, root: str | Path, mode: str = "RGB") -> None:
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; expected one with a folder for each class")
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
         if not found:
             raise DataError(f"{root}: no class folders in it; expected {root}/<class>/<image>")
-        if classes is not None and found != classes:
-            missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-            raise DataError(f"{root}: not the classes of the other split; missing {missing}, extra {extra}")
-        self.classes, self.mode = found, mode
+        self.root, self.classes, self.mode = root, found, mode
         self.samples: list[tuple[Path, int]] = []
         for number, name in enumerate(found):
             files = (root / name).rglob("[!.]*")
@@ -98,6 +93,9 @@ class ImageFolder(ImageSource):
                     f"{root / name}: no images in this class folder; expected {', '.join(sorted(EXTENSIONS))}"
                 )
             self.samples += [(path, number) for path in images]
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -139,6 +137,9 @@ class MnistSubset(ImageSource):
         self.labels = labels[chosen]
         self.numbers = chosen
         self.classes, self.mode = [str(digit) for digit in range(10)], mode
+
+    def __str__(self) -> str:
+        return "mnist"
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -13,8 +13,8 @@ from vmamba.errors import DataError
 class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` over an `EpochSampler`, with a state.
 
-    A `DataError` comes out of it as it was raised, also from a worker, where PyTorch would wrap a traceback into
-    its message. Workers leave Ctrl-C to the process that runs the steps.
+    A `DataError` comes out of it as it was raised, also from a worker, where PyTorch would wrap a traceback
+    into its message. Workers leave Ctrl-C to the process that runs the steps.
 
     Args:
         dataset: Indexed by `SampleKey`.
@@ -23,8 +23,8 @@ class ResumableLoader(DataLoader[Any]):
         kwargs: `DataLoader`'s.
 
     Attributes:
-        consumed: Samples of the epoch, over all ranks, whose step is done. Whoever runs the steps sets it: the
-            loader itself has read ahead.
+        consumed: Samples of the epoch, over all ranks, whose step is done. Whoever runs the steps sets it:
+            the loader itself has read ahead.
     """
 
     sampler: EpochSampler
@@ -56,13 +56,9 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": self.sampler.epoch, "consumed": self.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the last step of `state`; behind the last of an epoch, with the next epoch."""
-        epoch, consumed = state["epoch"], state["consumed"]
-        per_step = (self.batch_size or 1) * self.sampler.world_size
-        if consumed >= len(self) * per_step:
-            epoch, consumed = epoch + 1, 0
-        self.sampler.epoch, self.sampler.consumed = epoch, consumed
-        self.consumed = consumed
+        """Go on behind the last step of `state`."""
+        self.sampler.epoch, self.consumed = state["epoch"], state["consumed"]
+        self.sampler.done = (self.sampler.epoch, self.consumed)
 
 
 class _ErrorsAsSamples(Dataset[Any]):

@@ -13,7 +13,7 @@ class SampleKey(NamedTuple):
     """What a data set is asked for: `index`, and the epoch, which decides how it is augmented."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which a key has no use for
 
 
 class EpochSampler(Sampler[SampleKey]):
@@ -29,8 +29,8 @@ class EpochSampler(Sampler[SampleKey]):
             without it the last may have one less (evaluation).
 
     Attributes:
-        epoch: The epoch that the next iteration reads.
-        consumed: Samples of that epoch, over all ranks, that are done already and are skipped.
+        epoch: The epoch that an iteration reads.
+        done: An epoch, and the samples of it, over all ranks, that were taken before and are left out.
     """
 
     def __init__(
@@ -46,12 +46,11 @@ class EpochSampler(Sampler[SampleKey]):
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.rank, self.world_size, self.even = rank, world_size, even
         self.epoch = 0
-        self.consumed = 0
+        self.done = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, from its first sample; a no-op for the present one."""
-        if epoch != self.epoch:
-            self.epoch, self.consumed = epoch, 0
+        """Go to an epoch; Lightning calls it, in a resumed run with other epochs first."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         total = self.length - self.length % self.world_size if self.even else self.length
@@ -65,5 +64,7 @@ class EpochSampler(Sampler[SampleKey]):
             order = list(range(self.length))
         if self.even:
             order = order[: self.length - self.length % self.world_size]
-        for index in order[self.consumed + self.rank :: self.world_size]:
+        epoch, consumed = self.done
+        skipped = consumed if epoch == self.epoch else 0
+        for index in order[skipped + self.rank :: self.world_size]:
             yield SampleKey(self.epoch, index)

@@ -25,7 +25,7 @@ def draw_seed(purpose: str, *counters: int) -> int:
 
 @contextmanager
 def seeded(purpose: str, *counters: int) -> Iterator[None]:
-    """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded by `draw_seed`; then as before."""
+    """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded; then as before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = draw_seed(purpose, *counters)
     random.seed(seed)

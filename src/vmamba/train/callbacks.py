@@ -2,9 +2,15 @@
 
 import csv
 import io
+import math
 import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,15 +19,17 @@ import lightning
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from vmamba.errors import UserError
-from vmamba.train.checkpoint import write_atomically
+from vmamba.train.checkpoint import replacing, write_atomically
 
 
-class Interrupted(UserError):
+class Interrupted(UserError):  # noqa: N818  (named as KeyboardInterrupt is)  # noqa: N818  (it is no error)
     """The run was stopped by a signal, behind a whole step and with a checkpoint."""
 
 
 class StopOnInterrupt(Callback):
-    """At the first Ctrl-C, finish the step, write `last.ckpt` and raise `Interrupted`; at the second, stop at once.
+    """At the first Ctrl-C finish the step, write last.ckpt, raise `Interrupted`; at the second, stop at once.
+
+    To an epoch's last step belongs its evaluation. Outside the main thread Ctrl-C is left alone.
 
     Args:
         folder: Of the run.
@@ -30,26 +38,65 @@ class StopOnInterrupt(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.asked = False
-        self._before: Any = None
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._before = signal.signal(signal.SIGINT, self._ask)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch Ctrl-C within a block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nfinishing the step, then writing a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if self.asked:
+        if self.asked and not trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
-            raise Interrupted(
-                f"interrupted after step {trainer.global_step}; to go on: vmamba train --resume {self.folder}"
-            )
+            self._stop(trainer)
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if self.asked and trainer.current_epoch + 1 < pl_module.recipe.schedule.epochs:
+            self._stop(trainer)  # `Checkpoints` has written one
+
+    def _stop(self, trainer: lightning.Trainer) -> None:
+        raise Interrupted(
+            f"interrupted after step {trainer.global_step}; to go on: vmamba train --resume {self.folder}"
+        )
+
+
+class Checkpoints(Callback):
+    """`last.ckpt` behind every epoch, and before it `best.ckpt` where the score is above all before.
+
+    Lightning's own callback writes the last one only together with the best.
+
+    Args:
+        folder: Of the run.
+        monitor: The metric that is the score.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder, self.monitor = folder / "checkpoints", monitor
+        self.best = -math.inf
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        score = trainer.callback_metrics[self.monitor].item()
+        if not score <= self.best:
+            self.best = score
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
 
 class Throughput(Callback):
@@ -102,7 +149,7 @@ class MetricsFile(Callback):
         writer = csv.DictWriter(table, columns)
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self.path, lambda file: file.write(table.getvalue().encode()))
+        write_atomically(self.path, table.getvalue())
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and self.path.exists():
@@ -134,16 +181,27 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 class RunProgressBar(RichProgressBar):
-    """Lightning's bar: loss, scores, images/s, elapsed and remaining time; the version number left out."""
+    """Lightning's bar of the epoch: loss, scores, images/s; and the time left of the whole run."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._start, self._first_step = time.perf_counter(), trainer.global_step
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: Any) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {name: value for name, value in metrics.items() if not name.endswith("_epoch")}
+        shown = {name: value for name, value in metrics.items() if not name.endswith("_epoch")}
+        done = trainer.global_step - self._first_step
+        if trainer.training and done:
+            seconds = (time.perf_counter() - self._start) / done
+            left = timedelta(seconds=round(seconds * (pl_module.steps - trainer.global_step)))
+            shown["left"] = str(left)
+        return shown
 
 
 def progress_bar() -> list[Callback]:

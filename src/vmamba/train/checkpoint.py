@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,29 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_atomically(path: Path, save: Any) -> None:
-    """Have `save(file)` write a binary file that appears under `path` only when it is whole and on disk."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Have a block write a file that takes the place of `path` only when it is whole and on disk.
+
+    Yields:
+        The temporary path to write to, in the same folder; whatever happens, it is gone afterwards.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            save(file)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that appears under `path` only when it is whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def checksum_path(path: str | os.PathLike[str]) -> Path:
@@ -56,17 +67,19 @@ def checksum_path(path: str | os.PathLike[str]) -> Path:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints through `write_atomically`, with a checksum beside, read with weights_only."""
+    """Lightning's checkpoints through `replacing`, with a checksum beside, read with weights_only."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
-        digest_file = checksum_path(path)
-        digest_file.unlink(missing_ok=True)  # a checksum never stands beside another checkpoint's bytes
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
-        digest = _digest(path)
-        write_atomically(digest_file, lambda file: file.write(f"{digest}  {path.name}\n".encode()))
+        sums = checksum_path(path)
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+            line = f"{_digest(temporary)}  {path.name}\n"
+            # Until the rename the old checkpoint stands, after it the new: a crash leaves a line for either.
+            write_atomically(sums, (sums.read_text() if path.exists() and sums.exists() else "") + line)
+        write_atomically(sums, line)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -79,7 +92,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of a run onto the CPU, after checking it against the checksum beside it, if there is one.
+    """Read a checkpoint onto the CPU, after checking it against the checksum beside it, if there is one.
 
     Raises:
         CheckpointError: It is missing, damaged, or holds more than weights and plain values.
@@ -87,21 +100,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    digest_file = checksum_path(path)
-    if digest_file.is_file() and digest_file.read_text().split()[:1] != [_digest(path)]:
-        raise CheckpointError(f"{path}: damaged, its content does not match {digest_file.name}; use another")
+    sums = checksum_path(path)
+    if sums.is_file() and _digest(path) not in sums.read_text().split():
+        raise CheckpointError(f"{path}: damaged, its content does not match {sums.name}; use another")
     return read_checkpoint(path)
 
 
-def contents(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe and classes that a checkpoint holds.
+def contents(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    """The recipe, as plain values, and the classes that a checkpoint holds.
 
     Raises:
         CheckpointError: It is not one of a run.
     """
-    if CONTENTS not in checkpoint or "state_dict" not in checkpoint:
+    held = checkpoint.get(CONTENTS)
+    if not isinstance(held, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
-    return dict(checkpoint[CONTENTS])
+    return held["recipe"], held["classes"]
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

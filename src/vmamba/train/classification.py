@@ -7,66 +7,114 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from timm.data import Mixup, create_transform
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import Self
 
 from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset
-from vmamba.errors import RecipeError
+from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe, Section
-from vmamba.train.task import ClassScore, Task, create_model, register_task
+from vmamba.train.task import Prediction, Task, create_model, register_task
 
 
 class DataRecipe(Section):
     """Where the images come from and what the model sees of them."""
 
     source: Literal["folder", "mnist"] = Field(
-        "folder", description="'folder': root/<split>/<class>/<image>; 'mnist': built in"
+        default="folder", description="'folder': root/<split>/<class>/<image>; 'mnist': built in"
     )
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
     channels: Literal[1, 3] = 3
-    image_size: int = Field(224, ge=8)
-    crop_pct: float = Field(0.875, gt=0, le=1, description="of the resized image's side, in evaluation")
+    image_size: int = Field(default=224, ge=8)
+    crop_pct: float = Field(
+        default=0.875, gt=0, le=1, description="of the resized image's side, in evaluation"
+    )
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
-    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), strict=False)
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
+    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
+
+    @model_validator(mode="after")
+    def _a_value_each_channel(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} is not above 0")
+        return self
 
 
 class AugmentRecipe(Section):
     """timm's augmentation; the defaults are the paper's."""
 
-    scale: tuple[float, float] = Field((0.08, 1.0), strict=False, description="area of the random crop")
-    ratio: tuple[float, float] = Field((0.75, 4 / 3), strict=False)
-    hflip: float = Field(0.5, ge=0, le=1)
-    color_jitter: float = Field(0.4, ge=0)
+    scale: tuple[float, float] = Field(
+        default=(0.08, 1.0), strict=False, description="area of the random crop"
+    )
+    ratio: tuple[float, float] = Field(default=(0.75, 4 / 3), strict=False)
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    color_jitter: float = Field(default=0.4, ge=0)
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    random_erasing: float = Field(0.25, ge=0, le=1)
-    mixup: float = Field(0.8, ge=0)
-    cutmix: float = Field(1.0, ge=0)
-    mixup_prob: float = Field(1.0, ge=0, le=1)
-    mixup_switch_prob: float = Field(0.5, ge=0, le=1)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    random_erasing: float = Field(default=0.25, ge=0, le=1)
+    mixup: float = Field(default=0.8, ge=0)
+    cutmix: float = Field(default=1.0, ge=0)
+    mixup_prob: float = Field(default=1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _known_policy(cls, policy: str | None) -> str | None:
+        try:
+            create_transform(32, is_training=True, auto_augment=policy)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(f"{policy!r} is no policy of timm's ({error})") from error
+        return policy
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} [{low}, {high}] is not a range of positive numbers")
+        return self
 
 
 class ClassificationRecipe(Recipe):
     """A recipe with `task: classification`."""
 
     task: Literal["classification"] = "classification"
-    data: DataRecipe = Field(default_factory=DataRecipe)
-    augment: AugmentRecipe = Field(default_factory=AugmentRecipe)
+    data: DataRecipe = DataRecipe()
+    augment: AugmentRecipe = AugmentRecipe()
+
+    @model_validator(mode="after")
+    def _mixup_has_pairs(self) -> Self:
+        if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is odd; Mixup and CutMix pair a batch's images"
+            )
+        return self
 
 
 @dataclass(frozen=True)
-class Classification:
+class ClassScore:
+    """A class and the probability given to it."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Classification(Prediction):
     """The classes of an image, the likeliest first."""
 
     classes: list[ClassScore]
+
+    def text(self, top: int) -> str:
+        return ", ".join(f"{c.label} {c.score:.1%}" for c in self.classes[:top])
 
 
 @register_task
@@ -95,17 +143,17 @@ class ClassificationTask(Task):
 
     def _source(self, split: str) -> ImageSource:
         if split not in self._sources:
-            data = self.recipe.data
-            mode = "RGB" if data.channels == 3 else "L"
-            if data.source == "mnist":
-                self._sources[split] = MnistSubset(split, mode)
-            else:
-                if data.root is None:
-                    raise RecipeError("data.root: missing; set it to the folder that holds the splits")
-                folder = data.train_split if split == "train" else data.val_split
-                known = None if split == "train" else self.classes
-                self._sources[split] = ImageFolder(Path(data.root) / folder, mode, known)
+            self._sources[split] = self._open(split)
         return self._sources[split]
+
+    def _open(self, split: str) -> ImageSource:
+        data = self.recipe.data
+        mode = "RGB" if data.channels == 3 else "L"
+        if data.source == "mnist":
+            return MnistSubset(split, mode)
+        if data.root is None:
+            raise RecipeError("data.root: missing; set it to the folder that holds the splits")
+        return ImageFolder(Path(data.root) / (data.train_split if split == "train" else data.val_split), mode)
 
     def transform(self, training: bool) -> Any:
         """From a PIL image to a normed tensor (channels, image_size, image_size)."""
@@ -131,23 +179,28 @@ class ClassificationTask(Task):
         )
 
     def dataset(self, split: str) -> ClassificationDataset:
-        return ClassificationDataset(
-            self._source(split), self.transform(split == "train"), self.recipe.train.seed
-        )
+        source = self._source(split)
+        if source.classes != self.classes:
+            missing = [name for name in self.classes if name not in source.classes]
+            extra = [name for name in source.classes if name not in self.classes]
+            raise DataError(
+                f"{source}: not the model's {len(self.classes)} classes; missing {missing}, extra {extra}"
+            )
+        return ClassificationDataset(source, self.transform(split == "train"), self.recipe.train.seed)
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
         return create_model(recipe.model, num_classes=len(self.classes), in_chans=recipe.data.channels)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = batch
-        if self.mixup is not None and len(images) % 2 == 0:  # it pairs the batch with itself reversed
-            images, targets = self.mixup(images, labels)
-            return {"loss": SoftTargetCrossEntropy()(model(images).float(), targets)}
+        targets, smoothing = labels, self.recipe.augment.label_smoothing
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)  # (B, classes), smoothed already
+            labels, smoothing = targets.argmax(1), 0.0
         logits = model(images).float()
-        smoothing = self.recipe.augment.label_smoothing
         return {
-            "loss": F.cross_entropy(logits, labels, label_smoothing=smoothing),
-            "accuracy": (logits.argmax(1) == labels).float().mean().detach(),
+            "loss": F.cross_entropy(logits, targets, label_smoothing=smoothing),
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
         }
 
     def metrics(self) -> MetricCollection:
@@ -163,7 +216,7 @@ class ClassificationTask(Task):
         images, labels = batch
         metrics.update(model(images).float(), labels)
 
-    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Classification]:
+    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Prediction]:
         transform = self.transform(training=False)
         mode = "RGB" if self.recipe.data.channels == 3 else "L"
         device = next(model.parameters()).device

@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import vmamba
-from vmamba.data import ResumableLoader, draw_seed, seeded
+from vmamba.data import draw_seed, seeded
 from vmamba.train.checkpoint import CONTENTS
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task
@@ -18,17 +18,28 @@ from vmamba.train.task import Task
 class TaskModule(lightning.LightningModule):
     """A task, its recipe and its model, in Lightning's loop.
 
-    What a step draws (Mixup, drop path) is a function of (seed, step, rank), so that a checkpoint needs no random
-    state.
+    What a step draws (Mixup, drop path) is a function of (seed, step, rank), so that a checkpoint needs no
+    random state.
+
+    Args:
+        task: What is trained.
+        recipe: Of the task.
+        model: From the task.
+        steps: Of the whole run, for the schedule. Lightning's own estimate would set up the data before the
+            checkpoint is read, and leave the loader's state in it unread.
     """
 
-    def __init__(self, task: Task, recipe: Recipe, model: nn.Module) -> None:
+    def __init__(self, task: Task, recipe: Recipe, model: nn.Module, steps: int = 1) -> None:
         super().__init__()
-        self.task, self.recipe, self.model = task, recipe, model
+        self.task, self.recipe, self.model, self.steps = task, recipe, model, steps
         self.val_metrics = task.metrics()
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        counters = (self.recipe.train.seed, self.global_step, self.global_rank, batch_idx)
+        train = self.recipe.train
+        # A checkpoint is taken between steps: there, what this step reads is done.
+        loader: Any = self.trainer.train_dataloader
+        loader.consumed = (batch_idx + 1) * train.batch_size * self.trainer.world_size
+        counters = ("step", train.seed, self.global_step, batch_idx, self.global_rank)
         with seeded(*counters):
             if self.device.type != "cpu":
                 torch.manual_seed(draw_seed(*counters))
@@ -38,14 +49,9 @@ class TaskModule(lightning.LightningModule):
             prog_bar=True,
             on_step=True,
             on_epoch=True,
-            batch_size=self.recipe.train.batch_size,
+            batch_size=train.batch_size,
         )
         return losses["loss"]
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loader = self.trainer.train_dataloader
-        if isinstance(loader, ResumableLoader):
-            loader.consumed = (batch_idx + 1) * self.recipe.train.batch_size * self.trainer.world_size
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.task.evaluate(self.model, batch, self.val_metrics)
@@ -65,11 +71,10 @@ class TaskModule(lightning.LightningModule):
             betas=optim.betas,
             layer_decay=optim.layer_decay,
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = min(steps - 1, round(steps * schedule.warmup_epochs / schedule.epochs))
+        warmup = min(self.steps - 1, round(self.steps * schedule.warmup_epochs / schedule.epochs))
         scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=steps - warmup,
+            t_initial=self.steps - warmup,
             lr_min=schedule.min_lr,
             warmup_t=warmup,
             warmup_lr_init=schedule.warmup_lr,

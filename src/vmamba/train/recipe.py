@@ -6,12 +6,14 @@ What every task has in common stands here; a task adds its own `data` and `augme
 import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from timm.optim import list_optimizers
+from typing_extensions import Self
 
 from vmamba.errors import RecipeError
 
@@ -19,7 +21,7 @@ from vmamba.errors import RecipeError
 class Section(BaseModel):
     """A part of a recipe: unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelRecipe(Section):
@@ -28,7 +30,7 @@ class ModelRecipe(Section):
     name: str = "vmamba_tiny"
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model")
     weights: str | None = Field(
-        None, description="'pretrained' (downloads), the path of a checkpoint, or null to start anew"
+        default=None, description="'pretrained' (downloads), the path of a checkpoint, or null to start anew"
     )
 
 
@@ -36,32 +38,49 @@ class OptimRecipe(Section):
     """timm's optimisers."""
 
     name: str = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(
-        0.05, ge=0, description="of all but biases, norms and the scan's A, D and δ bias"
+        default=0.05, ge=0, description="of all but biases, norms and the scan's A, D and δ bias"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
-    clip_grad: float | None = Field(5.0, gt=0, description="largest norm of the gradient")
-    layer_decay: float | None = Field(None, gt=0, le=1)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
+    clip_grad: float | None = Field(default=5.0, gt=0, description="largest norm of the gradient")
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        known: Any = list_optimizers()
+        if name not in known:
+            close = difflib.get_close_matches(name, known) or known
+            raise ValueError(f"no optimiser {name!r} in timm; there are {', '.join(close)}")
+        return name
 
 
 class ScheduleRecipe(Section):
     """Linear warm-up, then a cosine down to `min_lr`, set for every step."""
 
-    epochs: int = Field(300, ge=1)
-    warmup_epochs: float = Field(20, ge=0)
-    warmup_lr: float = Field(5e-7, ge=0)
-    min_lr: float = Field(5e-6, ge=0)
+    epochs: int = Field(default=300, ge=1)
+    warmup_epochs: float = Field(default=20, ge=0)
+    warmup_lr: float = Field(default=5e-7, ge=0)
+    min_lr: float = Field(default=5e-6, ge=0)
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is not below epochs {self.epochs}")
+        return self
 
 
 class TrainRecipe(Section):
     """How the loop runs."""
 
-    batch_size: int = Field(128, ge=1, description="samples of a step in one process")
-    seed: int = Field(0, ge=0)
+    batch_size: int = Field(default=128, ge=1, description="samples of a step in one process")
+    seed: int = Field(default=0, ge=0)
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    workers: int = Field(4, ge=0)
-    threads: int | None = Field(None, ge=1, description="threads of PyTorch on the CPU; null for its default")
+    workers: int = Field(default=4, ge=0)
+    threads: int | None = Field(
+        default=None, ge=1, description="threads of PyTorch on the CPU; null for its default"
+    )
     grad_checkpointing: bool = False
 
 
@@ -69,10 +88,10 @@ class Recipe(Section):
     """What every task's recipe holds."""
 
     task: str
-    model: ModelRecipe = Field(default_factory=ModelRecipe)
-    optim: OptimRecipe = Field(default_factory=OptimRecipe)
-    schedule: ScheduleRecipe = Field(default_factory=ScheduleRecipe)
-    train: TrainRecipe = Field(default_factory=TrainRecipe)
+    model: ModelRecipe = ModelRecipe()
+    optim: OptimRecipe = OptimRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    train: TrainRecipe = TrainRecipe()
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
@@ -83,7 +102,16 @@ R = TypeVar("R", bound=Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; here it is a number, as in JSON and YAML 1.2."""
+    """YAML 1.1 reads 1e-3 as a string and lets a key stand twice; here one is a number, one an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -93,23 +121,37 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_values(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe's file and lay `key.key=value` over it; a value is YAML.
+def read_values(source: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read a recipe's file.
+
+    Returns:
+        Its values, and the line of each dotted key.
 
     Raises:
-        RecipeError: The file is missing or no YAML mapping, or an override is not of that form.
+        RecipeError: The file is missing or no YAML mapping.
     """
     try:
         text = Path(source).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{source}: cannot read the recipe ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{source}: not a text file ({error})") from None
     try:
         values = yaml.load(text, _Loader)
+        node = yaml.compose(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not YAML: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
-    return override_values(values, overrides)
+    return values, dict(_lines(node, ""))
+
+
+def _lines(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, f"{name}.")
 
 
 def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -136,8 +178,16 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
-def check(recipe_type: type[R], values: dict[str, Any], where: str) -> R:
+def check(
+    recipe_type: type[R], values: dict[str, Any], where: str, lines: Mapping[str, int] | None = None
+) -> R:
     """Build a task's recipe from plain values.
+
+    Args:
+        recipe_type: The task's.
+        values: As in its YAML.
+        where: What to call them in a message.
+        lines: Of the dotted keys in the file, if there is one.
 
     Raises:
         RecipeError: Keys are unknown, or values of the wrong type or out of range; all are listed.
@@ -145,8 +195,12 @@ def check(recipe_type: type[R], values: dict[str, Any], where: str) -> R:
     try:
         return recipe_type.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(recipe_type, problem) for problem in error.errors()]
-    raise RecipeError(f"{where}: {len(problems)} problems:\n  " + "\n  ".join(problems)) from None
+        problems = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            line = (lines or {}).get(name)
+            problems.append(_explain(recipe_type, problem) + (f" (line {line})" if line else ""))
+    raise RecipeError("\n  ".join([f"{where}: the recipe does not check:", *problems])) from None
 
 
 def _explain(recipe_type: type[Section], problem: Any) -> str:
@@ -154,13 +208,15 @@ def _explain(recipe_type: type[Section], problem: Any) -> str:
     name = ".".join(location)
     if problem["type"] == "missing":
         return f"{name}: missing"
+    if problem["type"] == "value_error":  # one of our own validators, which names the key itself
+        return ": ".join([*([name] if name else []), str(problem["ctx"]["error"])])
     if problem["type"] != "extra_forbidden":
         return f"{name}: {problem['msg']}, got {problem['input']!r}"
     section: Any = recipe_type
     for part in location[:-1]:
         section = section.model_fields[part].annotation
     known = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], known, n=1)
+    close = difflib.get_close_matches(location[-1], known, n=3)
     return f"{name}: no such key; " + (
-        f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+        f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(known)}"
     )

@@ -14,14 +14,21 @@ from typing import Any
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import vmamba
-from vmamba.data import EpochSampler, ResumableLoader, read_image
-from vmamba.errors import CheckpointError, RecipeError
+from vmamba.data import EpochSampler, ResumableLoader, read_image, seeded
+from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.train import classification  # noqa: F401  (registers its task)
-from vmamba.train.callbacks import MetricsFile, StopOnInterrupt, Throughput, progress_bar
+from vmamba.train.callbacks import (
+    Checkpoints,
+    MetricsFile,
+    StopOnInterrupt,
+    Throughput,
+    progress_bar,
+    read_metrics,
+)
 from vmamba.train.checkpoint import (
     AtomicCheckpointIO,
     contents,
@@ -32,6 +39,12 @@ from vmamba.train.checkpoint import (
 from vmamba.train.module import TaskModule
 from vmamba.train.recipe import Recipe, check, override_values, read_values
 from vmamba.train.task import Task, task_type
+
+_NOISE = [
+    ".*does not have many workers.*",  # for small sets none is fastest
+    ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # Lightning's use of PyTorch
+]
+"""Warnings of Lightning that say nothing to the user."""
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,8 +57,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: Something in it is missing, unknown or of the wrong type; the message names each.
     """
-    values = read_values(source, overrides)
-    return check(task_type(values.get("task")).recipe_type, values, str(source))
+    values, lines = read_values(source)
+    values = override_values(values, overrides)
+    for override in overrides:  # what it says stands on no line of the file
+        lines.pop(override.partition("=")[0], None)
+    return check(task_type(values.get("task")).recipe_type, values, str(source), lines)
 
 
 def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[str, float]:
@@ -53,7 +69,8 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[s
 
     Args:
         recipe: From `load_recipe`.
-        folder: Of the run: recipe.yaml, env.json, metrics.csv, curves.png, checkpoints/best.ckpt and last.ckpt.
+        folder: Of the run: recipe.yaml, env.json, metrics.csv, curves.png, checkpoints/best.ckpt and
+            last.ckpt.
         resume: Go on from the folder's last.ckpt.
 
     Returns:
@@ -67,48 +84,44 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[s
     """
     folder = Path(folder)
     last = folder / "checkpoints" / "last.ckpt"
-    if resume:
-        load_checkpoint(last)  # a damaged one is told before anything is built
-    elif last.exists():
+    if not resume and last.exists():
         raise RecipeError(f"{folder}: holds a run already; resume it with --resume, or name another folder")
-    task = task_type(recipe.task)(recipe)
-    trainer = _trainer(
-        recipe,
-        [
-            ModelCheckpoint(
-                folder / "checkpoints",
-                filename="best",
-                monitor=f"val/{task.monitor}",
-                mode="max",
-                save_last=True,
-                enable_version_counter=False,
-            ),
-            StopOnInterrupt(folder),
-            Throughput(),
-            MetricsFile(folder),
-            *progress_bar(),
-        ],
-    )
     with _settings(recipe):
-        torch.manual_seed(recipe.train.seed)
-        model = task.build_model(recipe)
+        task = task_type(recipe.task)(recipe)
+        interrupt = StopOnInterrupt(folder)
+        trainer = _trainer(
+            recipe,
+            [
+                Throughput(),
+                MetricsFile(folder),
+                Checkpoints(folder, f"val/{task.monitor}"),  # behind the row of the epoch
+                interrupt,  # behind its checkpoint
+                *progress_bar(),
+            ],
+        )
+        training, validation = (_loader(task, recipe, split, trainer) for split in ("train", "val"))
+        with seeded("initialisation", recipe.train.seed):
+            model: Any = task.build_model(recipe)
         if recipe.train.grad_checkpointing:
             model.set_grad_checkpointing(True)
-        loaders = [_loader(task, recipe, split, trainer) for split in ("train", "val")]
         if trainer.is_global_zero:
-            write_atomically(folder / "recipe.yaml", lambda file: file.write(recipe.to_yaml().encode()))
-            environment = json.dumps(_environment(), indent=2) + "\n"
-            write_atomically(folder / "env.json", lambda file: file.write(environment.encode()))
-        trainer.fit(TaskModule(task, recipe, model), *loaders, ckpt_path=last if resume else None)
-    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+            write_atomically(folder / "env.json", json.dumps(_environment(), indent=2) + "\n")
+        module = TaskModule(task, recipe, model, steps=recipe.schedule.epochs * len(training))
+        with interrupt.listening():
+            trainer.fit(module, training, validation, ckpt_path=last if resume else None)
+    last_row = read_metrics(folder / "metrics.csv")[
+        -1
+    ]  # also of a finished run, where nothing was left to do
+    return {name: float(value) for name, value in last_row.items() if name.startswith("val/")}
 
 
 def resume(folder: str | Path) -> dict[str, float]:
-    """Go on with the run in a folder, by its own recipe; see `train`."""
-    folder = Path(folder)
-    if not (folder / "recipe.yaml").is_file():
-        raise CheckpointError(f"{folder}: no run to resume, there is no recipe.yaml in it")
-    return train(load_recipe(folder / "recipe.yaml"), folder, resume=True)
+    """Go on with the run in a folder from its last.ckpt, by the recipe in it; see `train`."""
+    last = Path(folder) / "checkpoints" / "last.ckpt"
+    values, _ = contents(load_checkpoint(last), last)
+    recipe = check(task_type(values.get("task")).recipe_type, values, str(last))
+    return train(recipe, folder, resume=True)
 
 
 def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Task, Recipe, nn.Module]:
@@ -123,13 +136,13 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Tas
         RecipeError: An override does not fit.
     """
     found = load_checkpoint(checkpoint)
-    held = contents(found, checkpoint)
-    values = override_values(held["recipe"], overrides)
-    values["model"] = {**values["model"], "weights": None}  # they are in the checkpoint
+    values, classes = contents(found, checkpoint)
+    values = override_values(values, overrides)
     task_class = task_type(values.get("task"))
     recipe = check(task_class.recipe_type, values, str(checkpoint))
-    task = task_class(recipe, held["classes"])
-    model = task.build_model(recipe)
+    task = task_class(recipe, classes)
+    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
+    model = task.build_model(recipe.model_copy(update={"model": untrained}))
     try:
         model.load_state_dict(model_weights(found))
     except RuntimeError as error:
@@ -140,8 +153,8 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Tas
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Judge a checkpoint on the "val" split of its recipe's data; raises as `load_run` and the data do."""
     task, recipe, model = load_run(checkpoint, overrides)
-    trainer = _trainer(recipe, progress_bar())
     with _settings(recipe):
+        trainer = _trainer(recipe, progress_bar())
         (scores,) = trainer.validate(
             TaskModule(task, recipe, model), _loader(task, recipe, "val", trainer), verbose=False
         )
@@ -171,20 +184,27 @@ def _loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) 
         world_size=trainer.world_size,
         even=training,
     )
-    workers = recipe.train.workers
+    batch_size, workers = recipe.train.batch_size, recipe.train.workers
+    if training and len(sampler) < batch_size:
+        raise DataError(
+            f"{len(dataset)} training samples on {trainer.world_size} processes do not fill one batch: set "
+            f"train.batch_size, which is {batch_size}, to at most {len(sampler)}"
+        )
     return ResumableLoader(
         dataset,
         sampler,
-        batch_size=recipe.train.batch_size,
-        drop_last=training and len(sampler) >= recipe.train.batch_size,
+        task.collate(),
+        batch_size=batch_size,
+        drop_last=training,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=task.collate(),
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def _trainer(recipe: Recipe, callbacks: list[Callback]) -> lightning.Trainer:
+    if recipe.train.precision == "16-mixed" and not torch.accelerator.is_available():
+        raise RecipeError("train.precision: 16-mixed needs a GPU; on a CPU there is bf16-mixed")
     return lightning.Trainer(
         max_epochs=recipe.schedule.epochs,
         precision=recipe.train.precision,
@@ -192,7 +212,7 @@ def _trainer(recipe: Recipe, callbacks: list[Callback]) -> lightning.Trainer:
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=False,  # `Checkpoints` does it
         enable_progress_bar=any(type(callback).__name__ == "RunProgressBar" for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,  # `EpochSampler` deals to the ranks itself
@@ -211,8 +231,8 @@ def _settings(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(recipe.train.threads)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         torch.set_num_threads(threads)

@@ -19,6 +19,15 @@ from vmamba.errors import RecipeError
 from vmamba.train.recipe import ModelRecipe, Recipe
 
 
+@dataclass(frozen=True)
+class Prediction(ABC):
+    """What a task says of one image; `dataclasses.asdict` turns it into plain values."""
+
+    @abstractmethod
+    def text(self, top: int) -> str:
+        """For a terminal, with the `top` likeliest findings."""
+
+
 class Task(ABC):
     """One kind of problem.
 
@@ -67,8 +76,8 @@ class Task(ABC):
         """Forward of an evaluation batch, into the metrics."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Any]:
-        """One prediction an image, JSON-like through `dataclasses.asdict`."""
+    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Prediction]:
+        """One prediction an image."""
 
 
 TASKS: dict[str, type[Task]] = {}
@@ -87,7 +96,7 @@ def task_type(name: Any) -> type[Task]:
     Raises:
         RecipeError: There is none of that name.
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise RecipeError(f"task: unknown task {name!r}; expected one of {', '.join(map(repr, TASKS))}")
     return TASKS[name]
 
@@ -108,16 +117,8 @@ def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
     pretrained = recipe.weights == "pretrained"
     try:
         model = timm.create_model(recipe.name, pretrained=pretrained, **{**defaults, **recipe.args})
-    except TypeError as error:
-        raise RecipeError(f"model.args: {error}") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(f"model.args: {recipe.name} does not take them: {error}") from error
     if recipe.weights is not None and not pretrained:
         load_weights(model, recipe.weights)
     return model
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """A class and the probability given to it."""
-
-    label: str
-    score: float

@@ -1,0 +1,250 @@
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from images import COLOURS, make_folder, tiny_values
+from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.train import run
+from vmamba.train.callbacks import Interrupted
+from vmamba.train.checkpoint import load_checkpoint, model_weights
+from vmamba.train.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.recipe import check, override_values
+
+STEPS = 4  # of an epoch: 18 images in batches of 4
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMAMBA_PROGRESS", "0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption."""
+    os.environ["VMAMBA_PROGRESS"] = "0"
+    out = tmp_path_factory.mktemp("whole")
+    run.train(recipe(folder), out)
+    return out
+
+
+def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
+    return check(ClassificationRecipe, override_values(tiny_values(folder), overrides), "test")
+
+
+def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return model_weights(load_checkpoint(out / "checkpoints" / f"{name}.ckpt"))
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
+    """Have `action` run in the middle of a step, counted from 1."""
+    loss, calls = ClassificationTask.loss, [0]
+
+    def wrapped(self: Any, model: Any, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            action()
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(ClassificationTask, "loss", wrapped)
+
+
+def test_run_folder(whole: Path, folder: Path) -> None:
+    assert [row["epoch"] for row in rows(whole)] == ["0", "1", "2"]
+    assert [row["step"] for row in rows(whole)] == ["4", "8", "12"]
+    for row in rows(whole):
+        assert {"lr", "images/s", "train/loss", "train/accuracy", "val/top1", "val/top5"} <= row.keys()
+        assert all(float(value) >= 0 for value in row.values())
+    assert run.load_recipe(whole / "recipe.yaml") == recipe(folder)
+    assert json.loads((whole / "env.json").read_text())["torch"] == torch.__version__
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "best.ckpt.sha256",
+        "last.ckpt",
+        "last.ckpt.sha256",
+    ]
+
+
+def test_training_leaves_the_random_state_alone(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    recipe_ = recipe(folder, "schedule.epochs=2")
+    run.train(recipe_, tmp_path / "one")
+    torch.manual_seed(6)
+    run.train(recipe_, tmp_path / "two")
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert expected.shape == (3,)
+
+
+@pytest.mark.parametrize("step", [1, 6, STEPS, 2 * STEPS])
+def test_interrupt_and_resume_end_with_the_same_weights(
+    step: int, folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match=f"--resume {tmp_path}"):
+            run.train(recipe(folder), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run.resume(tmp_path)
+    assert_same(weights(tmp_path), weights(whole))
+    assert_same(weights(tmp_path, "best"), weights(whole, "best"))
+    assert [(row["epoch"], row["step"], row["lr"], row["val/top1"]) for row in rows(tmp_path)] == [
+        (row["epoch"], row["step"], row["lr"], row["val/top1"]) for row in rows(whole)
+    ]
+
+
+def test_an_interrupt_of_the_last_step_lets_the_run_finish(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 3 * STEPS, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run.train(recipe(folder), tmp_path)
+    assert_same(weights(tmp_path), weights(whole))
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_second_interrupt_stops_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 2, twice)
+    with pytest.raises(SystemExit):
+        run.train(recipe(folder), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS + 3])
+def test_a_crash_costs_the_epoch_and_nothing_else(
+    step: int, folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        at_step(patch, step, crash)
+        with pytest.raises(MemoryError):
+            run.train(recipe(folder), tmp_path)
+    run.resume(tmp_path)
+    assert_same(weights(tmp_path), weights(whole))
+    assert [row["epoch"] for row in rows(tmp_path)] == ["0", "1", "2"]
+
+
+def test_workers_change_nothing(folder: Path, whole: Path, tmp_path: Path) -> None:
+    run.train(recipe(folder, "train.workers=2"), tmp_path)
+    assert_same(weights(tmp_path), weights(whole))
+
+
+def test_a_finished_run_resumed_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    scores = run.train(recipe(folder, "schedule.epochs=2"), tmp_path)
+    before = weights(tmp_path)
+    assert run.resume(tmp_path) == scores
+    assert_same(weights(tmp_path), before)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(folder: Path, whole: Path) -> None:
+    before = weights(whole)
+    with pytest.raises(RecipeError, match="holds a run already"):
+        run.train(recipe(folder, "optim.lr=1.0"), whole)
+    assert_same(weights(whole), before)
+
+
+def test_evaluate_needs_the_checkpoint_alone(whole: Path, folder: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "moved.ckpt"
+    checkpoint.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
+    scores = run.evaluate(checkpoint)
+    assert scores["val/top1"] == pytest.approx(float(rows(whole)[-1]["val/top1"]), abs=1e-5)
+    assert scores == run.evaluate(checkpoint, ["train.batch_size=6"])
+
+
+def test_predict(whole: Path, folder: Path) -> None:
+    images = sorted((folder / "val").glob("*/0.png"))
+    predictions = run.predict(images, whole / "checkpoints" / "last.ckpt")
+    assert len(predictions) == len(images)
+    for prediction in predictions:
+        scores = [found.score for found in prediction.classes]
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1, abs=1e-5)
+        assert {found.label for found in prediction.classes} == set(COLOURS)
+        assert prediction.text(top=1) == f"{prediction.classes[0].label} {scores[0]:.1%}"
+
+
+def test_other_classes_than_the_models(whole: Path, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "other")
+    (root / "val" / "red").rename(root / "val" / "purple")
+    with pytest.raises(
+        DataError, match=r"val: not the model's 3 classes; missing \['red'\], extra \['purple'\]"
+    ):
+        run.evaluate(whole / "checkpoints" / "last.ckpt", [f"data.root={root}"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_named(workers: int, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    bad = root / "train" / "green" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(DataError) as raised:
+        run.train(recipe(root, f"train.workers={workers}"), tmp_path / "out")
+    assert str(raised.value).startswith(f"{bad}: not an image, or a damaged one")
+    assert "Traceback" not in str(raised.value)
+
+
+def test_weights_of_a_run_start_another(folder: Path, whole: Path, tmp_path: Path) -> None:
+    last = whole / "checkpoints" / "last.ckpt"
+    changed = recipe(folder, f"model.weights={last}")
+    model = ClassificationTask(changed).build_model(changed)
+    assert_same(dict(model.state_dict()), weights(whole))
+    other = recipe(folder, f"model.weights={last}", "model.name=test_vit", "model.args={}")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        ClassificationTask(other).build_model(other)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=vmamba_pic", "model.name: unknown model 'vmamba_pic'; there are .*vmamba_pico"),
+        ("model.args={no_such: 1}", "model.args: .*no_such"),
+        ("data.root=null", "data.root: missing"),
+        ("data.root=/nowhere", "/nowhere/train: no such folder"),
+        ("train.batch_size=20", "18 training samples .* at most 18"),
+        ("train.precision=16-mixed", "16-mixed needs a GPU"),
+        ("model.weights=/nowhere.ckpt", "/nowhere.ckpt: no such checkpoint"),
+    ],
+)
+def test_what_cannot_run_writes_nothing(override: str, message: str, folder: Path, tmp_path: Path) -> None:
+    if "16-mixed" in override and torch.accelerator.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises((RecipeError, DataError, CheckpointError), match=message):
+        run.train(recipe(folder, override), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        run.resume(tmp_path)
