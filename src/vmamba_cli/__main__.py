@@ -7,13 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = {
-    "train": "Run a recipe, or go on with a run.",
-    "eval": "Judge a checkpoint.",
-    "predict": "Say what images show.",
-    "info": "Show the engines here, or a model's counts and settings.",
-    "list": "List the models.",
-}
+VERBS = ("train", "eval", "predict", "info", "list")
 
 
 class _Verbs(TyperGroup):

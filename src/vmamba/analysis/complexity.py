@@ -1,7 +1,7 @@
 """Parameters and multiply-adds, of any timm model.
 
-GMACs count convolutions and matrix products once a multiply-add, layer norm 5 a value, average pooling 1, and a
-selective scan as `vmamba.ops.flops.scan_macs` says, so that they are the figures of the paper's tables.
+GMACs count convolutions and matrix products once a multiply-add, layer norm 5 a value, average pooling 1, and
+a selective scan as `vmamba.ops.flops.scan_macs` says, so that they are the figures of the paper's tables.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Complexity:
     macs_for_loop: float
 
 
-def create_on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """A model of timm's registry without memory for its weights.
+def create_on_meta(name: str, **kwargs: Any) -> Any:
+    """A model (`nn.Module`) of timm's registry without memory for its weights.
 
     Raises:
         ModelError: There is none of that name.

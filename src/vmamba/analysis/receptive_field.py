@@ -16,8 +16,8 @@ class ReceptiveFieldError(UserError, ValueError):
 def receptive_field(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     """Mean contribution of each pixel, as the authors draw it.
 
-    For each image: the last feature map before the final norm, through ReLU, at its centre, summed over channels;
-    its gradient to the image, through ReLU, summed over channels. Maps with NaN are left out of the mean.
+    For each image: the last feature map before the final norm, through ReLU, at its centre, summed over
+    channels; its gradient to the image, through ReLU, summed over channels. Maps with NaN are left out.
 
     Args:
         model: Any timm model with `forward_intermediates`; it is put to eval mode for the time of the call.
@@ -81,8 +81,11 @@ def draw(fields: dict[str, Tensor], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * len(fields), 3.9), layout="constrained")
-    for axes, (title, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items(), strict=True):
-        shown = axes.imshow((field / field.max().clamp_min(1e-30)) ** 0.2, cmap="viridis", vmin=0, vmax=1)
+    for axes, (title, field) in zip(
+        figure.subplots(1, len(fields), squeeze=False)[0], fields.items(), strict=True
+    ):
+        shares = (field / field.max().clamp_min(1e-30)) ** 0.2
+        shown = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])

@@ -1,0 +1,68 @@
+import pytest
+import timm
+import torch
+
+from vmamba.analysis.complexity import ModelError, count, create_on_meta, parse_size
+
+GMACS = {  # at 224: the figures of the paper and of its authors' tables
+    "vmamba_tiny": 4.858,
+    "vmamba_small": 8.716,
+    "vmamba_base": 15.359,
+    "vmamba_tiny_s1l8": 4.906,
+    "vmamba_small_s1l20": 8.612,
+    "vmamba_base_s1l20": 15.221,
+    "vanilla_vmamba_tiny": 5.627,
+    "vanilla_vmamba_small": 11.232,
+    "vanilla_vmamba_base": 18.020,
+    "vmamba_tiny_v6": 5.633,
+    "vmamba_tiny_v7": 5.179,
+    "vmamba_tiny_v7_shallow": 4.018,
+    "vmamba_tiny_v8": 4.861,
+}
+AT_SIZE = {384: 14.27, 512: 25.38, 640: 39.65, 768: 57.09, 1024: 101.50}  # vmamba_tiny
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_gmacs_at_224(name: str) -> None:
+    assert count(create_on_meta(name), (3, 224, 224)).macs / 1e9 == pytest.approx(GMACS[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("size", AT_SIZE)
+def test_gmacs_of_tiny_at_larger_sizes(size: int) -> None:
+    counts = count(create_on_meta("vmamba_tiny"), (3, size, size))
+    assert counts.parameters == 30_705_832
+    assert counts.macs / 1e9 == pytest.approx(AT_SIZE[size], rel=1e-3)
+
+
+def test_the_for_loop_counting_is_the_papers_v0() -> None:
+    assert count(create_on_meta("vanilla_vmamba_tiny"), (3, 224, 224)).macs_for_loop / 1e9 == pytest.approx(
+        4.46, abs=5e-3
+    )
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("resnet50", 4.11), ("convnext_tiny", 4.46)])
+def test_other_models_have_their_known_figures(name: str, gmacs: float) -> None:
+    counts = count(create_on_meta(name), (3, 224, 224))
+    assert counts.macs / 1e9 == pytest.approx(gmacs, rel=1e-2)
+    assert counts.parameters == sum(p.numel() for p in timm.create_model(name).parameters())
+
+
+def test_a_count_leaves_the_model_as_it_was() -> None:
+    model = timm.create_model("vmamba_pico", num_classes=2)
+    on_meta = count(create_on_meta("vmamba_pico", num_classes=2), (3, 33, 65))
+    assert model.training
+    assert count(model, (3, 33, 65)) == on_meta
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_sizes() -> None:
+    assert parse_size("384") == (384, 384)
+    assert parse_size("512x2048") == (512, 2048)
+    for text in ("", "a", "0", "1x2x3", "-4", "3.5"):
+        with pytest.raises(ModelError, match="expected 384 or 512x2048"):
+            parse_size(text)
+    with pytest.raises(ModelError, match="unknown model 'vmamba_huge'"):
+        create_on_meta("vmamba_huge")
+    with pytest.raises(ModelError, match=r"does not take an input of \(4, 32, 32\)"):
+        count(create_on_meta("vmamba_pico"), (4, 32, 32))
