@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 from typing_extensions import Self
 
 from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset
@@ -56,6 +57,8 @@ class AugmentRecipe(Section):
         default=(0.08, 1.0), strict=False, description="area of the random crop"
     )
     ratio: tuple[float, float] = Field(default=(0.75, 4 / 3), strict=False)
+    rotate: float = Field(default=0.0, ge=0, le=180, description="largest angle, in degrees either way")
+    shear: float = Field(default=0.0, ge=0, lt=90, description="largest angle, in degrees either way")
     hflip: float = Field(default=0.5, ge=0, le=1)
     color_jitter: float = Field(default=0.4, ge=0)
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
@@ -166,7 +169,7 @@ class ClassificationTask(Task):
         }
         if not training:
             return create_transform(**common, is_training=False, crop_pct=data.crop_pct)
-        return create_transform(
+        transform = create_transform(
             **common,
             is_training=True,
             scale=augment.scale,
@@ -177,6 +180,12 @@ class ClassificationTask(Task):
             re_prob=augment.random_erasing,
             re_mode="pixel",
         )
+        if augment.rotate or augment.shear:
+            affine = RandomAffine(
+                augment.rotate, shear=augment.shear, interpolation=InterpolationMode.BILINEAR
+            )
+            return Compose([affine, transform])
+        return transform
 
     def dataset(self, split: str) -> ClassificationDataset:
         source = self._source(split)

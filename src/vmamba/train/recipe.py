@@ -105,12 +105,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a string and lets a key stand twice; here one is a number, one an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
+        seen: list[Any] = []
         for key, _ in node.value:
-            if names.count(key.value) > 1:
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
                 )
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
