@@ -1,7 +1,5 @@
 """What every engine must do: the contract of `selective_scan_2d`."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given as drawn
@@ -281,13 +279,13 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(found[name], expected[name])
 
 
-@pytest.mark.parametrize(("n_state", "size"), list(itertools.product([1, 16, 64], [48, 64])))
+@pytest.mark.parametrize(("n_state", "size"), [(1, 48), (16, 48), (32, 56)])
 def test_chunked_keeps_within_its_memory(n_state: int, size: int) -> None:
     """Beyond inputs and outputs, forward and backward: at most 4 float32 for each of (B, L, K, D)."""
-    call = operands(2, size, size, 32, n_state, 2, dtype=torch.float32)
+    call = operands(1, size, size, 32, n_state, 2, dtype=torch.float32)
     torch.use_deterministic_algorithms(False)
-    limit = 4 * 4 * 2 * size**2 * 4 * 32
-    outputs = 4 * 2 * size**2 * 32
+    limit = 4 * 4 * size**2 * 4 * 32
+    outputs = 4 * size**2 * 32
     gradients = sum(4 * t.numel() for t in given(call).values())
     selective_scan_2d(**call, backend="chunked").sum().backward()  # what is allocated once
     y = None

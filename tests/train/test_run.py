@@ -19,11 +19,6 @@ from vmamba.train.recipe import check, override_values
 STEPS = 4  # of an epoch: 18 images in batches of 4
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VMAMBA_PROGRESS", "0")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("images"))
@@ -32,7 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption."""
-    os.environ["VMAMBA_PROGRESS"] = "0"
     out = tmp_path_factory.mktemp("whole")
     run.train(recipe(folder), out)
     return out

@@ -3,20 +3,21 @@
 import csv
 import io
 import math
-import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vmamba.errors import UserError
 from vmamba.train.checkpoint import replacing, write_atomically
@@ -185,25 +186,61 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-class RunProgressBar(RichProgressBar):
-    """Lightning's bar of the epoch: loss, scores, images/s; and the time left of the whole run."""
+class ProgressLine(Callback):
+    """One line on stderr for the run: epoch, step, time left, losses, scores, images/s."""
+
+    def __init__(self) -> None:
+        self._line: Progress | None = None
+        self._drawn = 0.0
+
+    def _start(self, trainer: lightning.Trainer, what: str, total: int, done: int) -> None:
+        if trainer.is_global_zero:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("left  {task.fields[shown]}"),
+            )
+            self._line = Progress(*columns, console=Console(stderr=True))
+            self._line.add_task(what, total=total, completed=done, shown="")
+            self._line.start()
+
+    def _stop(self) -> None:
+        if self._line is not None:
+            self._line.stop()
+            self._line = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._start, self._first_step = time.perf_counter(), trainer.global_step
+        self._start(trainer, "training", pl_module.steps, trainer.global_step)
 
-    def get_metrics(self, trainer: lightning.Trainer, pl_module: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        shown = {name: value for name, value in metrics.items() if not name.endswith("_epoch")}
-        done = trainer.global_step - self._first_step
-        if trainer.training and done:
-            seconds = (time.perf_counter() - self._start) / done
-            left = timedelta(seconds=round(seconds * (pl_module.steps - trainer.global_step)))
-            shown["left"] = str(left)
-        return shown
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        now = time.perf_counter()
+        last = trainer.global_step == pl_module.steps
+        if self._line is None or (now - self._drawn < 0.2 and not last):  # a look at a metric waits for a GPU
+            return
+        self._drawn = now
+        self._line.update(
+            self._line.task_ids[0],
+            completed=trainer.global_step,
+            description=f"epoch {trainer.current_epoch + 1}/{pl_module.recipe.schedule.epochs}",
+            shown="  ".join(
+                f"{name.removeprefix('train/').removesuffix('_step')} {value:.{0 if value >= 10 else 3}f}"
+                for name, value in trainer.progress_bar_metrics.items()
+                if not name.endswith("_epoch")
+            ),
+        )
 
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._start(trainer, "evaluating", int(sum(trainer.num_val_batches)), 0)
 
-def progress_bar() -> list[Callback]:
-    """The bar, unless `VMAMBA_PROGRESS=0`."""
-    return [] if os.environ.get("VMAMBA_PROGRESS") == "0" else [RunProgressBar(leave=True)]
+    def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if self._line is not None and trainer.state.fn == TrainerFn.VALIDATING:
+            self._line.advance(self._line.task_ids[0])
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self._stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self._stop()

@@ -24,9 +24,9 @@ from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.callbacks import (
     Checkpoints,
     MetricsFile,
+    ProgressLine,
     StopOnInterrupt,
     Throughput,
-    progress_bar,
     read_metrics,
 )
 from vmamba.train.checkpoint import (
@@ -96,7 +96,6 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[s
                 MetricsFile(folder),
                 Checkpoints(folder, f"val/{task.monitor}"),  # behind the row of the epoch
                 interrupt,  # behind its checkpoint
-                *progress_bar(),
             ],
         )
         training, validation = (_loader(task, recipe, split, trainer) for split in ("train", "val"))
@@ -154,7 +153,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str,
     """Judge a checkpoint on the "val" split of its recipe's data; raises as `load_run` and the data do."""
     task, recipe, model = load_run(checkpoint, overrides)
     with _settings(recipe):
-        trainer = _trainer(recipe, progress_bar())
+        trainer = _trainer(recipe, [])
         (scores,) = trainer.validate(
             TaskModule(task, recipe, model), _loader(task, recipe, "val", trainer), verbose=False
         )
@@ -209,11 +208,11 @@ def _trainer(recipe: Recipe, callbacks: list[Callback]) -> lightning.Trainer:
         max_epochs=recipe.schedule.epochs,
         precision=recipe.train.precision,
         gradient_clip_val=recipe.optim.clip_grad,
-        callbacks=callbacks,
+        callbacks=[*callbacks, ProgressLine()],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_checkpointing=False,  # `Checkpoints` does it
-        enable_progress_bar=any(type(callback).__name__ == "RunProgressBar" for callback in callbacks),
+        enable_progress_bar=False,  # `ProgressLine` is one
         enable_model_summary=False,
         use_distributed_sampler=False,  # `EpochSampler` deals to the ranks itself
         num_sanity_val_steps=0,
