@@ -59,9 +59,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the recipe")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder (default: runs/demo-<time>)"
-    )
+    parser.add_argument("--out", type=Path, default=None, help="folder (default: runs/demo-<time>)")
     args = parser.parse_args()
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
 
