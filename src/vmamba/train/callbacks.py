@@ -17,7 +17,8 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vmamba.errors import UserError
 from vmamba.train.checkpoint import replacing, write_atomically
@@ -187,7 +188,7 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
 
 
 class ProgressLine(Callback):
-    """One line on stderr for the run: epoch, step, time left, losses, scores, images/s."""
+    """One line on stderr for the run: epoch, time left, losses, scores, images/s."""
 
     def __init__(self) -> None:
         self._line: Progress | None = None
@@ -196,11 +197,10 @@ class ProgressLine(Callback):
     def _start(self, trainer: lightning.Trainer, what: str, total: int, done: int) -> None:
         if trainer.is_global_zero:
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("left  {task.fields[shown]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=11)),
+                BarColumn(bar_width=8),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left {task.fields[shown]}", table_column=Column(no_wrap=True)),
             )
             self._line = Progress(*columns, console=Console(stderr=True))
             self._line.add_task(what, total=total, completed=done, shown="")
@@ -224,7 +224,7 @@ class ProgressLine(Callback):
             self._line.task_ids[0],
             completed=trainer.global_step,
             description=f"epoch {trainer.current_epoch + 1}/{pl_module.recipe.schedule.epochs}",
-            shown="  ".join(
+            shown=" ".join(
                 f"{name.removeprefix('train/').removesuffix('_step')} {value:.{0 if value >= 10 else 3}f}"
                 for name, value in trainer.progress_bar_metrics.items()
                 if not name.endswith("_epoch")

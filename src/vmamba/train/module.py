@@ -57,8 +57,8 @@ class TaskModule(lightning.LightningModule):
         self.task.evaluate(self.model, batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        scores = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
-        self.log_dict(scores, prog_bar=True)
+        for name, value in self.val_metrics.compute().items():
+            self.log(f"val/{name}", value, prog_bar=name == self.task.monitor)
         self.val_metrics.reset()
 
     def configure_optimizers(self) -> Any:

@@ -1,0 +1,138 @@
+"""The verbs as a user calls them; but for Ctrl-C in this process, since each new one imports for seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from images import COLOURS, make_folder, tiny_values
+from vmamba_cli.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images/ and recipe.yaml, whose paths are relative."""
+    place = tmp_path_factory.mktemp("place")
+    make_folder(place / "images")
+    (place / "recipe.yaml").write_text(yaml.safe_dump(tiny_values(Path("images"))))
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    done = vmamba(place, "train", "recipe.yaml", "--out", "run", "schedule.epochs=8", "optim.lr=5e-3")
+    assert done.status == 0, done.stderr
+    assert "next: vmamba eval run/checkpoints/best.ckpt" in done.stdout
+    return place / "run" / "checkpoints" / "best.ckpt"
+
+
+class Done(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+def vmamba(place: Path, *arguments: str) -> Done:
+    """Call the command in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(sys, "argv", ["vmamba", *arguments])
+        stdout, stderr = StringIO(), StringIO()
+        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as raised:
+            main()
+    return Done(int(raised.value.code or 0), stdout.getvalue(), stderr.getvalue())
+
+
+def assert_told(done: Done, *message: str) -> None:
+    """One message, on stderr alone, and no traceback."""
+    assert done.status == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("vmamba: ")
+    assert "Traceback" not in done.stderr
+    for part in message:
+        assert part in done.stderr
+
+
+def test_train_eval_predict(place: Path, trained: Path) -> None:
+    done = vmamba(place, "eval", str(trained), "--json", "train.batch_size=6")
+    assert done.status == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert scores.keys() == {"val/top1", "val/top5"}
+    assert scores["val/top1"] > 0.8
+
+    images = [f"images/val/{name}/0.png" for name in COLOURS]
+    done = vmamba(place, "predict", *images, "--checkpoint", str(trained), "--json")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [one["image"] for one in found] == images
+    assert all({c["label"] for c in one["classes"]} == set(COLOURS) for one in found)
+
+    done = vmamba(place, "predict", *images, "--checkpoint", str(trained), "--top", "1")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line, one in zip(lines, found, strict=True):
+        best = one["classes"][0]
+        assert line == f"{one['image']}: {best['label']} {best['score']:.1%}"
+
+
+def test_print_config_writes_nothing(place: Path) -> None:
+    done = vmamba(place, "train", "recipe.yaml", "optim.lr=3e-4", "--print-config", "--out", "none")
+    assert done.status == 0
+    assert yaml.safe_load(done.stdout)["optim"]["lr"] == 3e-4
+    assert not (place / "none").exists()
+
+
+def test_bad_recipes_are_told(place: Path) -> None:
+    done = vmamba(place, "train", "recipe.yaml", "optim.lrr=1.0", "train.batch_size=many", "--out", "none")
+    assert_told(done, "optim.lrr: no such key; did you mean 'lr'?", "train.batch_size: ", "got 'many'")
+    assert_told(vmamba(place, "train", "none.yaml"), "none.yaml: cannot read the recipe")
+    assert not (place / "none").exists()
+
+
+def test_bad_images_and_checkpoints_are_told(place: Path, trained: Path) -> None:
+    (place / "broken.png").write_bytes((place / "images/val/red/0.png").read_bytes()[:99])
+    done = vmamba(place, "predict", "images/val/red/0.png", "broken.png", "--checkpoint", str(trained))
+    assert_told(done, "broken.png: not an image, or a damaged one")
+    (place / "cut.ckpt").write_bytes(trained.read_bytes()[:-100])
+    assert_told(vmamba(place, "eval", "cut.ckpt"), "cut.ckpt: damaged")
+    assert_told(vmamba(place, "eval", "none.ckpt"), "none.ckpt: no such checkpoint")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
+def test_ctrl_c_and_resume(place: Path) -> None:
+    """Ctrl-C reaches every process of the group, the data workers too."""
+    command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--out", "stopped"]
+    process = subprocess.Popen(
+        [*command, "schedule.epochs=60", "train.workers=1"],
+        cwd=place,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (place / "stopped" / "metrics.csv").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130, message
+    assert "to go on: vmamba train --resume stopped" in message
+    assert "Traceback" not in message
+    last = torch.load(place / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 4 <= last["global_step"] < 240
+
+    done = vmamba(place, "train", "--resume", "stopped", "--out", "other")
+    assert done.status == 2
+    assert "give nothing else" in done.stderr.replace("\n", " ")
