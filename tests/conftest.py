@@ -1,5 +1,6 @@
 """Settings of every test: fixed seed, two threads, uninitialised memory filled with NaN."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,5 +17,8 @@ def _fixed() -> Iterator[None]:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, on by default: empty() is NaN
     assert torch.utils.deterministic.fill_uninitialized_memory
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
     torch.use_deterministic_algorithms(False)
