@@ -24,7 +24,7 @@ from vmamba.errors import UserError
 from vmamba.train.checkpoint import replacing, write_atomically
 
 
-class Interrupted(UserError):  # noqa: N818  (named as KeyboardInterrupt is)  # noqa: N818  (it is no error)
+class Interrupted(UserError):  # noqa: N818  (named as KeyboardInterrupt is)
     """The run was stopped by a signal, behind a whole step and with a checkpoint."""
 
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
-from typing_extensions import Self
 
 from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset
 from vmamba.errors import DataError, RecipeError
@@ -41,7 +40,7 @@ class DataRecipe(Section):
     std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
 
     @model_validator(mode="after")
-    def _a_value_each_channel(self) -> Self:
+    def _a_value_each_channel(self) -> "DataRecipe":
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
@@ -79,7 +78,7 @@ class AugmentRecipe(Section):
         return policy
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> "AugmentRecipe":
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
                 raise ValueError(f"{name} [{low}, {high}] is not a range of positive numbers")
@@ -94,7 +93,7 @@ class ClassificationRecipe(Recipe):
     augment: AugmentRecipe = AugmentRecipe()
 
     @model_validator(mode="after")
-    def _mixup_has_pairs(self) -> Self:
+    def _mixup_has_pairs(self) -> "ClassificationRecipe":
         if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is odd; Mixup and CutMix pair a batch's images"

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from timm.optim import list_optimizers
-from typing_extensions import Self
 
 from vmamba.errors import RecipeError
 
@@ -65,7 +64,7 @@ class ScheduleRecipe(Section):
     min_lr: float = Field(default=5e-6, ge=0)
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
+    def _warmup_fits(self) -> "ScheduleRecipe":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is not below epochs {self.epochs}")
         return self
