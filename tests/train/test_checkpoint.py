@@ -139,7 +139,7 @@ def test_code_in_a_checkpoint_does_not_run(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"state_dict": {}}, {"state_dict": {}, "vmamba": 3}, {"state_dict": 3, "vmamba": {}}],
+    [{}, {"state_dict": {}}, {"state_dict": {}, "vmamba": {"recipe": 3}}, {"state_dict": 3, "vmamba": {}}],
     ids=["empty", "no recipe", "recipe of another type", "weights of another type"],
 )
 def test_not_the_checkpoint_of_a_run(content: dict[str, Any], tmp_path: Path) -> None:

@@ -81,24 +81,30 @@ class Checkpoints(Callback):
     Args:
         folder: Of the run.
         monitor: The metric that is the score.
+
+    Attributes:
+        scores: Of the last evaluation, be it before the run was resumed.
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
         self.folder, self.monitor = folder / "checkpoints", monitor
         self.best = -math.inf
+        self.scores: dict[str, float] = {}
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        score = trainer.callback_metrics[self.monitor].item()
+        found = trainer.callback_metrics.items()
+        self.scores = {name: value.item() for name, value in found if name.startswith("val/")}
+        score = self.scores[self.monitor]
         if not score <= self.best:
             self.best = score
             trainer.save_checkpoint(self.folder / "best.ckpt")
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "scores": self.scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self.scores = state_dict["best"], state_dict["scores"]
 
 
 class Throughput(Callback):

@@ -112,10 +112,10 @@ def contents(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> tup
     Raises:
         CheckpointError: It is not one of a run.
     """
-    held = checkpoint.get(CONTENTS)
-    if not isinstance(held, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
-    return held["recipe"], held["classes"]
+    match checkpoint.get("state_dict"), checkpoint.get(CONTENTS):
+        case dict(), {"recipe": dict(recipe), "classes": list(classes)}:
+            return recipe, classes
+    raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from vmamba.train.callbacks import (
     ProgressLine,
     StopOnInterrupt,
     Throughput,
-    read_metrics,
 )
 from vmamba.train.checkpoint import (
     AtomicCheckpointIO,
@@ -88,13 +87,13 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[s
         raise RecipeError(f"{folder}: holds a run already; resume it with --resume, or name another folder")
     with _settings(recipe):
         task = task_type(recipe.task)(recipe)
-        interrupt = StopOnInterrupt(folder)
+        checkpoints, interrupt = Checkpoints(folder, f"val/{task.monitor}"), StopOnInterrupt(folder)
         trainer = _trainer(
             recipe,
             [
                 Throughput(),
                 MetricsFile(folder),
-                Checkpoints(folder, f"val/{task.monitor}"),  # behind the row of the epoch
+                checkpoints,  # behind the row of the epoch
                 interrupt,  # behind its checkpoint
             ],
         )
@@ -109,10 +108,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[s
         module = TaskModule(task, recipe, model, steps=recipe.schedule.epochs * len(training))
         with interrupt.listening():
             trainer.fit(module, training, validation, ckpt_path=last if resume else None)
-    last_row = read_metrics(folder / "metrics.csv")[
-        -1
-    ]  # also of a finished run, where nothing was left to do
-    return {name: float(value) for name, value in last_row.items() if name.startswith("val/")}
+    return checkpoints.scores
 
 
 def resume(folder: str | Path) -> dict[str, float]:
