@@ -149,10 +149,11 @@ class VMamba(nn.Module):
         self.feature_info = feature_info
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.drop_rate = drop_rate
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -195,14 +196,15 @@ class VMamba(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head.reset(
+        self.head = ClassifierHead(
+            self.num_features,
             num_classes,
-            pool_type=global_pool,
-            in_features=self.num_features,
+            pool_type=self.global_pool,
+            drop_rate=self.drop_rate,
             device=reference.device,
             dtype=reference.dtype,
-        )
-        self.head_hidden_size = self.head.num_features
+        ).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.head.apply(_init_weights)
 
     def forward_intermediates(
