@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -11,7 +11,7 @@ VERBS = ("train", "eval", "predict", "info", "list")
 
 
 class _Verbs(TyperGroup):
-    """Loads a verb's file only when that verb is called."""
+    """Loads a verb's file only when that verb is called, and tells a user's errors."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -24,8 +24,26 @@ class _Verbs(TyperGroup):
         app.command(cmd_name)(module.command)
         return typer.main.get_command(app)
 
+    def invoke(self, ctx: Any) -> Any:
+        """What the user can mend is one message and exit status 2, an interrupt 130."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # A `UserError` can only be here if its module is loaded already: nothing is imported for it.
+            errors = sys.modules.get("vmamba.errors")
+            if errors is None or not isinstance(error, errors.UserError) or ctx.params["debug"]:
+                raise
+            typer.secho(f"vmamba: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(130 if type(error).__name__ == "Interrupted" else 2) from error
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
 
 
 def _version(asked: bool) -> None:
@@ -38,22 +56,19 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def vmamba(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where in the code an error arose; before the verb.")
+    ] = False,
 ) -> None:
     """VMamba: the visual state-space backbone."""
 
 
 def main() -> None:
-    """Run the command; what the user can mend is one message and exit status 2, an interrupt 130."""
-    try:
-        app()
-    except Exception as error:
-        # A name's `UserError` can only be here if the library is loaded already: nothing is imported for it.
-        errors = sys.modules.get("vmamba.errors")
-        if errors is None or not isinstance(error, errors.UserError):
-            raise
-        typer.secho(f"vmamba: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 2)
+    """Run the command."""
+    app()
 
 
 if __name__ == "__main__":

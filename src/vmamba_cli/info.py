@@ -15,18 +15,21 @@ def command(
     """Show versions, devices and engines here, or a model's counts and settings."""
     import json
 
-    from rich.console import Console
-    from rich.table import Table
-
+    if model is None and size is not None:
+        raise typer.BadParameter("--input is the input size of a model; name the model too")
     found = _machine() if model is None else _model(model, size)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    width = max(map(len, found))
     for name, value in found.items():
-        shown = "\n".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(f"[bold]{name}", shown)
-    Console(width=None).print(table)
+        lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]
+        for title, line in zip([name, *[""] * len(lines)], lines, strict=False):
+            typer.echo(f"{typer.style(title.ljust(width), bold=True)}  {line}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _machine() -> dict[str, Any]:
@@ -55,23 +58,23 @@ def _machine() -> dict[str, Any]:
 
 
 def _model(name: str, size: str | None) -> dict[str, Any]:
-    from vmamba.analysis.complexity import count, create_on_meta, parse_size
+    from vmamba.analysis.complexity import count, create_on_meta, feature_shapes, parse_size
 
-    model = create_on_meta(name)
+    given = parse_size(size) if size else None
+    model = create_on_meta(name, given)
     cfg = model.pretrained_cfg
     in_chans, *default = cfg["input_size"]
-    height, width = parse_size(size) if size else default
+    height, width = given or default
     counts = count(model, (in_chans, height, width))
+    shapes = feature_shapes(model, (in_chans, height, width))
     return {
         "model": name,
         "input": f"{in_chans} x {height} x {width}",
         "parameters": counts.parameters,
-        "GMACs (as the paper counts)": round(counts.macs / 1e9, 3),
-        "GMACs (scan as a for-loop)": round(counts.macs_for_loop / 1e9, 3),
-        "feature maps": {
-            info["module"]: f"{info['num_chs']} channels, stride {info['reduction']}"
-            for info in model.feature_info
-        },
+        "GMACs": round(counts.macs / 1e9, 3),
+        "GMACs, scan as a for-loop": round(counts.macs_for_loop / 1e9, 3),
+        "feature maps": {name: " x ".join(map(str, shape)) for name, shape in shapes.items()},
+        **_settings(name),
         "weights": cfg.get("url") or cfg.get("hf_hub_id") or "none released",
         "preprocessing": {
             "mean": tuple(cfg["mean"]),
@@ -80,3 +83,17 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
             "crop_pct": cfg["crop_pct"],
         },
     }
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """The arguments of `VMamba` that make the model; nothing for another library's."""
+    from inspect import signature
+
+    from vmamba.models import ALIASES, VARIANTS, VMamba
+
+    variant = VARIANTS.get(ALIASES.get(name, name))
+    if variant is None:
+        return {}
+    defaults = {key: parameter.default for key, parameter in signature(VMamba).parameters.items()}
+    unset = ("device", "dtype")
+    return {"settings": {key: value for key, value in {**defaults, **variant}.items() if key not in unset}}

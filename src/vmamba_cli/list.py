@@ -16,33 +16,38 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from vmamba.analysis.complexity import count, create_on_meta
+    from vmamba.analysis.complexity import ModelError, count, create_on_meta
     from vmamba.models import ALIASES, VARIANTS
 
     names = fnmatch.filter([*ALIASES, *VARIANTS], pattern)
     if not names:
-        typer.secho(f"vmamba: no model matches {pattern!r}", fg="red", err=True)
-        raise typer.Exit(2)
+        raise ModelError(f"no model matches {pattern!r}; `vmamba list` shows all")
+    models = {variant: create_on_meta(variant) for variant in dict.fromkeys(ALIASES.get(n, n) for n in names)}
+    counts = {variant: count(m, m.pretrained_cfg["input_size"]) for variant, m in models.items()}
     rows = []
     for name in names:
-        model = create_on_meta(name)
-        counts = count(model, model.pretrained_cfg["input_size"])
+        variant = ALIASES.get(name, name)
+        cfg = models[variant].pretrained_cfg
         rows.append(
             {
                 "model": name,
-                "alias of": ALIASES.get(name, ""),
-                "input": model.pretrained_cfg["input_size"][-1],
-                "parameters": counts.parameters,
-                "GMACs": round(counts.macs / 1e9, 3),
-                "weights": "authors'" if model.pretrained_cfg.get("url") else "",
+                "same as": variant if name in ALIASES else "",
+                "input": cfg["input_size"][-1],
+                "parameters": counts[variant].parameters,
+                "GMACs": round(counts[variant].macs / 1e9, 3),
+                "weights": "authors'" if cfg.get("url") else "",
             }
         )
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table()
-    for column in rows[0]:
-        table.add_column(column, no_wrap=column == "model")
+    table = Table(box=None, pad_edge=False)
+    for name, value in rows[0].items():
+        table.add_column(name, no_wrap=True, justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        table.add_row(*(_text(value) for value in row.values()))
     Console().print(table)
+
+
+def _text(value: str | int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else value

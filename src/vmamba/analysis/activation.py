@@ -9,7 +9,7 @@ A map is a part of this, averaged over channels: `CB` is Q Kᵀ alone, `ww` the 
 H height, W width, L = H·W positions, D channels, K routes, N state size, R rank of delta.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -185,6 +185,8 @@ def _map(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, kind: str, with_delta: 
 def draw(found: ActivationMaps, image: Tensor, query: tuple[float, float], path: str | Path) -> None:
     """Write maps as a PNG: what a query patch takes from the image, and under it the whole maps.
 
+    Each picture is scaled for itself; what a route has not reached is blank.
+
     Args:
         found: From `activation_maps`.
         image: To show, (C, height, width), in [0, 1].
@@ -196,23 +198,27 @@ def draw(found: ActivationMaps, image: Tensor, query: tuple[float, float], path:
     """
     from matplotlib.figure import Figure
 
-    heat = found.from_query(query)
-    (height, width), columns = found.size, len(found.routes) + 2
+    length, columns = found.maps.shape[1], len(found.routes) + 2
+    unreached = torch.full((length, length), torch.nan).triu(1)  # is left blank
+    reached = replace(found, maps=found.maps + unreached)
     figure = Figure(figsize=(2.4 * columns, 5.4), layout="constrained")
     (shown, *upper), (kept, *lower) = figure.subplots(2, columns)
     channels, *pixels = image.shape
     shown.imshow(image.permute(1, 2, 0).numpy() if channels == 3 else image[0].numpy(), cmap="gray")
     shown.plot(query[0] * pixels[1], query[1] * pixels[0], "*", color="tab:red", markersize=14)
     shown.set_title("image and query", fontsize=9)
-    kept.imshow(scaled(found.diagonal()).numpy(), cmap="viridis")
+    kept.imshow(found.diagonal().numpy())
     kept.set_title("diagonal of the sum", fontsize=9)
     titles = [*(route.replace("_", " ") for route in found.routes), "sum"]
-    for axes, title, values in zip(upper, titles, [*heat, heat.sum(0)], strict=True):
-        axes.imshow(scaled(values).numpy(), cmap="viridis")
-        axes.plot(int(query[0] * width), int(query[1] * height), "*", color="tab:red", markersize=10)
+    heat = [*reached.from_query(query), found.from_query(query).sum(0)]
+    for axes, title, values in zip(upper, titles, heat, strict=True):
+        axes.imshow(values.numpy())
+        axes.plot(
+            int(query[0] * found.size[1]), int(query[1] * found.size[0]), "*", color="tab:red", markersize=10
+        )
         axes.set_title(f"query: {title}", fontsize=9)
-    for axes, title, values in zip(lower, titles, [*found.maps, found.merged()], strict=True):
-        axes.imshow(scaled(values).numpy(), cmap="viridis")
+    for axes, title, values in zip(lower, titles, [*reached.maps, found.merged()], strict=True):
+        axes.imshow(values.numpy())
         axes.set_title(f"map: {title}", fontsize=9)
     for axes in figure.axes:
         axes.set_xticks([])

@@ -4,6 +4,7 @@ GMACs count convolutions and matrix products once a multiply-add, layer norm 5 a
 a selective scan as `vmamba.ops.flops.scan_macs` says, so that they are the figures of the paper's tables.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -11,12 +12,14 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from timm.models import get_pretrained_cfg_value
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba  # noqa: F401  (registers the variants)
 from vmamba.errors import UserError
-from vmamba.ops.flops import scan_macs
+from vmamba.ops.flops import COUNTINGS, scan_macs
 
 
 class ModelError(UserError, ValueError):
@@ -38,14 +41,21 @@ class Complexity:
     macs_for_loop: float
 
 
-def create_on_meta(name: str, **kwargs: Any) -> Any:
+def create_on_meta(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any:
     """A model (`nn.Module`) of timm's registry without memory for its weights.
+
+    Args:
+        name: Of the model.
+        size: (height, width) of the images, for models that are made for one size.
+        kwargs: Further arguments of the model.
 
     Raises:
         ModelError: There is none of that name.
     """
     if not timm.is_model(name):
         raise ModelError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
+    if size is not None and get_pretrained_cfg_value(name, "fixed_input_size"):
+        kwargs["img_size"] = size
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
 
@@ -63,60 +73,72 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def count(model: nn.Module, input_size: tuple[int, ...]) -> Complexity:
-    """Count one forward pass of a batch of one.
+    """Count one forward pass of a batch of one, on the meta device: nothing is computed.
 
     Args:
-        model: On any device; on the meta device nothing is computed.
+        model: On any device.
         input_size: (channels, height, width).
 
     Raises:
         ModelError: The model does not take that size.
     """
-    device = next(model.parameters()).device
-    image = torch.empty(1, *input_size, device=device)
+    fewer: list[float] = []  # by as much is a scan less in the counting as a for-loop
+
+    def scan(
+        x: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any, weight: Any, *_: Any, **__: Any
+    ) -> int:
+        rank = None if weight is None else weight[2]
+        paper, for_loop = (
+            scan_macs(tuple(x), A[0], A[2], rank=rank, skip=D is not None, counting=counting)
+            for counting in COUNTINGS
+        )
+        fewer.append(paper - for_loop)
+        return int(2 * paper)
+
+    formulas = {**_FORMULAS, torch.ops.vmamba.selective_scan_2d: scan}
+    weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        _evaluate(model, partial(functional_call, model, weights), input_size)
+    macs = counter.get_total_flops() / 2  # the counter has two to a multiply-add
+    return Complexity(sum(p.numel() for p in model.parameters()), macs, macs - sum(fewer))
+
+
+def feature_shapes(model: Any, input_size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes (C, H, W) of a timm model's feature maps, under the names of the modules they come from.
+
+    Args:
+        model: From `create_on_meta`.
+        input_size: (channels, height, width).
+
+    Raises:
+        ModelError: The model does not take that size.
+    """
+    maps = _evaluate(model, partial(model.forward_intermediates, intermediates_only=True), input_size)
+    names = [info["module"] for info in model.feature_info]
+    return {name: tuple(feature.shape[1:]) for name, feature in zip(names, maps, strict=True)}
+
+
+def _evaluate(model: nn.Module, call: Callable[[Tensor], Any], input_size: tuple[int, ...]) -> Any:
+    """Call with an image without memory, the model in eval mode for that time."""
     training = model.training
-    macs = []
     try:
-        for counting in ("paper", "for-loop"):
-            with (
-                torch.no_grad(),
-                FlopCounterMode(display=False, custom_mapping=_formulas(counting)) as counter,
-            ):
-                model.eval()(image)
-            macs.append(counter.get_total_flops() / 2)  # the counter has two to a multiply-add
+        image = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
+        model.eval()
+        with torch.no_grad():
+            return call(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(f"the model does not take an input of {tuple(input_size)}: {error}") from error
     finally:
         model.train(training)
-    return Complexity(sum(p.numel() for p in model.parameters()), *macs)
-
-
-def _formulas(counting: str) -> dict[Any, Any]:
-    aten = torch.ops.aten
-    return {
-        aten.native_layer_norm: partial(_per_value, 5),
-        aten.mean.dim: partial(_per_value, 1),
-        aten._adaptive_avg_pool2d: partial(_per_value, 1),
-        torch.ops.vmamba.selective_scan_2d: partial(_scan, counting),
-    }
 
 
 def _per_value(macs: int, shape: Any, *_: Any, **__: Any) -> int:
     return 2 * macs * prod(shape)
 
 
-def _scan(
-    counting: str,
-    x: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    bias: Any,
-    weight: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    rank = None if weight is None else weight[2]
-    return int(2 * scan_macs(tuple(x), A[0], A[2], rank=rank, skip=D is not None, counting=counting))
+_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten.native_layer_norm: partial(_per_value, 5),
+    torch.ops.aten.mean.dim: partial(_per_value, 1),
+    torch.ops.aten._adaptive_avg_pool2d: partial(_per_value, 1),
+    torch.ops.aten.avg_pool2d: partial(_per_value, 1),
+}
