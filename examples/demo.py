@@ -20,6 +20,11 @@ from vmamba.train.run import evaluate, load_recipe, load_run, train
 RECIPE = Path(__file__).parent.parent / "recipes" / "mnist_pico.yaml"
 
 
+def spread(values: list[int], n: int) -> list[int]:
+    """n of the values, evenly spaced: the digits stand in order."""
+    return [values[i * len(values) // n] for i in range(n)]
+
+
 def draw_predictions(checkpoint: Path, path: Path) -> int:
     """Held-back images with what the model says of them, the mistakes first; returns how many those are."""
     task, _, model = load_run(checkpoint)
@@ -29,10 +34,12 @@ def draw_predictions(checkpoint: Path, path: Path) -> int:
         p.classes[0] for i in range(0, len(images), 100) for p in task.predict(model, images[i : i + 100])
     ]
     wrong = [i for i, p in enumerate(predictions) if p.label != held_back.classes[labels[i]]]
-    right = [i for i in range(0, len(images), 37) if i not in wrong]
+    right = sorted(set(range(len(images))) - set(wrong))
+    shown_wrong = spread(wrong, min(16, len(wrong)))
+    chosen = shown_wrong + spread(right, 32 - len(shown_wrong))
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     figure.suptitle(f"{len(images) - len(wrong)} of {len(images)} digits right; mistakes in red")
-    for axes, i in zip(figure.subplots(4, 8).flat, (wrong[:16] + right)[:32], strict=True):
+    for axes, i in zip(figure.subplots(4, 8).flat, chosen, strict=True):
         predicted, true = predictions[i], held_back.classes[labels[i]]
         axes.imshow(images[i], cmap="gray")
         title = predicted.label if i not in wrong else f"{predicted.label}, is {true}"
