@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck conformance clean
+.PHONY: help demo test lint typecheck conformance clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
+	@echo "Installing PyTorch and all else into $(VENV): a few minutes, 6 GB on Linux"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
@@ -35,4 +36,4 @@ conformance: $(VENV)/installed
 	$(BIN)/python scripts/timm_conformance.py
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
