@@ -12,7 +12,7 @@ help:
 	@echo "make lint typecheck conformance   what CI runs besides"
 	@echo "make clean        remove $(VENV) and what tools leave behind"
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	@echo "Installing PyTorch and all else into $(VENV): a few minutes, 6 GB on Linux"
 	$(PYTHON) -m venv $(VENV)

@@ -2,10 +2,18 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from vmamba.ops import NAMED_ROUTES, selective_scan_2d
+from vmamba.ops import NAMED_ROUTES, backends, selective_scan_2d
+
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+    for name, reason in ((status.name, status.reason) for status in backends())
+]
+"""Every engine that can run here."""
+FAST = [engine for engine in ENGINES if engine.values != ("reference",)]
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 

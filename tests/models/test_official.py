@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import vmamba
+from scans import ENGINES, FAST
 from vmamba.errors import CheckpointError
 from vmamba.ops import use_backend
 
@@ -43,7 +44,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_parity(name: str, backend: str) -> None:
     expected = numbers(name)
@@ -61,13 +62,14 @@ def test_parity(name: str, backend: str) -> None:
         assert error(parameter.grad, theirs[key]) < 1e-4, key
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_engines_agree_in_float64(name: str) -> None:
+def test_engines_agree_in_float64(name: str, backend: str) -> None:
     model = vmamba.load_official(micro(name), numbers(name, "param.")).double()
     x = numbers(name)["input"].double()
     outputs = []
-    for backend in ("reference", "chunked"):
-        with use_backend(backend):
+    for engine in ("reference", backend):
+        with use_backend(engine):
             outputs.append(model(x))
     assert error(*outputs) < 1e-12
 

@@ -6,11 +6,9 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from scans import assert_accurate, cast, given, operands, value_and_gradients
+from scans import ENGINES, FAST, assert_accurate, cast, given, operands, value_and_gradients
 from vmamba.ops import ROUTES, chunked, cross_merge, cross_scan, selective_scan_2d
 
-ENGINES = ("reference", "chunked")
-FAST = ("chunked",)
 routes_drawn = st.one_of(
     st.sampled_from(["cross", "unidirectional", "bidirectional"]),
     st.lists(st.sampled_from(ROUTES), min_size=1, max_size=5).map(tuple),

@@ -8,7 +8,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from scans import given, operands, value_and_gradients
+from scans import ENGINES, given, operands, value_and_gradients
 from vmamba.ops import (
     BackendWarning,
     _registry,
@@ -19,8 +19,6 @@ from vmamba.ops import (
     selective_scan_2d,
     use_backend,
 )
-
-ENGINES = ("reference", "chunked")
 
 
 def positional(call: dict, backend: str | None = None) -> tuple:
@@ -127,7 +125,8 @@ def test_a_fast_engine_is_chosen_by_device_and_said_to_be_missing(monkeypatch: p
         why_not=lambda device, n_state: "N is at most 2" if n_state > 2 else None,
         fast_on=("cpu",),
     )
-    monkeypatch.setitem(_registry._BACKENDS, "fast", fast)
+    slow = {name: _registry._BACKENDS[name] for name in ("chunked", "reference")}
+    monkeypatch.setattr(_registry, "_BACKENDS", {"fast": fast, **slow})
     call = operands(requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -150,10 +149,11 @@ def test_a_fast_engine_is_chosen_by_device_and_said_to_be_missing(monkeypatch: p
 
 
 def test_backends_lists_every_engine() -> None:
-    assert [(status.name, status.available) for status in backends()] == [
-        ("chunked", True),
-        ("reference", True),
-    ]
+    found = {status.name: status for status in backends()}
+    assert list(found) == ["chunked", "cpu", "reference"]
+    assert found["chunked"].available
+    assert found["reference"].available
+    assert all(status.available == (status.reason is None) for status in found.values())
     with pytest.raises(ValueError, match="unknown engine 'magic'"), use_backend("magic"):
         pass
 

@@ -1,0 +1,14 @@
+// The kernel's entry points, one pair for each instruction set that the library holds.
+#pragma once
+
+#include "selective_scan.h"
+
+#define VMAMBA_DECLARE(target)                                                  \
+  namespace target {                                                            \
+  int forward(const vmamba_scan &, void *y, void *last, void *states);          \
+  int backward(const vmamba_scan &, const vmamba_gradients &);                  \
+  }
+
+VMAMBA_DECLARE(vmamba_baseline)
+VMAMBA_DECLARE(vmamba_avx2)
+VMAMBA_DECLARE(vmamba_avx512)

@@ -1,0 +1,71 @@
+/* The 2D selective scan on a CPU: the C interface of libvmamba_cpu.
+ *
+ * B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta, S = ceil(L / state_stride).
+ *
+ * Images are addressed by strides, counted in elements; their last dimension is contiguous. All other arrays
+ * are contiguous and of the state's type, float or double. Sizes are checked by the caller. */
+#ifndef VMAMBA_SELECTIVE_SCAN_H
+#define VMAMBA_SELECTIVE_SCAN_H
+
+#include <stdint.h>
+
+#ifdef _WIN32
+#define VMAMBA_API __declspec(dllexport)
+#else
+#define VMAMBA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum vmamba_type { VMAMBA_FLOAT32 = 0, VMAMBA_FLOAT64 = 1, VMAMBA_FLOAT16 = 2, VMAMBA_BFLOAT16 = 3 };
+
+enum vmamba_status { VMAMBA_OK = 0, VMAMBA_OUT_OF_MEMORY = 1 };
+
+/* An operand in image position. */
+typedef struct {
+  const void *data;
+  int64_t type;      /* enum vmamba_type */
+  int64_t stride[4]; /* of batch, height, width and route */
+} vmamba_image;
+
+typedef struct {
+  int64_t batch, height, width, channels, n_routes, n_state;
+  int64_t rank;         /* R; 0: delta is given for every channel */
+  int64_t softplus;     /* whether delta passes through it */
+  int64_t state_stride; /* positions between saved states */
+  int64_t state_type;   /* VMAMBA_FLOAT32 or VMAMBA_FLOAT64 */
+  int64_t threads;
+  const int64_t *routes; /* (K): 0 row, 1 column, 2 row reversed, 3 column reversed */
+  vmamba_image x;        /* (B, H, W, D) */
+  vmamba_image delta;    /* (B, H, W, K, R), or (B, H, W, K, D) if R is 0 */
+  vmamba_image B, C;     /* (B, H, W, K, N) */
+  const void *A;         /* (K, D, N) */
+  const void *D;         /* (K, D) or null */
+  const void *bias;      /* (K, D) or null */
+  const void *weight;    /* (K, D, R) or null */
+  const void *initial;   /* (B, K, D, N) or null */
+} vmamba_scan;
+
+/* y (B, H, W, D), last (B, K, D, N) and states (B, K, S, N, D) are written in full. */
+VMAMBA_API int vmamba_scan_forward(const vmamba_scan *scan, void *y, void *last, void *states);
+
+/* Gradients, each of its operand's shape, contiguous, written in full; those of operands that are null are not
+ * written. */
+typedef struct {
+  vmamba_image y;     /* of y, (B, H, W, D) */
+  const void *last;   /* of the last state, (B, K, D, N), or null */
+  const void *states; /* as the forward saved them */
+  void *x, *delta, *A, *B, *C, *D, *bias, *weight, *initial;
+} vmamba_gradients;
+
+VMAMBA_API int vmamba_scan_backward(const vmamba_scan *scan, const vmamba_gradients *gradients);
+
+/* The instruction set in use: "avx512", "avx2", "baseline" or "neon". */
+VMAMBA_API const char *vmamba_instruction_set(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,152 @@
+"""What only the compiled engine can get wrong: threads, blocks of channels, addresses, memory."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from scans import assert_accurate, cast, given, operands, value_and_gradients
+from vmamba.ops import BackendWarning, backends, cpu, selective_scan_2d
+
+WHY_NOT = {status.name: status.reason for status in backends()}["cpu"]
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+def test_says_what_it_runs_on() -> None:
+    assert cpu.instruction_set() in ("avx512", "avx2", "baseline")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("n_state", [1, 5])
+def test_the_same_bits_on_any_number_of_threads(batch: int, n_state: int) -> None:
+    call = operands(batch, 10, 9, 200, n_state, 5, dtype=torch.float32)
+    grad_y = torch.randn_like(call["x"])
+    found = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append(value_and_gradients(call, grad_y, backend="cpu"))
+    for other in found[1:]:
+        for name, t in found[0].items():
+            assert torch.equal(other[name], t), name
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("rank", [None, 1, 9])
+def test_any_number_of_channels(channels: int, rank: int | None) -> None:
+    calls = [
+        operands(2, 6, 7, channels, 2, rank, dtype=torch.float32) for _ in range(16 if channels < 15 else 1)
+    ]
+    assert_accurate(*calls, backend="cpu")
+
+
+@pytest.mark.parametrize("n_state", [1, 4, 16, 17, 64])
+def test_any_state_size(n_state: int) -> None:
+    """Over several saved states, whose distance grows with N."""
+    assert_accurate(operands(1, 20, 18, 8, n_state, 3, dtype=torch.float32), backend="cpu")
+
+
+def test_a_larger_state_goes_to_the_slower_engine() -> None:
+    call = operands(1, 2, 2, 2, 65, requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .* N of at most 64, got 65"):
+        selective_scan_2d(**call, backend="cpu")
+    with pytest.warns(BackendWarning, match="N of at most 64"):
+        y = selective_scan_2d(**call)
+    torch.testing.assert_close(y, selective_scan_2d(**call, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_value_is_read_exactly(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 1, 1)
+    zero, one = torch.zeros(2**16, 1, 1, 1, 1), torch.ones(1, 1)
+    y = selective_scan_2d(
+        values, zero, -one[None], zero, zero, one, routes=("row",), out_dtype=torch.float32, backend="cpu"
+    )
+    expected = values.float() + 0.0  # the state adds 0 (or NaN, where 0·x is)
+    expected[expected.isinf()] = torch.nan
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    call = operands(2, 12, 11, 70, 2, 4, dtype=torch.float32)
+    grad_y = torch.randn_like(call["x"])
+    expected = value_and_gradients(call, grad_y, backend="cpu")
+    wrong: list[str] = []
+
+    def work() -> None:
+        own = cast(call, torch.float32)
+        for _ in range(20):
+            found = value_and_gradients(own, grad_y, backend="cpu")
+            wrong.extend(name for name, t in expected.items() if not torch.equal(found[name], t))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    """Two images 2³¹ + 64 elements apart in a sparse file."""
+    apart, shape = 2**31 + 64, (2, 2, 3, 4)
+    file = tmp_path / "sparse"
+    with file.open("wb") as out:
+        out.truncate(4 * (apart + 24))
+    flat = torch.from_file(str(file), shared=True, size=apart + 24, dtype=torch.float32)
+    call = operands(*shape, dtype=torch.float32, requires_grad=False)
+    x = flat.as_strided(shape, (apart, 12, 4, 1))
+    x.copy_(call["x"])
+    assert torch.equal(
+        selective_scan_2d(**{**call, "x": x}, backend="cpu"), selective_scan_2d(**call, backend="cpu")
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_does_not_leak() -> None:
+    call = operands(2, 4, 4, 32, 1, 2, dtype=torch.float32)
+    grad_y = torch.randn_like(call["x"])
+
+    def run(n: int) -> int:
+        for _ in range(n):
+            selective_scan_2d(**call, backend="cpu").backward(grad_y)
+            for t in given(call).values():
+                t.grad = None
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = run(500)
+    assert run(5000) - before < 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_shares_the_threads_of_torch() -> None:
+    """No thread beside torch's, and none at all beside the first with `set_num_threads(1)`."""
+    program = """
+import os, torch
+from vmamba.ops import selective_scan_2d
+def scan():
+    K, D = 4, 256
+    x, delta, z = (torch.randn(2, 8, 8, *rest) for rest in ((D,), (K, D), (K, 1)))
+    selective_scan_2d(x, delta, -torch.ones(K, D, 1), z, z, backend="cpu")
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+before = len(os.listdir("/proc/self/task"))
+print(scan() - before)
+torch.set_num_threads(3)
+torch.randn(10**7).exp().sum()
+before = len(os.listdir("/proc/self/task"))
+print(scan() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        vmamba_scan_forward = staticmethod(lambda *_: 1)
+
+    monkeypatch.setattr(cpu, "_library", Full)
+    with pytest.raises(MemoryError, match="selective scan: out of memory"):
+        selective_scan_2d(**operands(requires_grad=False), backend="cpu")
