@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         train a small model on real digits, judge it, draw what it sees (about 6 minutes)"
+	@echo "make demo         train a small model on real digits, judge it, draw what it sees (about 3 minutes)"
 	@echo "make test         run the tests"
 	@echo "make lint typecheck conformance   what CI runs besides"
 	@echo "make clean        remove $(VENV) and what tools leave behind"

