@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vmamba.nn.linear import Mlp
 from vmamba.nn.ss2d import SS2D, CascadeSS2D
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba.nn.linear import Linear
+
 
 class ConvStem(nn.Module):
     """Two 3×3 convolutions, each with norm, GELU between; (B, C, H, W) → (B, H', W', dim).
@@ -103,7 +105,7 @@ class MergeDownsample(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, device=device, dtype=dtype)
+        self.reduction = Linear(4 * dim, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba.nn.linear import Linear, linear
 from vmamba.ops import decomposition
 from vmamba.ops._routes import route_codes
 
@@ -79,7 +80,7 @@ class SS2D(nn.Module):
         n_routes = len(self.routes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv = (
             nn.Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd)
             if conv
@@ -91,7 +92,7 @@ class SS2D(nn.Module):
         self.A_log = nn.Parameter(torch.empty(n_routes, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(n_routes, inner, **dd))
         self.out_norm = nn.LayerNorm(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -136,7 +137,9 @@ class SS2D(nn.Module):
 
     def _scan_inputs(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all routes, (B, H, W, D) and (K, R + 2N, D) → delta, B and C, (B, H, W, K, ·)."""
-        projected = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (weight.shape[0], weight.shape[1]))
+        rows = weight.flatten(0, 1)
+        projected = F.linear(x, rows) if torch.jit.is_scripting() else linear(x, rows)
+        projected = projected.unflatten(-1, (weight.shape[0], weight.shape[1]))
         delta, B, C = projected.split(self.splits, dim=-1)
         return delta, B, C
 

@@ -1,0 +1,146 @@
+"""Linear layers and the MLP, on the fast path of the processor at hand.
+
+M rows, I features in, O features out.
+
+`F.linear` in float32 goes to MKL on x86, which leaves AVX-512 unused on processors that are not Intel's;
+oneDNN, which comes with PyTorch too, uses it everywhere, and joins GELU to the product. The weights stay as
+they are: oneDNN turns them into its own order in each call, so that no copy can be stale. Wherever something
+looks at the call or changes it (compilation, tracing, autocast, subclasses of Tensor, dispatch modes,
+function transforms), the layers are `F.linear` and nothing else.
+"""
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_ONEDNN = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+_HIDDEN_AT_ONCE = 2**21
+"""Values of the MLP's hidden layer that stay in the cache between its two products."""
+
+
+def _in_onednn(x: Tensor, weight: Tensor) -> bool:
+    return bool(
+        _ONEDNN
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch.backends.mkldnn.enabled
+        and x.shape[-1] == weight.shape[-1]  # else F.linear says what is wrong
+        and x.numel() > 0
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """x·weightᵀ + bias by oneDNN; x (…, I), weight (O, I)."""
+    return torch.ops.mkldnn._linear_pointwise(
+        x, weight, bias, activation, [], "none" if activation == "gelu" else ""
+    )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        if torch.is_grad_enabled():  # second derivatives
+            return (
+                grad @ weight if for_x else None,
+                rows.t() @ x.flatten(0, -2) if for_weight else None,
+                rows.sum(0) if for_bias else None,
+            )
+        grad = grad.contiguous()
+        grad_weight = grad_bias = None
+        if for_weight or for_bias:
+            # The convolution's own, as a 1×1 convolution over an image of one line.
+            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                *(t.reshape(1, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x)),
+                *(weight[:, :, None, None], [weight.shape[0]]),
+                *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, for_weight, for_bias]),
+            )
+        return (
+            _product(grad, weight.t()) if for_x else None,
+            None if grad_weight is None else grad_weight[:, :, 0, 0],
+            grad_bias,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: (…, I), (O, I), (O,) → (…, O)."""
+    if _in_onednn(x, weight):
+        return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def _untouched(layer: nn.Module) -> bool:
+    """Whether what the layer does is known: none has taken its place, and no hook is on it."""
+    return type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, with the names of timm's `Mlp`; (…, dim) → (…, dim)."""
+
+    def __init__(
+        self, dim: int, hidden: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+            if self._joins(x):
+                return self._joined(x)
+        return self.fc2(self.act(self.fc1(x)))
+
+    def _joins(self, x: Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled()
+            and _untouched(self.fc1)
+            and _untouched(self.fc2)
+            and _in_onednn(x, self.fc1.weight)
+            and self.fc2.weight.dtype == torch.float32
+        )
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Without the hidden layer in memory: some rows at a time, GELU in the first product."""
+        rows = x.reshape(-1, x.shape[-1])
+        step = max(64, _HIDDEN_AT_ONCE // self.fc1.out_features)
+        parts = [
+            _product(_product(part, self.fc1.weight, self.fc1.bias, "gelu"), self.fc2.weight, self.fc2.bias)
+            for part in rows.split(step)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
