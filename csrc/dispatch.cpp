@@ -7,6 +7,7 @@ struct Kernel {
   const char *name;
   int (*forward)(const vmamba_scan &, void *, void *, void *);
   int (*backward)(const vmamba_scan &, const vmamba_gradients &);
+  void (*bare_loop)(int64_t, int64_t);
 };
 
 Kernel choose() {
@@ -14,11 +15,11 @@ Kernel choose() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", vmamba_avx512::forward, vmamba_avx512::backward};
+    return {"avx512", vmamba_avx512::forward, vmamba_avx512::backward, vmamba_avx512::bare_loop};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {"avx2", vmamba_avx2::forward, vmamba_avx2::backward};
+    return {"avx2", vmamba_avx2::forward, vmamba_avx2::backward, vmamba_avx2::bare_loop};
 #endif
-  return {"baseline", vmamba_baseline::forward, vmamba_baseline::backward};
+  return {"baseline", vmamba_baseline::forward, vmamba_baseline::backward, vmamba_baseline::bare_loop};
 }
 
 const Kernel kernel = choose();
@@ -32,5 +33,7 @@ int vmamba_scan_forward(const vmamba_scan *scan, void *y, void *last, void *stat
 int vmamba_scan_backward(const vmamba_scan *scan, const vmamba_gradients *gradients) {
   return kernel.backward(*scan, *gradients);
 }
+
+void vmamba_bare_loop(int64_t values, int64_t threads) { kernel.bare_loop(values, threads); }
 
 const char *vmamba_instruction_set(void) { return kernel.name; }

@@ -167,4 +167,21 @@ int forward(const vmamba_scan &s, void *y, void *last, void *states) {
   return s.state_type == VMAMBA_FLOAT64 ? run<double>(s, y, last, states) : run<float>(s, y, last, states);
 }
 
+void bare_loop(int64_t values, int64_t threads) {
+  constexpr int64_t cached = 1024;
+  const int64_t rounds = (values + cached - 1) / cached;
+#pragma omp parallel num_threads(int(threads))
+  {
+    alignas(64) float from[cached], to[cached];
+    for (int64_t i = 0; i < cached; ++i) from[i] = float(i % 37) / 10 - 3;
+    const Vector<float> a = splat<float>(-1.4f);
+#pragma omp for schedule(static)
+    for (int64_t round = 0; round < rounds; ++round) {
+      for (int64_t i = 0; i < cached; i += lanes<float>)
+        store(to + i, exp2<float>(softplus<float, true, false>(load(from + i)).value * a));
+      asm volatile("" : : "r"(to), "r"(from) : "memory");  // the values are wanted
+    }
+  }
+}
+
 }  // namespace VMAMBA_TARGET

@@ -7,6 +7,7 @@
   namespace target {                                                            \
   int forward(const vmamba_scan &, void *y, void *last, void *states);          \
   int backward(const vmamba_scan &, const vmamba_gradients &);                  \
+  void bare_loop(int64_t values, int64_t threads);                              \
   }
 
 VMAMBA_DECLARE(vmamba_baseline)

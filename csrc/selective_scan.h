@@ -62,7 +62,10 @@ typedef struct {
 
 VMAMBA_API int vmamba_scan_backward(const vmamba_scan *scan, const vmamba_gradients *gradients);
 
-/* The instruction set in use: "avx512", "avx2", "baseline" or "neon". */
+/* A loop of exp, log1p and exp over as many values, cached, and nothing else: what the scan is measured against. */
+VMAMBA_API void vmamba_bare_loop(int64_t values, int64_t threads);
+
+/* The instruction set in use: "avx512", "avx2" or "baseline". */
 VMAMBA_API const char *vmamba_instruction_set(void);
 
 #ifdef __cplusplus

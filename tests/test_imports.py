@@ -12,7 +12,7 @@ LAYERS = [
     {"vmamba_cli"},
     {"vmamba.studies"},
     {"vmamba.train", "vmamba.analysis", "vmamba.export"},
-    {"vmamba.heads", "vmamba.data"},
+    {"vmamba.heads", "vmamba.data", "vmamba.environment"},
     {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the layers below
     {"vmamba.models"},
     {"vmamba.nn"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("train", "eval", "predict", "info", "list")
+VERBS = ("train", "eval", "predict", "info", "list", "bench")
 
 
 class _Verbs(TyperGroup):
@@ -19,8 +19,10 @@ class _Verbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
-        app = typer.Typer(add_completion=False, rich_markup_mode="rich")
         module = importlib.import_module(f"vmamba_cli.{cmd_name}")
+        if hasattr(module, "app"):  # a verb with verbs of its own
+            return typer.main.get_group(module.app)
+        app = typer.Typer(add_completion=False, rich_markup_mode="rich")
         app.command(cmd_name)(module.command)
         return typer.main.get_command(app)
 

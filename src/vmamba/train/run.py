@@ -2,23 +2,19 @@
 
 import json
 import logging
-import platform
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import lightning
-import timm
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-import vmamba
 from vmamba.data import EpochSampler, ResumableLoader, read_image, seeded
+from vmamba.environment import environment
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.callbacks import (
@@ -104,7 +100,8 @@ def train(recipe: Recipe, folder: str | Path, *, resume: bool = False) -> dict[s
             model.set_grad_checkpointing(True)
         if trainer.is_global_zero:
             write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-            write_atomically(folder / "env.json", json.dumps(_environment(), indent=2) + "\n")
+            found = {**environment(), "lightning": lightning.__version__}
+            write_atomically(folder / "env.json", json.dumps(found, indent=2) + "\n")
         module = TaskModule(task, recipe, model, steps=recipe.schedule.epochs * len(training))
         with interrupt.listening():
             trainer.fit(module, training, validation, ckpt_path=last if resume else None)
@@ -232,20 +229,3 @@ def _settings(recipe: Recipe) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         logging.getLogger("lightning.pytorch").setLevel(level)
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "vmamba": vmamba.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "lightning": lightning.__version__,
-        "platform": platform.platform(),
-        "processor": platform.processor(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "engines": {status.name: status.reason or "available" for status in vmamba.ops.backends()},
-    }
