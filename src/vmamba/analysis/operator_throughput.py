@@ -63,7 +63,7 @@ def shapes(name: str, size: int) -> list[Shape]:
         BenchError: It has no scan.
     """
     model = create_on_meta(name)
-    found: list[Any] = []
+    found: list[tuple[int, int, int, int, int, tuple[str, ...]]] = []
 
     def note(layer: SS2D, inputs: tuple[Tensor, ...]) -> None:
         _, height, width, _ = inputs[0].shape
