@@ -112,8 +112,8 @@ template <class F> struct Backward {
     for (int t = 0; t < n; ++t, walk.step()) {
       read_padded(s.x, b * s.x.stride[0] + walk.at(s.x) + p.first, p, &x[t * p.pitch]);
       read_padded(g.y, b * g.y.stride[0] + walk.at(g.y) + p.first, p, &dy[t * p.pitch]);
-      read(s.B, b * s.B.stride[0] + walk.at(s.B) + k * s.B.stride[3], s.n_state, &B[t * s.n_state]);
-      read(s.C, b * s.C.stride[0] + walk.at(s.C) + k * s.C.stride[3], s.n_state, &C[t * s.n_state]);
+      read_few(s.B, b * s.B.stride[0] + walk.at(s.B) + k * s.B.stride[3], s.n_state, &B[t * s.n_state]);
+      read_few(s.C, b * s.C.stride[0] + walk.at(s.C) + k * s.C.stride[3], s.n_state, &C[t * s.n_state]);
     }
     const int64_t states = n * s.n_state;
     F *const dB = lane_sums.get();

@@ -68,6 +68,13 @@ template <class F> void read(const vmamba_image &image, int64_t offset, int64_t 
 
 template <class F> constexpr int64_t type_of = sizeof(F) == 4 ? VMAMBA_FLOAT32 : VMAMBA_FLOAT64;
 
+// As `read`, without a call for what most images have: few values of F's own type.
+template <class F> VMAMBA_INLINE void read_few(const vmamba_image &image, int64_t offset, int64_t n, F *to) {
+  if (image.type != type_of<F>) return read(image, offset, n, to);
+  const F *from = static_cast<const F *>(image.data) + offset;
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // A row as it lies if its type is F's, else copied to `buffer`.
 template <class F> VMAMBA_INLINE const F *row(const vmamba_image &image, int64_t offset, int64_t n, F *buffer) {
   if (image.type == type_of<F>) return static_cast<const F *>(image.data) + offset;
@@ -191,8 +198,11 @@ void product(const F *const *in, int n, int64_t rank, const F *weight, const F *
   int64_t d = 0;
   for (; d + wide * lanes<F> <= pitch; d += wide * lanes<F>)
     product_columns<F, wide>(in, n, rank, weight + d, bias + d, pitch, rows + d);
-  for (; d < pitch; d += lanes<F>)
-    product_columns<F, 1>(in, n, rank, weight + d, bias + d, pitch, rows + d);
+  switch ((pitch - d) / lanes<F>) {
+    case 3: product_columns<F, 3>(in, n, rank, weight + d, bias + d, pitch, rows + d); break;
+    case 2: product_columns<F, 2>(in, n, rank, weight + d, bias + d, pitch, rows + d); break;
+    case 1: product_columns<F, 1>(in, n, rank, weight + d, bias + d, pitch, rows + d); break;
+  }
 }
 
 // What softplus takes, for n positions of a route from `walk` on, as rows of `pitch`. With low rank, `in`

@@ -73,8 +73,8 @@ template <class F> struct Forward {
         y_row[t] = y_copy + t * p.pitch;
         if (k) std::copy_n(y_home[t], p.count, y_row[t]);
       }
-      read(s.B, b * s.B.stride[0] + walk.at(s.B) + k * s.B.stride[3], s.n_state, &B[t * s.n_state]);
-      read(s.C, b * s.C.stride[0] + walk.at(s.C) + k * s.C.stride[3], s.n_state, &C[t * s.n_state]);
+      read_few(s.B, b * s.B.stride[0] + walk.at(s.B) + k * s.B.stride[3], s.n_state, &B[t * s.n_state]);
+      read_few(s.C, b * s.C.stride[0] + walk.at(s.C) + k * s.C.stride[3], s.n_state, &C[t * s.n_state]);
     }
     preactivation(p, b, k, start, n, delta_row, delta_in.get(), delta);
     if (s.softplus)

@@ -159,3 +159,20 @@ def test_function_transforms() -> None:
 def test_a_wrong_shape_is_named_by_torch() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         Linear(4, 3)(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("size", [(1, 14, 14), (2, 9, 7), (1, 1, 1), (1, 40, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution(size: tuple[int, int, int], bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a product where the image is small and no gradient is wanted, else as PyTorch's own."""
+    calls = []
+    product = module._product
+    monkeypatch.setattr(module, "_product", lambda *args: calls.append(args) or product(*args))
+    batch, height, width = size
+    conv = module.Conv2d(128, 5, 3, stride=2, padding=1, bias=bias)
+    x = torch.randn(batch, height, width, 128).permute(0, 3, 1, 2)
+    expected = conv(x)
+    assert not calls
+    with torch.no_grad():
+        close(conv(x), expected)
+    assert len(calls) == (module._ONEDNN and height < 40)

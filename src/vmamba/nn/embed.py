@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.nn.linear import Linear
+from vmamba.nn.linear import Conv2d, Linear
 
 
 class ConvStem(nn.Module):
@@ -86,7 +86,7 @@ class ConvDownsample(nn.Module):
         self, dim: int, out_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, device=device, dtype=dtype)
+        self.conv = Conv2d(dim, out_dim, 3, stride=2, padding=1, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers and the MLP, on the fast path of the processor at hand.
+"""Linear layers, the MLP and a convolution, on the fast path of the processor at hand.
 
 M rows, I features in, O features out.
 
@@ -23,6 +23,8 @@ _ONEDNN = (
 )
 _HIDDEN_AT_ONCE = 2**21
 """Values of the MLP's hidden layer that stay in the cache between its two products."""
+_FEW = 128
+"""Pixels up to which a convolution is a product over patches."""
 
 
 def _in_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -39,7 +41,6 @@ def _in_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.backends.mkldnn.enabled
-        and x.shape[-1] == weight.shape[-1]  # else F.linear says what is wrong
         and x.numel() > 0
     )
 
@@ -90,7 +91,7 @@ class _Product(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: (…, I), (O, I), (O,) → (…, O)."""
-    if _in_onednn(x, weight):
+    if _in_onednn(x, weight) and x.shape[-1] == weight.shape[-1]:  # else F.linear says what is wrong
         return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -132,6 +133,7 @@ class Mlp(nn.Module):
             and _untouched(self.fc1)
             and _untouched(self.fc2)
             and _in_onednn(x, self.fc1.weight)
+            and x.shape[-1] == self.fc1.in_features
             and self.fc2.weight.dtype == torch.float32
         )
 
@@ -144,3 +146,33 @@ class Mlp(nn.Module):
             for part in rows.split(step)
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` that is a product over patches where it gives few pixels; channels last, without dilation.
+
+    oneDNN's convolution of many channels takes as long for one image of 14×14 as for eight.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+            if self._is_small(x):
+                return self._as_product(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _is_small(self, x: Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled()
+            and _in_onednn(x, self.weight)
+            and x.ndim == 4
+            and x.shape[1] == self.in_channels >= 128
+            and x.shape[0] * x.shape[2] * x.shape[3] <= _FEW * self.stride[0] * self.stride[1]
+        )
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        (top, left), (height, width) = self.padding, self.kernel_size
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+        patches = padded.unfold(1, height, self.stride[0]).unfold(2, width, self.stride[1])
+        rows = patches.flatten(3)  # (B, H', W', C·kh·kw), the order of the weight
+        return _product(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
