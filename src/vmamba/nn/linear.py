@@ -21,28 +21,47 @@ _ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-_HIDDEN_AT_ONCE = 2**21
-"""Values of the MLP's hidden layer that stay in the cache between its two products."""
+HIDDEN_AT_ONCE = 2**21
+"""Values between two products that stay in the cache."""
 _FEW = 128
 """Pixels up to which a convolution is a product over patches."""
 
 
-def _in_onednn(x: Tensor, weight: Tensor) -> bool:
-    return bool(
-        _ONEDNN
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
+def runs_as_written(x: Tensor) -> bool:
+    """Whether nothing looks at the calls on a CPU tensor or changes them, so that they may be other calls."""
+    return (
+        type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch.backends.mkldnn.enabled
         and x.numel() > 0
     )
+
+
+def _onednn_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The type in which oneDNN is to form x·weightᵀ, or None where it is not."""
+    if not (
+        _ONEDNN
+        and runs_as_written(x)
+        and type(weight) in (Tensor, nn.Parameter)
+        and torch.backends.mkldnn.enabled
+    ):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    elif x.dtype == weight.dtype:
+        dtype = x.dtype
+    else:
+        return None
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return dtype
+    return None
+
+
+def _in_onednn(x: Tensor, weight: Tensor) -> bool:
+    return _onednn_type(x, weight) == torch.float32  # in bfloat16 `F.linear` goes there itself
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -132,19 +151,23 @@ class Mlp(nn.Module):
             not torch.is_grad_enabled()
             and _untouched(self.fc1)
             and _untouched(self.fc2)
-            and _in_onednn(x, self.fc1.weight)
+            and _onednn_type(x, self.fc1.weight) is not None
+            and self.fc1.weight.dtype == self.fc2.weight.dtype
             and x.shape[-1] == self.fc1.in_features
-            and self.fc2.weight.dtype == torch.float32
         )
 
     def _joined(self, x: Tensor) -> Tensor:
         """Without the hidden layer in memory: some rows at a time, GELU in the first product."""
-        rows = x.reshape(-1, x.shape[-1])
-        step = max(64, _HIDDEN_AT_ONCE // self.fc1.out_features)
-        parts = [
-            _product(_product(part, self.fc1.weight, self.fc1.bias, "gelu"), self.fc2.weight, self.fc2.bias)
-            for part in rows.split(step)
-        ]
+        dtype = _onednn_type(x, self.fc1.weight)
+        weight1, bias1, weight2, bias2 = (
+            t.to(dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        )
+        step = max(64, HIDDEN_AT_ONCE // self.fc1.out_features)
+        with torch.autocast("cpu", enabled=False):
+            parts = [
+                _product(_product(part.to(dtype), weight1, bias1, "gelu"), weight2, bias2)
+                for part in x.reshape(-1, x.shape[-1]).split(step)
+            ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
 

@@ -103,6 +103,10 @@ def _image(t: Tensor) -> tuple[_Image, Tensor]:
     return _Image(t.data_ptr(), _TYPES[t.dtype], (ctypes.c_int64 * 4)(*stride)), t
 
 
+def _widened(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def _scan(
     x: Tensor,
     delta: Tensor,
@@ -118,7 +122,9 @@ def _scan(
 ) -> tuple[_Scan, list[object]]:
     """A call as the kernel takes it, and what must live as long."""
     dtype = state_dtype(x)
-    images, kept = zip(*(_image(t) for t in (x, delta, B, C)), strict=True)
+    # Rows of few values are read faster where nothing is left to convert.
+    few = (delta if delta_weight is None else _widened(delta), _widened(B), _widened(C))
+    images, kept = zip(*(_image(t) for t in (x, *few)), strict=True)
     arrays = [
         None if t is None else t.to(dtype).contiguous()
         for t in (A, D, delta_bias, delta_weight, initial_state)
