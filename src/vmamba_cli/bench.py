@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory side by side."
+    name="bench", no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory side by side."
 )
 
 Sizes = Annotated[list[int], typer.Option("--input", help="Side of the images; may be given several times.")]

@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -206,13 +207,25 @@ def test_a_pickle_with_code_does_not_run_it(tmp_path) -> None:
     assert not Malicious.ran
 
 
-@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
-def test_a_truncated_file(keep: int, tmp_path) -> None:
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_truncated_or_altered_file(flipped: bool, tmp_path) -> None:
     path = tmp_path / "short.pth"
     torch.save({"model": numbers("v2_micro", "param.")}, path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"short\.pth: (damaged|refused)"):
-        vmamba.load_official(micro("v2_micro"), path)
+    whole = path.read_bytes()
+    directory = len(whole) - 4000
+    for place in [
+        *range(0, 30, 7),
+        *range(30, directory, len(whole) // 60),
+        *range(directory, len(whole) - 1, 61),
+    ]:
+        changed = whole[:place] if not flipped else whole[:place] + bytes(97) + whole[place + 97 :]
+        path.write_bytes(changed)
+        try:
+            vmamba.load_official(micro("v2_micro"), path)
+        except CheckpointError as error:
+            assert re.search(r"short\.pth: |does not fit|missing", str(error))
+        else:
+            assert flipped, "a truncated file was loaded"
 
 
 def test_no_file_and_no_dict(tmp_path) -> None:

@@ -91,15 +91,23 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         CheckpointError: It is damaged, or holds more than weights and plain settings.
     """
+    with open(path, "rb"):  # what the system says of the file is told as it is
+        pass
     try:
         with safe_globals():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # PyTorch's message goes on with how to run the code after all.
+        found = re.search(
+            r"(Unsupported|Trying to load unsupported|Can only|Trying to call) [^\n]*", str(error)
+        )
+        reason = found[0] if found else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: refused, since reading it would run code or it is no PyTorch checkpoint ({error})"
+            f"{path}: refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({error}); get it again") from error
+    except Exception as error:  # a damaged file can set off any
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({reason}); get it again") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: expected a dict of weights, got {type(checkpoint).__name__}")
     return checkpoint
