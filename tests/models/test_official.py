@@ -1,6 +1,8 @@
 """The authors' weights: their numbers, and every way in which a file can be wrong."""
 
 import collections
+import contextlib
+import itertools
 import pickle
 import sys
 import types
