@@ -20,7 +20,7 @@
 namespace VMAMBA_TARGET {
 
 constexpr int widest = 64;  // channels of a block
-constexpr int tile = 16;    // positions of a tile
+constexpr int tile = 64;    // positions of a tile
 
 // float16 or bfloat16 → float, exactly.
 VMAMBA_INLINE float widen(uint16_t bits, int64_t type) {

@@ -73,6 +73,52 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-3)
 
 
+def test_second_derivatives_of_the_mlp() -> None:
+    mlp, x = Mlp(4, 8), torch.randn(3, 4, requires_grad=True)
+    theirs = TimmMlp(4, 8)
+    theirs.load_state_dict(mlp.state_dict())
+    found = []
+    for function in (mlp, theirs):
+        tensors = [x, *function.parameters()]
+        first = torch.autograd.grad(function(x).pow(3).sum(), tensors, create_graph=True)
+        found.append(first + torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+    for gradient, true in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-4)
+
+
+@onednn
+def test_norm_and_product() -> None:
+    norm, layer = nn.LayerNorm(4), Linear(4, 3, bias=False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    tensors = [x, norm.weight, norm.bias, layer.weight]
+    kept, found = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = module.normed_product(x, norm, layer)
+    assert kept.count(x.shape) == 1
+    for out in (y, layer(norm(x))):
+        first = torch.autograd.grad(out.pow(3).sum(), tensors, create_graph=True)
+        plain = torch.autograd.grad(out.pow(3).sum(), tensors, retain_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+        found.append([out, *first, *plain, *second])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    (only,) = torch.autograd.grad(module.normed_product(x.detach(), norm, layer).sum(), [norm.bias])
+    close(only, torch.autograd.grad(layer(norm(x)).sum(), [norm.bias])[0])
+    with torch.no_grad():
+        assert module.normed_product(x, norm, layer) is None
+    assert module.normed_product(x, norm, nn.Identity()) is None
+
+
+@onednn
+def test_the_mlp_keeps_its_hidden_layer_once() -> None:
+    mlp, x, kept = Mlp(4, 8), torch.randn(3, 4), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        mlp(x)
+    assert kept.count((3, 8)) == 1
+
+
 def test_strided_operands() -> None:
     x, weight = torch.randn(4, 6, 3).transpose(0, 2), torch.randn(4, 5).t()
     close(linear(x, weight), F.linear(x, weight))
@@ -116,7 +162,16 @@ def test_the_mlp_equals_timms(rows: int, training: bool, monkeypatch: pytest.Mon
     theirs.load_state_dict(mlp.state_dict())
     x = torch.randn(1, rows, 6)
     with torch.set_grad_enabled(training):
-        close(mlp(x), theirs(x))
+        found, expected = mlp(x), theirs(x)
+        close(found, expected)
+    if training:
+        grad = torch.randn_like(x)
+        for gradient, true in zip(
+            torch.autograd.grad(found, list(mlp.parameters()), grad),
+            torch.autograd.grad(expected, list(theirs.parameters()), grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_and_layers_put_in_place_are_called() -> None:

@@ -71,6 +71,20 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: 
     )
 
 
+def _weight_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, for_weight: bool, for_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `_product`, as those of a 1×1 convolution over an image of one line; grad (…, O), x (…, I)."""
+    if not for_weight and not for_bias:
+        return None, None
+    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        *(t.reshape(1, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x)),
+        *(weight[:, :, None, None], [weight.shape[0]]),
+        *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, for_weight, for_bias]),
+    )
+    return (grad_weight[:, :, 0, 0] if for_weight else None), grad_bias
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,19 +107,92 @@ class _Product(torch.autograd.Function):
                 rows.sum(0) if for_bias else None,
             )
         grad = grad.contiguous()
-        grad_weight = grad_bias = None
-        if for_weight or for_bias:
-            # The convolution's own, as a 1×1 convolution over an image of one line.
-            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                *(t.reshape(1, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x)),
-                *(weight[:, :, None, None], [weight.shape[0]]),
-                *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, for_weight, for_bias]),
-            )
         return (
             _product(grad, weight.t()) if for_x else None,
-            None if grad_weight is None else grad_weight[:, :, 0, 0],
-            grad_bias,
+            *_weight_gradients(grad, x, weight, for_weight, for_bias),
         )
+
+
+class _GeluProduct(torch.autograd.Function):
+    """GELU(x)·weightᵀ + bias, for whose backward x alone is kept: GELU(x) is formed again."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _product(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # second derivatives
+            rows, activated = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)
+            return (
+                torch.ops.aten.gelu_backward(grad @ weight, x) if for_x else None,
+                rows.t() @ activated if for_weight else None,
+                rows.sum(0) if for_bias else None,
+            )
+        grad = grad.contiguous()
+        return (
+            torch.ops.aten.gelu_backward(_product(grad, weight.t()), x) if for_x else None,
+            *_weight_gradients(grad, F.gelu(x), weight, for_weight, for_bias),
+        )
+
+
+class _NormedProduct(torch.autograd.Function):
+    """LayerNorm(x)·weightᵀ, for whose backward x alone is kept: LayerNorm(x) is formed again."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normed, mean, rstd = torch.native_layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+        return _product(normed, weight), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, norm_weight, norm_bias, ctx.eps, weight = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight, mean, rstd = ctx.saved_tensors
+        *for_norm, _, for_weight = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # second derivatives
+            tensors = [x, norm_weight, norm_bias, weight]
+            wanted = [t for t, asked in zip(tensors, [*for_norm, for_weight], strict=True) if asked]
+            out = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps), weight)
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+            first = [next(found) if asked else None for asked in for_norm]
+            return (*first, None, next(found) if for_weight else None)
+        grad = grad.contiguous()
+        normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
+        grad_weight, _ = _weight_gradients(grad, normed, weight, for_weight, False)
+        of_norm = torch.ops.aten.native_layer_norm_backward(
+            *(_product(grad, weight.t()), x, norm_weight.shape, mean, rstd, norm_weight, norm_bias, for_norm)
+        )
+        return (*of_norm, None, grad_weight)
+
+
+def normed_product(x: Tensor, norm: nn.LayerNorm, layer: nn.Module) -> Tensor | None:
+    """layer(norm(x)) for a layer without bias, which keeps x alone for backward, or None where it cannot."""
+    if (
+        torch.is_grad_enabled()
+        and isinstance(layer, Linear)
+        and _untouched(layer, Linear)
+        and layer._parameters["bias"] is None
+        and _in_onednn(x, layer.weight)
+        and norm.weight.dtype == torch.float32
+        and x.shape[-1] == layer.in_features
+    ):
+        return _NormedProduct.apply(x, norm.weight, norm.bias, norm.eps, layer.weight)[0]
+    return None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,9 +211,9 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def _untouched(layer: nn.Module) -> bool:
+def _untouched(layer: nn.Module, kind: type) -> bool:
     """Whether what the layer does is known: none has taken its place, and no hook is on it."""
-    return type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 class Mlp(nn.Module):
@@ -141,24 +228,26 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
-            if self._joins(x):
-                return self._joined(x)
+        if not torch.jit.is_scripting():
+            dtype = self._joint_type(x)
+            if dtype is not None and not torch.is_grad_enabled():
+                return self._in_parts(x, dtype)
+            if dtype == torch.float32:
+                return _GeluProduct.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
         return self.fc2(self.act(self.fc1(x)))
 
-    def _joins(self, x: Tensor) -> bool:
-        return (
-            not torch.is_grad_enabled()
-            and _untouched(self.fc1)
-            and _untouched(self.fc2)
-            and _onednn_type(x, self.fc1.weight) is not None
-            and self.fc1.weight.dtype == self.fc2.weight.dtype
-            and x.shape[-1] == self.fc1.in_features
-        )
-
-    def _joined(self, x: Tensor) -> Tensor:
-        """Without the hidden layer in memory: some rows at a time, GELU in the first product."""
+    def _joint_type(self, x: Tensor) -> torch.dtype | None:
+        """The type in which GELU may be joined to the products, or None."""
+        known = ((self.fc1, Linear), (self.act, nn.GELU), (self.fc2, Linear))
+        if not all(_untouched(layer, kind) for layer, kind in known):
+            return None
         dtype = _onednn_type(x, self.fc1.weight)
+        if dtype is None or x.shape[-1] != self.fc1.in_features:
+            return None
+        return dtype if self.fc1.weight.dtype == self.fc2.weight.dtype else None
+
+    def _in_parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Without gradients: some rows at a time, GELU in the first product, no hidden layer in memory."""
         weight1, bias1, weight2, bias2 = (
             t.to(dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         )

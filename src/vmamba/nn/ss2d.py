@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.nn.linear import Linear, linear
+from vmamba.nn.linear import Linear, linear, normed_product
 from vmamba.ops import decomposition
 from vmamba.ops._routes import route_codes
 
@@ -170,6 +170,10 @@ class SS2D(nn.Module):
 
     def finish(self, y: Tensor, z: Tensor | None) -> Tensor:
         """Norm in y's type, gate, cast, project back → (B, H, W, C)."""
+        if z is None and not torch.jit.is_scripting():
+            joined = normed_product(y, self.out_norm, self.out_proj)
+            if joined is not None:
+                return joined
         weight, bias = self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype)
         y = F.layer_norm(y, weight.shape, weight, bias, self.out_norm.eps)
         if z is not None:
