@@ -173,7 +173,7 @@ class _NormedProduct(torch.autograd.Function):
             return (*first, None, next(found) if for_weight else None)
         grad = grad.contiguous()
         normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
-        grad_weight, _ = _weight_gradients(grad, normed, weight, for_weight, False)
+        grad_weight = _weight_gradients(grad, normed, weight, for_weight, False)[0]
         of_norm = torch.ops.aten.native_layer_norm_backward(
             *(_product(grad, weight.t()), x, norm_weight.shape, mean, rstd, norm_weight, norm_bias, for_norm)
         )

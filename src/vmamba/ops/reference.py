@@ -49,7 +49,7 @@ def scan(
                 saved.append(h)
             delta_t = softplus(z[:, p]) if delta_softplus else z[:, p]
             decay = torch.exp(delta_t[:, :, None] * A[k])  # (B, D, N)
-            h = decay * h + delta_t[:, :, None] * B[:, p, k, None, :] * x[:, p, :, None]
+            h = decay * h + (delta_t * x[:, p])[:, :, None] * B[:, p, k, None, :]
             y_t = (C[:, p, k, None, :] * h).sum(-1)
             if D is not None:
                 y_t = y_t + D[k].to(dtype) * x[:, p]
@@ -103,7 +103,7 @@ def backward(
         h = [states[:, k, 0].transpose(1, 2)]  # h[t] is the state before the t-th position
         for p in order:
             decay = torch.exp(delta_p[:, p, :, None] * A[k])
-            h.append(decay * h[-1] + delta_p[:, p, :, None] * B[:, p, k, None, :] * x[:, p, :, None])
+            h.append(decay * h[-1] + (delta_p[:, p] * x[:, p])[:, :, None] * B[:, p, k, None, :])
         g = torch.zeros_like(h[0]) if grad_last_state is None else grad_last_state[:, k].to(dtype)
         for t in reversed(range(len(order))):
             p = order[t]

@@ -1,0 +1,144 @@
+"""Accuracy of the CPU kernel on random calls, against float64.
+
+    python benchmarks/accuracy.py [--calls 10000] [--seed 0]
+
+Draws shapes, strides, types and routes; compares values and every gradient with the reference in float64, and
+asks for an error of at most twice that of the reference in the same types, plus 4 eps of the largest value.
+Calls of few values are judged together, as their own error is luck. In float64 the kernel may differ from the
+reference by 64 eps of the largest value. About ten minutes for 10,000.
+"""
+
+import argparse
+import random
+import sys
+import time
+
+import torch
+
+from vmamba.ops import ROUTES, cpu, selective_scan_2d
+
+TYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
+TOGETHER = 16
+
+
+def strided(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
+    """The same values, laid out in another order or with gaps."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return t
+    if kind == 1:
+        return torch.stack((t, t), -1)[..., 0]
+    order = draw.sample(range(t.ndim), t.ndim)
+    inverse = [order.index(i) for i in range(t.ndim)]
+    if kind == 2:
+        return t.permute(order).contiguous().permute(inverse)
+    return torch.cat((t, t), 0)[t.shape[0] :]
+
+
+def shape(draw: random.Random) -> dict:
+    return {
+        "size": (
+            draw.randint(1, 3),
+            draw.randint(1, 12),
+            draw.randint(1, 12),
+            draw.choice([1, 3, 16, 17, 33, 70]),
+        ),
+        "n_state": draw.choice([1, 1, 1, 2, 5, 16, 17]),
+        "rank": draw.choice([None, 1, 2, 6, 7]),
+        "routes": tuple(draw.choice(ROUTES) for _ in range(draw.randint(1, 5))),
+        "types": [draw.choice(TYPES) for _ in range(4)],
+        "skip": draw.random() < 0.7,
+        "bias": draw.random() < 0.7,
+        "softplus": draw.random() < 0.8,
+    }
+
+
+def call(found: dict, draw: random.Random) -> dict:
+    batch, height, width, channels = found["size"]
+    routes, n_state, rank = len(found["routes"]), found["n_state"], found["rank"]
+    image = (batch, height, width, routes)
+    state = torch.float64 if found["types"][0] == torch.float64 else torch.float32
+    tensors = {
+        "x": torch.randn(batch, height, width, channels),
+        "delta": torch.randn(*image, channels if rank is None else rank),
+        "B": torch.randn(*image, n_state),
+        "C": torch.randn(*image, n_state),
+    }
+    if not found["softplus"]:
+        tensors["delta"] = tensors["delta"].abs() * 0.1
+    types = dict(zip(tensors, found["types"], strict=True))
+    operands = {name: strided(t.to(types[name]), draw) for name, t in tensors.items()}
+    parameters = {
+        "A": -torch.rand(routes, channels, n_state) * 2,
+        "D": torch.randn(routes, channels) if found["skip"] else None,
+        "delta_bias": torch.randn(routes, channels) - 2 if found["bias"] and found["softplus"] else None,
+        "delta_weight": None if rank is None else torch.randn(routes, channels, rank) * rank**-0.5,
+    }
+    if not found["softplus"] and rank is not None:
+        parameters["delta_weight"] = parameters["delta_weight"].abs()
+    operands |= {name: t if t is None else t.to(state) for name, t in parameters.items()}
+    return {
+        **{name: t if t is None else t.detach().requires_grad_() for name, t in operands.items()},
+        "routes": found["routes"],
+        "delta_softplus": found["softplus"],
+    }
+
+
+def results(operands: dict, grad: torch.Tensor, backend: str, exact: bool = False) -> dict[str, torch.Tensor]:
+    if exact:
+        operands = {
+            name: t.detach().double().requires_grad_() if isinstance(t, torch.Tensor) else t
+            for name, t in operands.items()
+        }
+    tensors = {name: operands[name] for name in NAMES if operands[name] is not None}
+    y = selective_scan_2d(**operands, backend=backend)
+    gradients = torch.autograd.grad(y, list(tensors.values()), grad.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(tensors, gradients, strict=True))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    print(f"torch {torch.__version__}, kernel {cpu.instruction_set()}, seed {args.seed}", flush=True)
+    start, done, failures, worst = time.perf_counter(), 0, 0, 0.0
+    while done < args.calls:
+        found = shape(draw)
+        few = found["size"][0] * found["size"][1] * found["size"][2] * found["size"][3] < 1000
+        true, own, ours = [], [], []
+        for _ in range(TOGETHER if few else 1):
+            operands = call(found, draw)
+            grad = torch.randn(found["size"], dtype=torch.float64).to(operands["x"].dtype)
+            true.append(results(operands, grad, "reference", exact=True))
+            own.append(results(operands, grad, "reference"))
+            ours.append(results(operands, grad, "cpu"))
+            done += 1
+        for name, first in ours[0].items():
+            largest = max(t[name].abs().max().item() for t in true)
+            error, reference = (
+                max((r[name].double() - t[name]).abs().max().item() for r, t in zip(rs, true, strict=True))
+                for rs in (ours, own)
+            )
+            state = torch.float64 if found["types"][0] == torch.float64 else torch.float32
+            eps = max(torch.finfo(first.dtype).eps, torch.finfo(state).eps)
+            # In float64 the truth is the reference's own, with its own rounding.
+            allowed = 2 * reference + (64 if state == torch.float64 else 4) * eps * largest
+            worst = max(worst, error / allowed if allowed else float(error > 0))
+            if not error <= allowed:
+                failures += 1
+                print(f"{name}: error {error:.3g}, reference {reference:.3g}, largest {largest:.3g}: {found}")
+        if done % 1000 < TOGETHER:
+            print(f"{done} calls, {failures} failures, worst {worst:.2f} of what is allowed", flush=True)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{done} calls in {minutes:.0f} minutes, {failures} failures, worst {worst:.2f} of what is allowed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
