@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.nn import linear as module
+from vmamba.nn import parts
 from vmamba.nn.linear import Linear, Mlp, linear
 
 onednn = pytest.mark.skipif(not module._ONEDNN, reason="oneDNN is used on x86 alone")
@@ -157,7 +158,7 @@ def test_weights_are_never_stale(training: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 300])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mlp_equals_timms(rows: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HIDDEN_AT_ONCE", 2**10)
+    monkeypatch.setattr(parts, "HIDDEN_AT_ONCE", 2**10)
     mlp, theirs = Mlp(6, 24), TimmMlp(6, 24)
     theirs.load_state_dict(mlp.state_dict())
     x = torch.randn(1, rows, 6)

@@ -1,5 +1,7 @@
 """What only the compiled engine can get wrong: threads, blocks of channels, addresses, memory."""
 
+import os
+import platform
 import subprocess
 import sys
 import threading
@@ -188,6 +190,29 @@ print(scan() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_stays_for_the_next_call() -> None:
+    """And is not mapped anew: beside the first time, activations of usual sizes cause no page fault."""
+    program = """
+import resource, torch
+from vmamba.ops import cpu
+assert not isinstance(cpu._load(), str)
+def faults(calls):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        held = [torch.ones(2**20) for _ in range(10)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(2)
+print(faults(20))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(run.stdout) < 20 * 10 * 2**22 // 4096 // 10  # a tenth of the pages written
 
 
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,13 @@
 """The VSS block (arXiv 2401.10166, section 4.3): SS2D and an MLP, each behind a norm, with residuals."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vmamba.nn.linear import HIDDEN_AT_ONCE, Mlp, runs_as_written
+from vmamba.nn.linear import Mlp
+from vmamba.nn.parts import add_by_rows, by_images, goes_in_parts
 from vmamba.nn.ss2d import SS2D, CascadeSS2D
 
 
@@ -55,8 +55,9 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
-            if self._goes_in_parts(x):
-                return self._in_parts(x)
+            if self._known() and goes_in_parts(self, x):
+                inner = x.numel() // x.shape[-1] * self.op.D.shape[1]
+                return by_images(self._by_rows, x, inner)
         x = x + self.drop_path1(self.op(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -66,37 +67,20 @@ class VSSBlock(nn.Module):
         assert self.mlp is not None
         return self.mlp(self.norm2(x))
 
-    def _goes_in_parts(self, x: Tensor) -> bool:
-        layers = (self.op, self.drop_path1, self.norm2, self.mlp, self.drop_path2)
-        return (
-            not torch.is_grad_enabled()
-            and not self.training
-            and runs_as_written(x)
-            and isinstance(self.op, SS2D)
-            and not any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in layers)
+    def _known(self) -> bool:
+        """Whether what the layers do is known: none has taken the place of another."""
+        return isinstance(self.op, SS2D) and all(
+            isinstance(m, (DropPath, nn.Identity)) for m in (self.drop_path1, self.drop_path2)
         )
 
-    def _in_parts(self, x: Tensor) -> Tensor:
-        """Without gradients: what follows the scan some rows at a time, so that it stays in the cache."""
-        x_in, delta, B, C, z = self.op.project(self.norm1(x))
-        y = self.op.scan(x_in, delta, B, C)
-        x = _add_in_parts(x, self.op.finish, (y, z), y.shape[-1])
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """The forward without random numbers; what follows the scan some rows at a time."""
+        x = add_by_rows(x, self.op.finish, self._scanned(x), self.op.D.shape[1])
         if self.mlp is not None:
-            x = _add_in_parts(x, self._mlp_branch, (x,), self.hidden)
+            x = add_by_rows(x, self._mlp_branch, (x,), self.hidden)
         return x
 
-
-def _add_in_parts(
-    x: Tensor, function: Callable[..., Tensor], operands: tuple[Tensor | None, ...], width: int
-) -> Tensor:
-    """x + function(*operands) for a function of rows, whose widest value between is `width` wide."""
-    step = max(64, HIDDEN_AT_ONCE // width)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= step:
-        return x + function(*operands)
-    out = torch.empty_like(rows)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        own = (None if t is None else t.reshape(-1, t.shape[-1])[part] for t in operands)
-        torch.add(rows[part], function(*own), out=out[part])
-    return out.view(x.shape)
+    def _scanned(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `SS2D.finish` takes; all else is free on return."""
+        x, delta, B, C, z = self.op.project(self.norm1(x))
+        return self.op.scan(x, delta, B, C), z

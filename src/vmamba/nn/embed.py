@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.nn.linear import Conv2d, Linear
+from vmamba.nn.parts import by_images, goes_in_parts
 
 
 class ConvStem(nn.Module):
@@ -43,6 +44,16 @@ class ConvStem(nn.Module):
         self.norm2 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+            if goes_in_parts(self, x):
+                return by_images(
+                    self._embed,
+                    x,
+                    x.numel() // x.shape[1] // self.conv1.stride[0] ** 2 * self.norm1.weight.numel(),
+                )
+        return self._embed(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # the last copy: from here all is channels last
         x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -16,35 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba.nn import parts
+
 _ONEDNN = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-HIDDEN_AT_ONCE = 2**21
-"""Values between two products that stay in the cache."""
 _FEW = 128
 """Pixels up to which a convolution is a product over patches."""
-
-
-def runs_as_written(x: Tensor) -> bool:
-    """Whether nothing looks at the calls on a CPU tensor or changes them, so that they may be other calls."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and x.numel() > 0
-    )
 
 
 def _onednn_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The type in which oneDNN is to form x·weightᵀ, or None where it is not."""
     if not (
         _ONEDNN
-        and runs_as_written(x)
+        and parts.runs_as_written(x)
         and type(weight) in (Tensor, nn.Parameter)
         and torch.backends.mkldnn.enabled
     ):
@@ -251,13 +238,29 @@ class Mlp(nn.Module):
         weight1, bias1, weight2, bias2 = (
             t.to(dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         )
-        step = max(64, HIDDEN_AT_ONCE // self.fc1.out_features)
+        step = max(64, parts.HIDDEN_AT_ONCE // self.fc1.out_features)
         with torch.autocast("cpu", enabled=False):
-            parts = [
+            found = [
                 _product(_product(part.to(dtype), weight1, bias1, "gelu"), weight2, bias2)
                 for part in x.reshape(-1, x.shape[-1]).split(step)
             ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+        return (found[0] if len(found) == 1 else torch.cat(found)).view(*x.shape[:-1], -1)
+
+
+def convolved_silu(x: Tensor, conv: nn.Module) -> Tensor:
+    """SiLU(conv(x)), (B, H, W, D) → (B, H, W, D); without gradients SiLU is joined to the convolution."""
+    images = x.permute(0, 3, 1, 2)
+    dtype = None
+    if isinstance(conv, nn.Conv2d) and _untouched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
+        dtype = None if torch.is_grad_enabled() else _onednn_type(x, conv.weight)
+    if dtype is None or not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str):
+        return F.silu(conv(images).permute(0, 2, 3, 1))
+    with torch.autocast("cpu", enabled=False):
+        joined = torch.ops.mkldnn._convolution_pointwise(
+            *(images.to(dtype), conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)),
+            *(conv.padding, conv.stride, conv.dilation, conv.groups, "swish", [], ""),
+        )
+    return joined.permute(0, 2, 3, 1)
 
 
 class Conv2d(nn.Conv2d):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.nn.linear import Linear, linear, normed_product
+from vmamba.nn.linear import Linear, convolved_silu, linear, normed_product
 from vmamba.ops import decomposition
 from vmamba.ops._routes import route_codes
 
@@ -133,6 +133,9 @@ class SS2D(nn.Module):
         z: Tensor | None = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+            if not torch.is_grad_enabled():
+                return convolved_silu(x, self.conv), z
         return F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), z
 
     def _scan_inputs(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,11 +75,24 @@ def _load() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return f"its library does not load: {error}"
+    _keep_freed_memory()
     pointers = ctypes.c_void_p
     library.vmamba_scan_forward.argtypes = (ctypes.POINTER(_Scan), pointers, pointers, pointers)
     library.vmamba_scan_backward.argtypes = (ctypes.POINTER(_Scan), ctypes.POINTER(_Gradients))
     library.vmamba_instruction_set.restype = ctypes.c_char_p
     return library
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next call instead of giving it back to the system.
+
+    It maps a block above a threshold on its own, and gives back what is free at the heap's end above twice
+    that; the threshold is the size of the largest block freed so far, up to 32 MiB. Models whose activations
+    are smaller otherwise have every page of them mapped and zeroed anew in each call, which takes as long as
+    all else at batch 1. An explicit MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_, or another allocator,
+    is left as it is.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _library() -> ctypes.CDLL:
