@@ -301,9 +301,7 @@ template <class F>
 void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, const F *by_block, int64_t groups,
             const F *by_group) {
   const int64_t rows = s.batch * s.height * s.width * s.n_routes, sums = s.rank + 2 * s.n_state;
-  const int threads = int(s.threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
+  const auto of_row = [&](int64_t row) {
     const auto sum = [&](int64_t i) {
       F found = by_block[row * sums + i];
       for (int64_t block = 1; block < blocks; ++block) found += by_block[(block * rows + row) * sums + i];
@@ -314,11 +312,13 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
       static_cast<F *>(g.B)[row * s.n_state + i] = sum(s.rank + i);
       static_cast<F *>(g.C)[row * s.n_state + i] = sum(s.rank + s.n_state + i);
     }
-  }
+  };
+  in_shares(rows, s.threads, [&](int64_t row, int64_t last) {
+    for (; row < last; ++row) of_row(row);
+  });
 
   const int64_t each = Backward<F>::per_group(s), columns = s.n_routes * s.channels;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t column = 0; column < columns; ++column) {
+  const auto of_column = [&](int64_t column) {
     const int64_t k = column / s.channels, d = column % s.channels;
     const auto sum = [&](int64_t row) {
       F found = 0;
@@ -333,7 +333,10 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
     for (int64_t i = 0; i < s.rank; ++i) static_cast<F *>(g.weight)[column * s.rank + i] = sum(row + i);
     row = s.n_routes * (s.n_state + 1 + s.rank);
     if (g.D) static_cast<F *>(g.D)[column] = sum(row);
-  }
+  };
+  in_shares(columns, s.threads, [&](int64_t column, int64_t last) {
+    for (; column < last; ++column) of_column(column);
+  });
 }
 
 template <class F> int run(const vmamba_scan &s, const vmamba_gradients &g) {

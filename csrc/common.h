@@ -11,8 +11,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
+#ifdef __SANITIZE_THREAD__
+#include <thread>
+#include <vector>
+#endif
 
 #include "kernel.h"
 #include "simd.h"
@@ -224,27 +229,38 @@ void preactivation(const Parameters<F> &p, int64_t b, int64_t k, Walk walk, int 
   }
 }
 
+// Runs `body(first, last)` for as many shares of the tasks as there are threads, each in a thread of its own.
+template <class Body> void in_shares(int64_t tasks, int64_t threads, const Body &body) {
+  const int64_t shares = std::max<int64_t>(1, std::min(threads, tasks));
+  const auto share = [&](int64_t i) { body(i * tasks / shares, (i + 1) * tasks / shares); };
+#ifdef __SANITIZE_THREAD__  // it does not see how OpenMP's threads wait for each other
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < shares; ++i) others.emplace_back(share, i);
+  share(0);
+  for (std::thread &other : others) other.join();
+#else
+#pragma omp parallel for num_threads(int(shares)) schedule(static)
+  for (int64_t i = 0; i < shares; ++i) share(i);
+#endif
+}
+
 // Runs `body(worker, group, block, first, count)` for each of `groups` and each block of channels `width` wide;
 // a worker belongs to a thread.
 template <class Worker, class Make, class Body>
 int each_block(const vmamba_scan &s, int64_t width, int64_t groups, const Make &make, const Body &body) {
-  const int64_t blocks = (s.channels + width - 1) / width, tasks = blocks * groups;
-  int status = VMAMBA_OK;
-#pragma omp parallel num_threads(int(std::max<int64_t>(1, std::min(s.threads, tasks))))
-  {
-    std::unique_ptr<Worker> worker;
+  const int64_t blocks = (s.channels + width - 1) / width;
+  std::atomic<int> status = VMAMBA_OK;
+  in_shares(blocks * groups, s.threads, [&](int64_t task, int64_t last) {
     try {
-      worker.reset(make());
+      const std::unique_ptr<Worker> worker(make());
+      for (; task < last; ++task) {
+        const int64_t block = task / groups, first = block * width;
+        body(*worker, task % groups, block, first, std::min(width, s.channels - first));
+      }
     } catch (const std::bad_alloc &) {
-#pragma omp atomic write
       status = VMAMBA_OUT_OF_MEMORY;
     }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t block = task / groups, first = block * width;
-      if (worker) body(*worker, task % groups, block, first, std::min(width, s.channels - first));
-    }
-  }
+  });
   return status;
 }
 

@@ -170,18 +170,16 @@ int forward(const vmamba_scan &s, void *y, void *last, void *states) {
 void bare_loop(int64_t values, int64_t threads) {
   constexpr int64_t cached = 1024;
   const int64_t rounds = (values + cached - 1) / cached;
-#pragma omp parallel num_threads(int(threads))
-  {
+  in_shares(rounds, threads, [](int64_t round, int64_t last) {
     alignas(64) float from[cached], to[cached];
     for (int64_t i = 0; i < cached; ++i) from[i] = float(i % 37) / 10 - 3;
     const Vector<float> a = splat<float>(-1.4f);
-#pragma omp for schedule(static)
-    for (int64_t round = 0; round < rounds; ++round) {
+    for (; round < last; ++round) {
       for (int64_t i = 0; i < cached; i += lanes<float>)
         store(to + i, exp2<float>(softplus<float, true, false>(load(from + i)).value * a));
       asm volatile("" : : "r"(to), "r"(from) : "memory");  // the values are wanted
     }
-  }
+  });
 }
 
 }  // namespace VMAMBA_TARGET

@@ -159,6 +159,7 @@ def test_weights_are_never_stale(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mlp_equals_timms(rows: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "HIDDEN_AT_ONCE", 2**10)
+    monkeypatch.setattr(parts, "GROUP", 2**10)
     mlp, theirs = Mlp(6, 24), TimmMlp(6, 24)
     theirs.load_state_dict(mlp.state_dict())
     x = torch.randn(1, rows, 6)

@@ -17,7 +17,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "HIDDEN_AT_ONCE", 2**10)
-    monkeypatch.setattr(parts, "IMAGES_AT_ONCE", 2**11)
+    monkeypatch.setattr(parts, "GROUP", 2**11)
 
 
 BLOCKS = [{}, {"gate": True, "mlp_ratio": 0}, {"routes": "cascade"}, {"ssm_conv": 0}, {"drop_path": 0.5}]
@@ -75,9 +75,19 @@ def test_stem(stride: int, size: tuple[int, int]) -> None:
     ids=str,
 )
 def test_convolved_silu(conv: nn.Module) -> None:
-    x = torch.randn(2, 5, 7, 6)
+    x = torch.randn(2, 5, 7, 6, requires_grad=True)
     expected = F.silu(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-    close(convolved_silu(x, conv), expected)
+    found, grad, inputs = convolved_silu(x, conv), torch.randn_like(expected), (x, *conv.parameters())
+    close(found, expected)
+    gradients = [torch.autograd.grad(y, inputs, grad, create_graph=True) for y in (found, expected)]
+    for first, true in zip(*gradients, strict=True):
+        close(first, true)
+    first = torch.autograd.grad(found, x, grad, retain_graph=True)[0]
+    close(first, gradients[1][0])
+    second = [torch.autograd.grad(g[0].square().sum(), inputs) for g in gradients]
+    for gradient, true in zip(*second, strict=True):
+        torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-4)
+    x, expected = x.detach(), expected.detach()
     with torch.no_grad():
         close(convolved_silu(x, conv), expected)
         assert convolved_silu(x.double(), conv.double()).dtype == torch.float64

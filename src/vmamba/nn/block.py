@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vmamba.nn.linear import Mlp
-from vmamba.nn.parts import add_by_rows, by_images, goes_in_parts
+from vmamba.nn.parts import add_by_rows, goes_in_parts, in_groups
 from vmamba.nn.ss2d import SS2D, CascadeSS2D
 
 
@@ -57,7 +57,7 @@ class VSSBlock(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
             if self._known() and goes_in_parts(self, x):
                 inner = x.numel() // x.shape[-1] * self.op.D.shape[1]
-                return by_images(self._by_rows, x, inner)
+                return in_groups(self._by_rows, x, inner)
         x = x + self.drop_path1(self.op(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))

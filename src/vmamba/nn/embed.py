@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.nn.linear import Conv2d, Linear
-from vmamba.nn.parts import by_images, goes_in_parts
+from vmamba.nn.parts import goes_in_parts, in_groups
 
 
 class ConvStem(nn.Module):
@@ -46,7 +46,7 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
             if goes_in_parts(self, x):
-                return by_images(
+                return in_groups(
                     self._embed,
                     x,
                     x.numel() // x.shape[1] // self.conv1.stride[0] ** 2 * self.norm1.weight.numel(),

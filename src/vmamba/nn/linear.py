@@ -220,8 +220,13 @@ class Mlp(nn.Module):
             if dtype is not None and not torch.is_grad_enabled():
                 return self._in_parts(x, dtype)
             if dtype == torch.float32:
-                return _GeluProduct.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
+                rows = x.reshape(-1, x.shape[-1])
+                values = len(rows) * self.fc1.out_features
+                return parts.in_groups(self._joined, rows, values).view(*x.shape[:-1], -1)
         return self.fc2(self.act(self.fc1(x)))
+
+    def _joined(self, x: Tensor) -> Tensor:
+        return _GeluProduct.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
     def _joint_type(self, x: Tensor) -> torch.dtype | None:
         """The type in which GELU may be joined to the products, or None."""
@@ -247,19 +252,57 @@ class Mlp(nn.Module):
         return (found[0] if len(found) == 1 else torch.cat(found)).view(*x.shape[:-1], -1)
 
 
-def convolved_silu(x: Tensor, conv: nn.Module) -> Tensor:
-    """SiLU(conv(x)), (B, H, W, D) → (B, H, W, D); without gradients SiLU is joined to the convolution."""
-    images = x.permute(0, 3, 1, 2)
-    dtype = None
-    if isinstance(conv, nn.Conv2d) and _untouched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
-        dtype = None if torch.is_grad_enabled() else _onednn_type(x, conv.weight)
-    if dtype is None or not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str):
-        return F.silu(conv(images).permute(0, 2, 3, 1))
-    with torch.autocast("cpu", enabled=False):
-        joined = torch.ops.mkldnn._convolution_pointwise(
-            *(images.to(dtype), conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)),
-            *(conv.padding, conv.stride, conv.dilation, conv.groups, "swish", [], ""),
+class _ConvolvedSilu(torch.autograd.Function):
+    """SiLU(conv(x)), for whose backward x alone is kept: the convolution is done again."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
+        return _convolution(x, weight, bias, geometry, "swish")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        padding, stride, dilation, groups = ctx.geometry
+        *wanted, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # second derivatives
+            inputs = [t for t, asked in zip((x, weight, bias), wanted, strict=True) if asked]
+            out = F.silu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return (*(next(found) if asked else None for asked in wanted), None)
+        grad = torch.ops.aten.silu_backward(grad, _convolution(x, weight, bias, ctx.geometry, "none"))
+        gradients = torch.ops.aten.convolution_backward(
+            *(grad, x, weight, None if bias is None else list(bias.shape), stride, padding, dilation),
+            *(False, [0, 0], groups, wanted),
         )
+        return (*(g if asked else None for g, asked in zip(gradients, wanted, strict=True)), None)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], activation: str
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, activation, [], "")
+
+
+def convolved_silu(x: Tensor, conv: nn.Module) -> Tensor:
+    """SiLU(conv(x)), (B, H, W, D) → (B, H, W, D), by one call of oneDNN where that is to be had."""
+    images = x.permute(0, 3, 1, 2)
+    known = isinstance(conv, nn.Conv2d) and _untouched(conv, nn.Conv2d) and conv.padding_mode == "zeros"
+    if not known or not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str):
+        return F.silu(conv(images).permute(0, 2, 3, 1))
+    dtype = _onednn_type(x, conv.weight)
+    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    if torch.is_grad_enabled() and dtype == torch.float32:
+        return _ConvolvedSilu.apply(images, conv.weight, conv.bias, geometry).permute(0, 2, 3, 1)
+    if torch.is_grad_enabled() or dtype is None:
+        return F.silu(conv(images).permute(0, 2, 3, 1))
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        joined = _convolution(images.to(dtype), conv.weight.to(dtype), bias, geometry, "swish")
     return joined.permute(0, 2, 3, 1)
 
 

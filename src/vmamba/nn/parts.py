@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 HIDDEN_AT_ONCE = 2**21
 """Values between two products that stay in the cache."""
-IMAGES_AT_ONCE = 2**22
-"""Values of the widest tensor of a group of images; glibc maps blocks beyond 32 MiB anew in each call."""
+GROUP = 2**22
+"""Values of the widest tensor of a group of images or rows: glibc maps each block beyond 32 MiB anew."""
 
 
 def runs_as_written(x: Tensor) -> bool:
@@ -35,9 +35,15 @@ def goes_in_parts(module: nn.Module, x: Tensor) -> bool:
     )
 
 
-def by_images(function: Callable[[Tensor], Tensor], x: Tensor, values: int) -> Tensor:
-    """function(x) for a function of images, some at a time; `values` is the widest tensor's size for all."""
-    parts = [function(part) for part in x.chunk(math.ceil(values / IMAGES_AT_ONCE))]
+def in_groups(function: Callable[[Tensor], Tensor], x: Tensor, values: int) -> Tensor:
+    """function(x) for a function of images or rows, some at a time.
+
+    Args:
+        function: Takes any number of them, in dimension 0.
+        x: All of them, at least one.
+        values: Of the widest tensor between, for all of them.
+    """
+    parts = [function(part) for part in x.chunk(math.ceil(values / GROUP))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

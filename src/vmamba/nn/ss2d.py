@@ -133,9 +133,8 @@ class SS2D(nn.Module):
         z: Tensor | None = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
-            if not torch.is_grad_enabled():
-                return convolved_silu(x, self.conv), z
+        if not torch.jit.is_scripting():
+            return convolved_silu(x, self.conv), z
         return F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), z
 
     def _scan_inputs(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
