@@ -1,5 +1,7 @@
 """What every engine must do: the contract of `selective_scan_2d`."""
 
+import zlib
+
 import pytest
 import torch
 from hypothesis import given as drawn
@@ -66,8 +68,9 @@ def test_equals_the_closed_form(backend: str, routes, rank: int | None) -> None:
     bias=st.booleans(),
 )
 def test_float32_is_as_accurate_as_the_reference(backend: str, **shape) -> None:
-    torch.manual_seed(hash(tuple(sorted((k, str(v)) for k, v in shape.items()))) % 2**31)
-    small = shape["height"] * shape["width"] * shape["channels"] < 100
+    torch.manual_seed(zlib.crc32(repr(sorted(shape.items())).encode()))
+    # Of few values, or of few sums over all positions (the gradient of D: one a channel), the error is luck.
+    small = shape["height"] * shape["width"] * shape["channels"] < 100 or shape["channels"] < 4
     calls = [operands(**shape, dtype=torch.float32) for _ in range(16 if small else 1)]
     assert_accurate(*calls, backend=backend)
 

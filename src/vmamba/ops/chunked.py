@@ -204,8 +204,8 @@ def backward(
     grad_B = x.new_empty((batch, length, n_routes, n_state), dtype=dtype)
     grad_C = torch.empty_like(grad_B)
     grad_A = torch.zeros_like(A)
-    grad_D = x.new_zeros((n_routes, channels), dtype=dtype)
-    grad_bias = torch.zeros_like(grad_D)
+    grad_D = x.new_zeros(channels, dtype=dtype)  # the same for every route
+    grad_bias = x.new_zeros((n_routes, channels), dtype=dtype)
     grad_W = None if W is None else torch.zeros_like(W)
     # The gradient of the state before the chunk in hand, coming from what follows.
     carry = x.new_zeros((batch, n_routes, n_state, channels), dtype=dtype)
@@ -214,12 +214,12 @@ def backward(
 
     samples, positions = _chunk_size(x, n_routes, n_state)
     for i, chunks in _chunks(samples, positions, batch, length):
+        grad_D += (grad_y[i].to(dtype) * x[i]).sum((0, 1, 2))
         for t in reversed(chunks):
             o = order[:, t]
             chunk = _Chunk(o, x[i], delta[i], B[i], C[i], delta_bias, delta_weight, delta_softplus)
             dy = grad_y[i, o // width, o % width].to(dtype)
             dx = torch.zeros_like(chunk.x) if D is None else dy * D.to(dtype)[:, None]
-            grad_D += (dy * chunk.x).sum((0, 2))
             d_delta = torch.zeros_like(chunk.x)
             dB, dC = torch.empty_like(chunk.B), torch.empty_like(chunk.C)
             for n in range(n_state):
@@ -263,7 +263,7 @@ def backward(
         grad_A,
         grad_B.view(*image, n_routes, n_state),
         grad_C.view(*image, n_routes, n_state),
-        None if D is None else grad_D,
+        None if D is None else grad_D.expand(n_routes, -1),
         None if delta_bias is None else grad_bias,
         grad_W,
         None if initial_state is None else carry.transpose(2, 3),
