@@ -7,8 +7,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
+from interpreter import speed_up
+from vmamba.ops.triton import interpreted
+
+# An interpreted kernel takes seconds: fewer examples there.
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if interpreted() else 25)
 settings.load_profile("fixed")
+
+if interpreted():
+    speed_up()
 
 
 @pytest.fixture(autouse=True)

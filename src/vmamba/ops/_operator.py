@@ -74,12 +74,11 @@ def _forward_fake(
     batch, height, width, channels = x.shape
     n_routes, n_state, dtype = len(routes), A.shape[2], state_dtype(x)
     stride = state_stride(n_state)
+    saved = (height * width + stride - 1) // stride if resolve(backend, x.device, n_state).saves_states else 0
     return (
         x.new_empty(x.shape, dtype=out_dtype or dtype),
         x.new_empty((batch, n_routes, channels, n_state), dtype=dtype),
-        x.new_empty(
-            (batch, n_routes, (height * width + stride - 1) // stride, n_state, channels), dtype=dtype
-        ),
+        x.new_empty((batch, n_routes, saved, n_state, channels), dtype=dtype),
     )
 
 
