@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def scans_of(models: list[str], size: int) -> list[Scan]:
     import timm
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import vmamba.models  # noqa: F401  (registers them)
+    import_module("vmamba.models")  # registers them; by name, for the operator stands below the models
 
     with FakeTensorMode(), _Scans() as scans, torch.no_grad():
         for model in models:
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set in the environment: Triton compiles nothing then; unset it")
     import timm
 
-    import vmamba.models  # noqa: F401  (registers them)
+    import_module("vmamba.models")  # registers them; by name, for the operator stands below the models
 
     family = sorted(timm.list_models("*vmamba*"))
     unknown = [name for name in options.models or [] if name not in family]
