@@ -150,7 +150,7 @@ def test_a_fast_engine_is_chosen_by_device_and_said_to_be_missing(monkeypatch: p
 
 def test_backends_lists_every_engine() -> None:
     found = {status.name: status for status in backends()}
-    assert list(found) == ["chunked", "cpu", "reference"]
+    assert list(found) == ["chunked", "cpu", "reference", "triton"]
     assert found["chunked"].available
     assert found["reference"].available
     assert all(status.available == (status.reason is None) for status in found.values())
