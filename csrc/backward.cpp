@@ -17,17 +17,20 @@ template <class F> struct Backward {
   const vmamba_scan &s;
   const vmamba_gradients &g;
   const int64_t length, span, sums;  // sums: over channels, of a position and route, R + 2N
+  const int64_t stretch;             // from a vector of channels to the next, at one position of a segment
   const int64_t rest_A, rest_bias, rest_W;  // from a sum over positions to its compensation
   F *const by_block, *const by_group;
   Parameters<F> p;
-  std::unique_ptr<F[]> delta_in, B, C;                 // [span][R], [span][N], [span][N]
-  std::unique_ptr<F[]> z, x, dy, dz, dx;               // [span] rows
+  std::unique_ptr<F[]> delta_copies, copies, B, C;     // [span] rows, [span] rows, [span][N], [span][N]
+  std::unique_ptr<F[]> z, x, dy, dz, dx;               // [vectors][span] vectors
   std::unique_ptr<F[]> carry;                          // [N] rows: the gradient of the state ahead
   std::unique_ptr<F[]> sum_A, sum_bias, sum_W, sum_D;  // [K][N], [K], [K][R] and one row, twice
-  std::unique_ptr<F[]> lane_sums;                      // [span][R or N] vectors, to be summed over lanes
-  std::unique_ptr<F[]> vectors;                        // six times [span] vectors
-  std::unique_ptr<const F *[]> delta_row;
-  F *d, *slope, *u, *decay, *h, *d_delta;
+  std::unique_ptr<F[]> lane_sums;                      // twice [span][N] vectors, to be summed over lanes
+  std::unique_ptr<F[]> vectors;                        // five times [span] vectors
+  std::unique_ptr<const F *[]> delta_row, row_of;
+  std::unique_ptr<F *[]> dx_row, out_row;
+  std::unique_ptr<const char *[]> next_rows;  // three times [span]: of x, dy and dx, of the segment after this
+  F *d, *slope, *decay, *h, *d_delta;
 
   Backward(const vmamba_scan &s, const vmamba_gradients &g, F *by_block, F *by_group)
       : s(s),
@@ -35,30 +38,36 @@ template <class F> struct Backward {
         length(s.height * s.width),
         span(std::min(s.state_stride, length)),
         sums(s.rank + 2 * s.n_state),
+        stretch((span + lanes<F> - 1) / lanes<F> * lanes<F> * lanes<F>),  // whole vectors of positions
         rest_A(s.n_routes * s.n_state * widest),
         rest_bias(s.n_routes * widest),
         rest_W(s.n_routes * s.rank * widest),
         by_block(by_block),
         by_group(by_group),
         p(s),
-        delta_in(allocate<F>(span * s.rank)),
+        delta_copies(allocate<F>(span * (s.rank ? s.rank : widest))),
+        copies(allocate<F>(span * widest)),
         B(allocate<F>(span * s.n_state)),
         C(allocate<F>(span * s.n_state)),
-        z(allocate<F>(span * widest)),
-        x(allocate<F>(span * widest)),
-        dy(allocate<F>(span * widest)),
-        dz(allocate<F>(span * widest)),
-        dx(allocate<F>(span * widest)),
+        z(allocate<F>(stretch * (widest / lanes<F>))),
+        x(allocate<F>(stretch * (widest / lanes<F>))),
+        dy(allocate<F>(stretch * (widest / lanes<F>))),
+        dz(allocate<F>(stretch * (widest / lanes<F>))),
+        dx(allocate<F>(stretch * (widest / lanes<F>))),
         carry(allocate<F>(s.n_state * widest)),
         sum_A(allocate<F>(2 * rest_A)),
         sum_bias(allocate<F>(2 * rest_bias)),
         sum_W(allocate<F>(2 * rest_W)),
         sum_D(allocate<F>(2 * widest)),
-        lane_sums(allocate<F>(2 * (span * std::max(s.rank, s.n_state) + lanes<F>) * lanes<F>)),
-        vectors(allocate<F>(6 * span * lanes<F>)),
-        delta_row(new const F *[size_t(span)]) {
-    F **const parts[] = {&d, &slope, &u, &decay, &h, &d_delta};
-    for (int i = 0; i < 6; ++i) *parts[i] = vectors.get() + i * span * lanes<F>;
+        lane_sums(allocate<F>(2 * stretch * s.n_state)),
+        vectors(allocate<F>(5 * stretch)),
+        delta_row(new const F *[size_t(span)]),
+        row_of(new const F *[size_t(span + ahead)]),
+        dx_row(new F *[size_t(span + ahead)]),
+        out_row(new F *[size_t(span)]),
+        next_rows(new const char *[size_t(3 * span + 3 * pack)]()) {
+    F **const parts[] = {&d, &slope, &decay, &h, &d_delta};
+    for (int i = 0; i < 5; ++i) *parts[i] = vectors.get() + i * stretch;
   }
 
   // A group of images, b0 to b1.
@@ -72,13 +81,13 @@ template <class F> struct Backward {
       for (int64_t k = 0; k < s.n_routes; ++k) route(b, k, block);
 
     F *to = by_group + group * per_group(s);
-    const auto keep = [&](const F *from, int64_t n) {
+    const auto keep_sums = [&](const F *from, int64_t n) {
       for (int64_t i = 0; i < n; ++i, to += s.channels) std::copy_n(from + i * p.pitch, p.count, to + first);
     };
-    keep(sum_A.get(), s.n_routes * s.n_state);
-    keep(sum_bias.get(), s.n_routes);
-    keep(sum_W.get(), s.n_routes * s.rank);
-    keep(sum_D.get(), 1);
+    keep_sums(sum_A.get(), s.n_routes * s.n_state);
+    keep_sums(sum_bias.get(), s.n_routes);
+    keep_sums(sum_W.get(), s.n_routes * s.rank);
+    keep_sums(sum_D.get(), 1);
   }
 
   // The values of a group's sums: rows of D for A, bias, weight and D.
@@ -88,15 +97,17 @@ template <class F> struct Backward {
 
   void route(int64_t b, int64_t k, int64_t block) {
     const int64_t column = (b * s.n_routes + k) * s.channels + p.first;  // of (B, K, D)
-    for (int64_t n = 0; n < s.n_state; ++n)
-      for (int64_t i = 0; i < p.pitch; ++i)
-        carry[n * p.pitch + i] =
-            g.last && i < p.count ? static_cast<const F *>(g.last)[(column + i) * s.n_state + n] : F(0);
+    std::fill_n(carry.get(), s.n_state * p.pitch, F(0));
+    if (g.last)
+      p.turn_rows(static_cast<const F *>(g.last) + column * s.n_state, s.n_state, F(1), carry.get());
     const int64_t slots = (length + s.state_stride - 1) / s.state_stride;
     for (int64_t slot = slots - 1; slot >= 0; --slot) {
       const int64_t start = slot * s.state_stride;
       const F *saved = static_cast<const F *>(g.states) +
                        ((b * s.n_routes + k) * slots + slot) * s.n_state * s.channels + p.first;
+      if (slot) find_next(b, k, start - s.state_stride, int(s.state_stride));
+      for (int64_t i = 0; slot && i < s.n_state * s.channels; i += s.channels)
+        for (int64_t c = 0; c < p.count; c += lanes<F>) __builtin_prefetch(saved - s.n_state * s.channels + i + c);
       segment(b, k, block, start, int(std::min(s.state_stride, length - start)), saved);
     }
     if (g.initial)
@@ -105,97 +116,194 @@ template <class F> struct Backward {
           static_cast<F *>(g.initial)[(column + i) * s.n_state + n] = carry[n * p.pitch + i];
   }
 
+  // Notes where the rows of the next segment lie: rows of other lines of the image, of which the processor
+  // does not foresee that they are wanted.
+  void find_next(int64_t b, int64_t k, int64_t start, int n) {
+    const auto note = [&](const vmamba_image &image, int64_t size, const Run &run, const char **to) {
+      const char *const from = static_cast<const char *>(image.data) +
+                               (b * image.stride[0] + run.at(image) + p.first) * size;
+      for (int i = 0; i < run.count; ++i) to[run.first + i] = from + i * run.step(image) * size;
+    };
+    const vmamba_image of_dx = {g.x, type_of<F>, {length * s.channels, s.width * s.channels, s.channels, 0}};
+    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+      note(s.x, size_of(s.x.type), run, &next_rows[0]);
+      note(g.y, size_of(g.y.type), run, &next_rows[span]);
+      note(of_dx, sizeof(F), run, &next_rows[2 * span]);
+    });
+  }
+
+  // Asks for vector j of the t-th of these rows and the next few.
+  VMAMBA_INLINE void prefetch_next(int t, int64_t j) const {
+    for (int i = 0; i < 3; ++i)
+      for (int l = 0; l < pack; ++l)
+        __builtin_prefetch(next_rows[i * span + t + l] + j * lanes<F> * int64_t(sizeof(F)), 0, 2);
+  }
+
   // n positions of a route, from the `start`-th on; `saved`: the state before them, (N, D).
   void segment(int64_t b, int64_t k, int64_t block, int64_t start, int n, const F *saved) {
-    Walk walk(s, s.routes[k], start);
-    preactivation(p, b, k, walk, n, delta_row.get(), delta_in.get(), z.get());
-    for (int t = 0; t < n; ++t, walk.step()) {
-      read_padded(s.x, b * s.x.stride[0] + walk.at(s.x) + p.first, p, &x[t * p.pitch]);
-      read_padded(g.y, b * g.y.stride[0] + walk.at(g.y) + p.first, p, &dy[t * p.pitch]);
-      read_few(s.B, b * s.B.stride[0] + walk.at(s.B) + k * s.B.stride[3], s.n_state, &B[t * s.n_state]);
-      read_few(s.C, b * s.C.stride[0] + walk.at(s.C) + k * s.C.stride[3], s.n_state, &C[t * s.n_state]);
-    }
-    const int64_t states = n * s.n_state;
-    F *const dB = lane_sums.get();
-    F *const dC = dB + (states + lanes<F> - 1) / lanes<F> * lanes<F> * lanes<F>;
-    for (int64_t j = 0; j < p.pitch; j += lanes<F>) {
-      if (s.softplus)
-        p.scaled ? adjoint<true, true>(k, j, n, saved, dB, dC) : adjoint<true, false>(k, j, n, saved, dB, dC);
+    take_rows(s.x, b, k, start, n, x.get());
+    take_rows(g.y, b, k, start, n, dy.get());
+    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+      const int64_t at = b * s.delta.stride[0] + k * s.delta.stride[3];
+      if (s.rank)
+        rows_of(s.delta, at, run, s.rank, s.rank, delta_copies.get(), delta_row.get());
       else
+        rows_of(s.delta, at + p.first, run, p.count, p.pitch, delta_copies.get(), delta_row.get());
+      read_few(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
+      read_few(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
+      const int64_t position = b * length + run.flat(s.width), step = run.flat_step(s.width);
+      for (int i = 0; i < run.count; ++i) {
+        const int64_t at = position + i * step;
+        dx_row[run.first + i] = static_cast<F *>(g.x) + at * s.channels + p.first;
+        out_row[run.first + i] =
+            by_block + ((block * s.batch * length + at) * s.n_routes + k) * sums;
+      }
+    });
+    std::fill_n(&dx_row[n], ahead, dx_row[n - 1]);
+    preactivation(p, k, delta_row.get(), n, z.get(), {lanes<F>, stretch});
+
+    F *const dB = lane_sums.get(), *const dC = dB + stretch * s.n_state;
+    for (int64_t j = 0; j < p.pitch / lanes<F>; ++j) {
+      if (!s.softplus)
         adjoint<false, false>(k, j, n, saved, dB, dC);
+      else if (p.scaled)
+        adjoint<true, true>(k, j, n, saved, dB, dC);
+      else
+        adjoint<true, false>(k, j, n, saved, dB, dC);
     }
-    write_gradient_x(b, k, start, n);
-    F *const out = by_block + (block * s.batch + b) * length * s.n_routes * sums;
-    write_sums(dB, s.n_state, F(1), out + s.rank, k, start, n);
-    write_sums(dC, s.n_state, F(1), out + s.rank + s.n_state, k, start, n);
+    write_gradient_x(k, n);
+    write_sums(dB, s.rank, n);
+    write_sums(dC, s.rank + s.n_state, n);
     if (s.rank) {
       outer_product(n, &sum_W[k * s.rank * p.pitch]);
-      inner_product(n, p.w(k), lane_sums.get());
-      write_sums(lane_sums.get(), s.rank, p.scaled ? Simd<F>::ln2 : F(1), out, k, start, n);
+      in_pieces<4>(s.rank, [&](int64_t r, auto R) {
+        if constexpr ((R & (R - 1)) == 0)
+          inner_product<R>(n, r, p.w(k));
+        else
+          inner_product<2>(n, r, p.w(k)), inner_product<1>(n, r + 2, p.w(k));
+      });
     } else {
-      Walk to(s, s.routes[k], start);
-      for (int t = 0; t < n; ++t, to.step())
-        std::copy_n(&dz[t * p.pitch], p.count,
-                    static_cast<F *>(g.delta) + ((b * length + to.flat()) * s.n_routes + k) * s.channels + p.first);
+      for (int t = 0; t < n; ++t)
+        for (int64_t i = 0; i < p.count; ++i)
+          static_cast<F *>(g.delta)[((dx_row[t] - static_cast<F *>(g.x) - p.first) * s.n_routes +
+                                     k * s.channels) + p.first + i] =
+              dz[i / lanes<F> * stretch + t * lanes<F> + i % lanes<F>];
     }
   }
 
-  // The channels of one vector, from j on: dz and dx as rows, dB and dC as [n][N] vectors summed over j.
+  // The block's channels of n positions, vector by vector.
+  void take_rows(const vmamba_image &image, int64_t b, int64_t k, int64_t start, int n, F *to) {
+    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+      rows_of(image, b * image.stride[0] + p.first, run, p.count, p.pitch, copies.get(), row_of.get());
+    });
+    std::fill_n(&row_of[n], ahead, row_of[n - 1]);
+    for (int t = 0; t < n; ++t)
+      for (int64_t j = 0; j < p.pitch / lanes<F>; ++j) {
+        __builtin_prefetch(row_of[t + ahead] + j * lanes<F>);
+        store(to + j * stretch + t * lanes<F>, load(row_of[t] + j * lanes<F>));
+      }
+  }
+
+  // Vector j of the block's channels: dz and dx, and dB and dC as [n][N] vectors summed over j.
   template <bool activated, bool scaled>
   void adjoint(int64_t k, int64_t j, int n, const F *saved, F *dB, F *dC) {
     constexpr int L = lanes<F>;
-    const int64_t states = s.n_state;
-    for (int t = 0; t < n; ++t) {
-      const Vector<F> in = load(&z[t * p.pitch + j]);
+    const F *const z_j = &z[j * stretch], *const x_j = &x[j * stretch], *const dy_j = &dy[j * stretch];
+    F *const to_step = d, *const to_slope = slope;
+    for (int t = 0; t < n; t += pack) {
+      prefetch_next(t, j);
+      const Pack<F, pack> in = row<F, pack>(z_j + t * L);
       if constexpr (activated) {
-        const Softplus<F> found = softplus<F, scaled, true>(in);
-        store(d + t * L, found.value);
-        store(slope + t * L, found.slope);
-        store(u + t * L, found.value * load(&x[t * p.pitch + j]));
+        const Softplus<F, pack> found = softplus<F, scaled, true>(in);
+        keep(to_step + t * L, found.value);
+        keep(to_slope + t * L, found.slope);
       } else {
-        store(d + t * L, in);
-        store(u + t * L, in * load(&x[t * p.pitch + j]));
+        keep(to_step + t * L, in);
       }
     }
-    for (int64_t i = 0; i < states; ++i) {
-      const Vector<F> a = load(p.a(k) + i * p.pitch + j), a_log2 = load(p.a_log2(k) + i * p.pitch + j);
-      const Vector<F> before = load_states(saved + i * s.channels, j);
-      Vector<F> state = before;
+    for (int64_t i = 0; i < s.n_state; ++i) {
+      const Vector<F> before = load_states(saved + i * s.channels, j * L);
+      states(k, i, j, n, x_j, before);
+      if (s.n_state == 1)
+        walk_back<activated, true>(k, i, j, n, x_j, dy_j, before, dB, dC);
+      else
+        walk_back<activated, false>(k, i, j, n, x_j, dy_j, before, dB, dC);
+    }
+    if (s.n_state > 1) {
+      Vector<F> sum = {};
       for (int t = 0; t < n; ++t) {
-        const Vector<F> factor = exp2<F>(load(d + t * L) * a_log2);
-        state = factor * state + load(u + t * L) * B[t * states + i];
-        store(decay + t * L, factor);
-        store(h + t * L, state);
+        Vector<F> gradient = load(d_delta + t * L);
+        if constexpr (activated) gradient *= load(slope + t * L);
+        store(&dz[j * stretch + t * L], gradient);
+        sum += gradient;
       }
-      Vector<F> ahead = load(&carry[i * p.pitch + j]), sum = {};
-      for (int t = n - 1; t >= 0; --t) {
-        const Vector<F> out = load(&dy[t * p.pitch + j]), gradient = ahead + out * C[t * states + i];
-        F *const to_C = dC + (t * states + i) * L, *const to_B = dB + (t * states + i) * L;
-        const Vector<F> for_C = out * load(h + t * L), for_B = gradient * load(u + t * L);
-        store(to_C, j ? load(to_C) + for_C : for_C);
-        store(to_B, j ? load(to_B) + for_B : for_B);
-        ahead = gradient * load(decay + t * L);
-        const Vector<F> exponent = ahead * (t ? load(h + (t - 1) * L) : before), step = load(d + t * L);
-        sum += exponent * step;
-        const Vector<F> input = gradient * B[t * states + i];
-        const Vector<F> to_delta = exponent * a + input * load(&x[t * p.pitch + j]), to_x = input * step;
-        F *const row = &dx[t * p.pitch + j];
-        store(d_delta + t * L, i ? load(d_delta + t * L) + to_delta : to_delta);
-        store(row, i ? load(row) + to_x : to_x);
+      add(&sum_bias[k * p.pitch + j * L], rest_bias, sum);
+    }
+    if (k == 0) {
+      Vector<F> sum = {};
+      for (int t = 0; t < n; ++t) sum += load(dy_j + t * L) * load(x_j + t * L);
+      add(&sum_D[j * L], widest, sum);
+    }
+  }
+
+  // The decays and states of the segment again.
+  VMAMBA_INLINE void states(int64_t k, int64_t i, int64_t j, int n, const F *x_j, Vector<F> state) {
+    constexpr int L = lanes<F>;
+    const Vector<F> a = load(p.a_log2(k) + i * p.pitch + j * L);
+    const F *const step_of = d, *const B_of = &B[i];
+    F *const to_decay = decay, *const to_h = h;
+    const int64_t n_state = s.n_state;
+    for (int t = 0; t < n; t += pack) {
+      const Pack<F, pack> step = row<F, pack>(step_of + t * L);
+      const Pack<F, pack> factor = exp2<true>(rounded(step * Pack<F, pack>::of([&](int) { return a; })));
+      keep(to_decay + t * L, factor);
+      const int last = std::min(pack, n - t);
+      for (int l = 0; l < last; ++l) {
+        state = factor.v[l] * state + step.v[l] * load(x_j + (t + l) * L) * B_of[(t + l) * n_state];
+        store(to_h + (t + l) * L, state);
       }
-      store(&carry[i * p.pitch + j], ahead);
-      add(&sum_A[(k * states + i) * p.pitch + j], rest_A, sum);
     }
-    Vector<F> sum = {}, sum_skip = {};
-    for (int t = 0; t < n; ++t) {
-      Vector<F> gradient = load(d_delta + t * L);
-      if constexpr (activated) gradient *= load(slope + t * L);
-      store(&dz[t * p.pitch + j], gradient);
-      sum += gradient;
-      sum_skip += load(&dy[t * p.pitch + j]) * load(&x[t * p.pitch + j]);
+  }
+
+  // The gradients by state i; `only`: of no other, so that nothing is to be added to.
+  template <bool activated, bool only>
+  VMAMBA_INLINE void walk_back(int64_t k, int64_t i, int64_t j, int n, const F *x_j, const F *dy_j,
+                               Vector<F> before, F *dB, F *dC) {
+    constexpr int L = lanes<F>;
+    const int64_t n_state = only ? 1 : s.n_state;
+    const Vector<F> a = load(p.a(k) + i * p.pitch + j * L);
+    // A store of a vector may change any member, for all that the compiler knows.
+    const F *const step_of = d, *const slope_of = slope, *const decay_of = decay, *const h_of = h;
+    const F *const B_of = &B[i], *const C_of = &C[i];
+    F *const dz_j = &dz[j * stretch], *const dx_j = &dx[j * stretch], *const d_delta_of = d_delta;
+    F *const carried = &carry[i * p.pitch + j * L];
+    dB += i * L, dC += i * L;
+    Vector<F> gradient_ahead = load(carried), sum_decay = {}, sum = {}, state = load(h_of + (n - 1) * L);
+    for (int t = n - 1; t >= 0; --t) {
+      const Vector<F> out = load(dy_j + t * L), in = load(x_j + t * L), step = load(step_of + t * L);
+      const Vector<F> gradient = gradient_ahead + out * C_of[t * n_state];
+      F *const to_B = dB + t * n_state * L, *const to_C = dC + t * n_state * L;
+      const Vector<F> for_B = gradient * (step * in), for_C = out * state;
+      store(to_B, j ? load(to_B) + for_B : for_B);
+      store(to_C, j ? load(to_C) + for_C : for_C);
+      gradient_ahead = gradient * load(decay_of + t * L);
+      state = t ? load(h_of + (t - 1) * L) : before;
+      const Vector<F> exponent = gradient_ahead * state, input = gradient * B_of[t * n_state];
+      sum_decay += exponent * step;
+      Vector<F> to_delta = exponent * a + input * in, to_x = input * step;
+      if constexpr (only) {
+        if constexpr (activated) to_delta *= load(slope_of + t * L);
+        store(dz_j + t * L, to_delta);
+        sum += to_delta;
+      } else {
+        if (i) to_delta += load(d_delta_of + t * L), to_x += load(dx_j + t * L);
+        store(d_delta_of + t * L, to_delta);
+      }
+      store(dx_j + t * L, to_x);
     }
-    add(&sum_bias[k * p.pitch + j], rest_bias, sum);
-    if (k == 0) add(&sum_D[j], widest, sum_skip);
+    store(carried, gradient_ahead);
+    add(&sum_A[(k * n_state + i) * p.pitch + j * L], rest_A, sum_decay);
+    if constexpr (only) add(&sum_bias[k * p.pitch + j * L], rest_bias, sum);
   }
 
   // Kahan's sum, whose compensation lies `rest` behind it: of a long image there are very many segments.
@@ -213,38 +321,40 @@ template <class F> struct Backward {
     return load(padded);
   }
 
-  void write_gradient_x(int64_t b, int64_t k, int64_t start, int n) {
-    Walk walk(s, s.routes[k], start);
-    for (int t = 0; t < n; ++t, walk.step()) {
-      F *const to = static_cast<F *>(g.x) + (b * length + walk.flat()) * s.channels + p.first;
-      const F *from = &dx[t * p.pitch], *out = &dy[t * p.pitch];
-      if (k)
-        for (int64_t i = 0; i < p.count; ++i) to[i] += from[i];
-      else
-        for (int64_t i = 0; i < p.count; ++i) to[i] = from[i] + p.skip[i] * out[i];
+  void write_gradient_x(int64_t k, int n) {
+    const int64_t whole = p.count / lanes<F> * lanes<F>;
+    for (int t = 0; t < n; ++t) {
+      F *const to = dx_row[t];
+      for (int64_t i = 0; i < whole; i += lanes<F>) {
+        __builtin_prefetch(dx_row[t + ahead] + i, 1);
+        const int64_t at = i / lanes<F> * stretch + t * lanes<F>;
+        store(to + i, load(&dx[at]) + (k ? load(to + i) : load(p.skip + i) * load(&dy[at])));
+      }
+      for (int64_t i = whole; i < p.count; ++i) {
+        const int64_t at = i / lanes<F> * stretch + t * lanes<F> + i % lanes<F>;
+        to[i] = dx[at] + (k ? to[i] : p.skip[i] * dy[at]);
+      }
     }
   }
 
-  // Vectors [n][m], summed over lanes and multiplied, to rows of `out` in image position.
-  void write_sums(F *from, int64_t m, F factor, F *out, int64_t k, int64_t start, int n) {
-    const int64_t count = n * m;
+  // Vectors [n][N], summed over lanes, to the rows of the sums from their `place`-th value on.
+  void write_sums(F *from, int64_t place, int n) {
+    const int64_t count = n * s.n_state;
     for (int64_t i = 0; i < count; i += lanes<F>) {
       Vector<F> v[lanes<F>];
       for (int l = 0; l < lanes<F>; ++l)
         v[l] = i + l < count ? load(from + (i + l) * lanes<F>) : Vector<F>{};
-      store(from + i, sum_lanes<F>(v) * factor);  // over vectors that are done with
+      store(from + i, sum_lanes<F>(v));  // over vectors that are done with
     }
-    Walk walk(s, s.routes[k], start);
-    for (int t = 0; t < n; ++t, walk.step(), from += m)
-      std::copy_n(from, m, out + (walk.flat() * s.n_routes + k) * sums);
+    for (int t = 0; t < n; ++t, from += s.n_state) std::copy_n(from, s.n_state, out_row[t] + place);
   }
 
   // sum[r] += Σ_t delta[t][r] dz[t]
   void outer_product(int n, F *sum) const {
     constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2;
     int64_t j = 0;
-    for (; j + wide * lanes<F> <= p.pitch; j += wide * lanes<F>) outer_columns<wide>(n, j, sum);
-    for (; j < p.pitch; j += lanes<F>) outer_columns<1>(n, j, sum);
+    for (; j + wide <= p.pitch / lanes<F>; j += wide) outer_columns<wide>(n, j, sum);
+    for (; j < p.pitch / lanes<F>; ++j) outer_columns<1>(n, j, sum);
   }
 
   template <int J> void outer_columns(int n, int64_t j, F *sum) const {
@@ -257,42 +367,39 @@ template <class F> struct Backward {
   template <int R, int J> VMAMBA_INLINE void outer_tile(int n, int64_t j, int64_t r, F *sum) const {
     Vector<F> part[R][J] = {};
     for (int t = 0; t < n; ++t) {
-      const F *in = delta_row[t] + r, *row = &dz[t * p.pitch + j];
+      const F *in = delta_row[t] + r, *of_t = &dz[j * stretch + t * lanes<F>];
       for (int a = 0; a < J; ++a) {
-        const Vector<F> v = load(row + a * lanes<F>);
+        const Vector<F> v = load(of_t + a * stretch);
         for (int i = 0; i < R; ++i) part[i][a] += v * in[i];
       }
     }
     for (int i = 0; i < R; ++i)
-      for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + j + a * lanes<F>, rest_W, part[i][a]);
+      for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + (j + a) * lanes<F>, rest_W, part[i][a]);
   }
 
-  // to[t][r] = Σ_d dz[t][d] weight[r][d], as vectors whose lanes are yet to be summed.
-  void inner_product(int n, const F *weight, F *to) const {
-    int t = 0;
-    for (; t + 4 <= n; t += 4) inner_rows<4>(t, weight, to);
-    for (; t < n; ++t) inner_rows<1>(t, weight, to);
-  }
-
-  template <int T> void inner_rows(int t, const F *weight, F *to) const {
-    constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2;
-    int64_t r = 0;
-    for (; r + wide <= s.rank; r += wide) inner_tile<T, wide>(t, r, weight, to);
-    for (; r < s.rank; ++r) inner_tile<T, 1>(t, r, weight, to);
-  }
-
-  template <int T, int R> VMAMBA_INLINE void inner_tile(int t, int64_t r, const F *weight, F *to) const {
-    Vector<F> part[T][R] = {};
-    for (int64_t j = 0; j < p.pitch; j += lanes<F>) {
-      Vector<F> w[R];
-      for (int i = 0; i < R; ++i) w[i] = load(weight + (r + i) * p.pitch + j);
-      for (int a = 0; a < T; ++a) {
-        const Vector<F> v = load(&dz[(t + a) * p.pitch + j]);
-        for (int i = 0; i < R; ++i) part[a][i] += v * w[i];
+  // The gradients of delta's factors r to r + R: Σ_d dz[t][d] weight[r][d], of as many positions at a time as
+  // make their sums one vector. Beyond the n-th the rows hold anything.
+  template <int R> void inner_product(int n, int64_t r, const F *weight) const {
+    constexpr int T = lanes<F> / R;
+    if constexpr (T > 0) {
+      for (int t = 0; t < n; t += T) {
+        Vector<F> part[T * R] = {};
+        for (int64_t j = 0; j < p.pitch / lanes<F>; ++j) {
+          Vector<F> w[R];
+          for (int i = 0; i < R; ++i) w[i] = load(weight + (r + i) * p.pitch + j * lanes<F>);
+          for (int a = 0; a < T; ++a) {
+            const Vector<F> v = load(&dz[j * stretch + (t + a) * lanes<F>]);
+            for (int i = 0; i < R; ++i) part[a * R + i] += v * w[i];
+          }
+        }
+        F found[lanes<F>];
+        store(found, sum_lanes<F>(part) * (p.scaled ? Simd<F>::ln2 : F(1)));
+        const int last = std::min(T, n - t);
+        for (int a = 0; a < last; ++a) std::copy_n(found + a * R, R, out_row[t + a] + r);
       }
+    } else {
+      inner_product<R / 2>(n, r, weight), inner_product<R / 2>(n, r + R / 2, weight);
     }
-    for (int a = 0; a < T; ++a)
-      for (int i = 0; i < R; ++i) store(to + ((t + a) * s.rank + r + i) * lanes<F>, part[a][i]);
   }
 };
 
@@ -301,41 +408,39 @@ template <class F>
 void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, const F *by_block, int64_t groups,
             const F *by_group) {
   const int64_t rows = s.batch * s.height * s.width * s.n_routes, sums = s.rank + 2 * s.n_state;
-  const auto of_row = [&](int64_t row) {
-    const auto sum = [&](int64_t i) {
-      F found = by_block[row * sums + i];
-      for (int64_t block = 1; block < blocks; ++block) found += by_block[(block * rows + row) * sums + i];
-      return found;
-    };
-    for (int64_t i = 0; i < s.rank; ++i) static_cast<F *>(g.delta)[row * s.rank + i] = sum(i);
-    for (int64_t i = 0; i < s.n_state; ++i) {
-      static_cast<F *>(g.B)[row * s.n_state + i] = sum(s.rank + i);
-      static_cast<F *>(g.C)[row * s.n_state + i] = sum(s.rank + s.n_state + i);
-    }
-  };
   in_shares(rows, s.threads, [&](int64_t row, int64_t last) {
-    for (; row < last; ++row) of_row(row);
+    const auto total = allocate<F>(sums);
+    for (; row < last; ++row) {
+      std::copy_n(by_block + row * sums, sums, total.get());
+      for (int64_t block = 1; block < blocks; ++block) {
+        const F *const share = by_block + (block * rows + row) * sums;
+        for (int64_t i = 0; i < sums; ++i) total[i] += share[i];
+      }
+      std::copy_n(&total[0], s.rank, static_cast<F *>(g.delta) + row * s.rank);
+      std::copy_n(&total[s.rank], s.n_state, static_cast<F *>(g.B) + row * s.n_state);
+      std::copy_n(&total[s.rank + s.n_state], s.n_state, static_cast<F *>(g.C) + row * s.n_state);
+    }
   });
 
-  const int64_t each = Backward<F>::per_group(s), columns = s.n_routes * s.channels;
-  const auto of_column = [&](int64_t column) {
-    const int64_t k = column / s.channels, d = column % s.channels;
-    const auto sum = [&](int64_t row) {
-      F found = 0;
-      for (int64_t group = 0; group < groups; ++group) found += by_group[group * each + row * s.channels + d];
-      return found;
-    };
-    int64_t row = k * s.n_state;
-    for (int64_t i = 0; i < s.n_state; ++i) static_cast<F *>(g.A)[column * s.n_state + i] = sum(row + i);
-    row = s.n_routes * s.n_state;
-    if (g.bias) static_cast<F *>(g.bias)[column] = sum(row + k);
-    row += s.n_routes + k * s.rank;
-    for (int64_t i = 0; i < s.rank; ++i) static_cast<F *>(g.weight)[column * s.rank + i] = sum(row + i);
-    row = s.n_routes * (s.n_state + 1 + s.rank);
-    if (g.D) static_cast<F *>(g.D)[column] = sum(row);
-  };
-  in_shares(columns, s.threads, [&](int64_t column, int64_t last) {
-    for (; column < last; ++column) of_column(column);
+  const int64_t each = Backward<F>::per_group(s), blocks_of_route = (s.channels + widest - 1) / widest;
+  in_shares(s.n_routes * blocks_of_route, s.threads, [&](int64_t task, int64_t last) {
+    for (; task < last; ++task) {
+      const int64_t k = task / blocks_of_route, first = task % blocks_of_route * widest;
+      const int64_t count = std::min<int64_t>(widest, s.channels - first);
+      // The i-th of n values of each channel of a route, which groups have in their row `row`.
+      const auto sum = [&](void *to, int64_t row, int64_t n, int64_t i) {
+        F total[widest] = {};
+        for (int64_t group = 0; group < groups; ++group)
+          for (int64_t c = 0; c < count; ++c) total[c] += by_group[group * each + row * s.channels + first + c];
+        for (int64_t c = 0; c < count; ++c)
+          static_cast<F *>(to)[(k * s.channels + first + c) * n + i] = total[c];
+      };
+      for (int64_t i = 0; i < s.n_state; ++i) sum(g.A, k * s.n_state + i, s.n_state, i);
+      const int64_t after_A = s.n_routes * s.n_state, after_bias = after_A + s.n_routes;
+      if (g.bias) sum(g.bias, after_A + k, 1, 0);
+      for (int64_t i = 0; i < s.rank; ++i) sum(g.weight, after_bias + k * s.rank + i, s.rank, i);
+      if (g.D) sum(g.D, after_bias + s.n_routes * s.rank, 1, 0);
+    }
   });
 }
 

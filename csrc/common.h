@@ -26,6 +26,7 @@ namespace VMAMBA_TARGET {
 
 constexpr int widest = 64;  // channels of a block
 constexpr int tile = 64;    // positions of a tile
+constexpr int ahead = 6;    // positions for which rows are asked for in advance
 
 // float16 or bfloat16 → float, exactly.
 VMAMBA_INLINE float widen(uint16_t bits, int64_t type) {
@@ -71,49 +72,75 @@ template <class F> void read(const vmamba_image &image, int64_t offset, int64_t 
   }
 }
 
+VMAMBA_INLINE int64_t size_of(int64_t type) {
+  return type == VMAMBA_FLOAT64 ? 8 : type == VMAMBA_FLOAT32 ? 4 : 2;
+}
+
 template <class F> constexpr int64_t type_of = sizeof(F) == 4 ? VMAMBA_FLOAT32 : VMAMBA_FLOAT64;
 
-// As `read`, without a call for what most images have: few values of F's own type.
-template <class F> VMAMBA_INLINE void read_few(const vmamba_image &image, int64_t offset, int64_t n, F *to) {
-  if (image.type != type_of<F>) return read(image, offset, n, to);
-  const F *from = static_cast<const F *>(image.data) + offset;
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-// A row as it lies if its type is F's, else copied to `buffer`.
-template <class F> VMAMBA_INLINE const F *row(const vmamba_image &image, int64_t offset, int64_t n, F *buffer) {
-  if (image.type == type_of<F>) return static_cast<const F *>(image.data) + offset;
-  read(image, offset, n, buffer);
-  return buffer;
-}
-
-// The positions of a route, one after the other.
-struct Walk {
-  int64_t height, width;
-  bool columns, reversed;
-  int64_t h, w;
-
-  Walk(const vmamba_scan &s, int64_t route, int64_t start)
-      : height(s.height), width(s.width), columns(route & 1), reversed(route & 2) {
-    const int64_t t = reversed ? height * width - 1 - start : start;
-    h = columns ? t % height : t / width;
-    w = columns ? t / height : t % width;
-  }
-
-  void step() {
-    const int64_t by = reversed ? -1 : 1;
-    if (columns) {
-      h += by;
-      if (h < 0 || h == height) h -= by * height, w += by;
-    } else {
-      w += by;
-      if (w < 0 || w == width) w -= by * width, h += by;
-    }
-  }
+// Consecutive positions of a route, in one line of the image: from the `first`-th of a tile on, at (h, w) and
+// then by (dh, dw) from one to the next.
+struct Run {
+  int first, count;
+  int64_t h, w, dh, dw;
 
   int64_t at(const vmamba_image &image) const { return h * image.stride[1] + w * image.stride[2]; }
-  int64_t flat() const { return h * width + w; }
+  int64_t step(const vmamba_image &image) const { return dh * image.stride[1] + dw * image.stride[2]; }
+  int64_t flat(int64_t width) const { return h * width + w; }
+  int64_t flat_step(int64_t width) const { return dh * width + dw; }
 };
+
+// The n positions of a route from the `start`-th on, as runs.
+template <class Body>
+VMAMBA_INLINE void each_run(const vmamba_scan &s, int64_t route, int64_t start, int n, const Body &body) {
+  const bool columns = route & 1, reversed = route & 2;
+  const int64_t length = columns ? s.height : s.width, lines = columns ? s.width : s.height;
+  const int64_t by = reversed ? -1 : 1;
+  int64_t line = start / length, place = start % length;
+  for (int first = 0, count; first < n; first += count, place = 0, ++line) {
+    count = int(std::min<int64_t>(n - first, length - place));
+    const int64_t in_line = reversed ? length - 1 - place : place, of_line = reversed ? lines - 1 - line : line;
+    if (columns)
+      body(Run{first, count, in_line, of_line, by, 0});
+    else
+      body(Run{first, count, of_line, in_line, 0, by});
+  }
+}
+
+// Rows of n values, as they lie if they need no conversion and no padding to `pitch`, else copied.
+template <class F>
+VMAMBA_INLINE void rows_of(const vmamba_image &image, int64_t offset, const Run &run, int64_t n, int64_t pitch,
+                           F *copies, const F **rows) {
+  const int64_t at = offset + run.at(image), step = run.step(image);
+  copies += run.first * pitch, rows += run.first;
+  if (image.type == type_of<F> && n == pitch) {
+    const F *const from = static_cast<const F *>(image.data) + at;
+    for (int i = 0; i < run.count; ++i) rows[i] = from + i * step;
+    return;
+  }
+  for (int i = 0; i < run.count; ++i, copies += pitch) {
+    read(image, at + i * step, n, copies);
+    std::fill(copies + n, copies + pitch, F(0));
+    rows[i] = copies;
+  }
+}
+
+// Rows of n values, copied one behind the other.
+template <class F>
+VMAMBA_INLINE void read_few(const vmamba_image &image, int64_t offset, const Run &run, int64_t n, F *to) {
+  const int64_t at = offset + run.at(image), step = run.step(image);
+  to += run.first * n;
+  if (image.type != type_of<F>) {
+    for (int i = 0; i < run.count; ++i) read(image, at + i * step, n, to + i * n);
+    return;
+  }
+  const F *const from = static_cast<const F *>(image.data) + at;
+  if (n == 1)
+    for (int i = 0; i < run.count; ++i) to[i] = from[i * step];
+  else
+    for (int i = 0; i < run.count; ++i)
+      for (int64_t j = 0; j < n; ++j) to[i * n + j] = from[i * step + j];
+}
 
 template <class F> std::unique_ptr<F[]> allocate(int64_t n) { return std::unique_ptr<F[]>(new F[size_t(n)]); }
 
@@ -121,7 +148,7 @@ template <class F> std::unique_ptr<F[]> allocate(int64_t n) { return std::unique
 // `pitch` channels, those beyond the block zero.
 template <class F> struct Parameters {
   const vmamba_scan &s;
-  const bool scaled;  // z comes with the factor log2(e)
+  const bool scaled;  // what softplus takes comes with the factor log2(e)
   int64_t first = -1, count = 0, pitch = 0;
   std::unique_ptr<F[]> A, A_log2, weight, bias;  // [K][N], [K][N], [K][R], [K] rows
   F skip[widest];                                // the sum of D over routes
@@ -139,13 +166,17 @@ template <class F> struct Parameters {
   const F *w(int64_t k) const { return weight.get() + k * s.rank * pitch; }
   const F *b(int64_t k) const { return bias.get() + k * pitch; }
 
+  // (channels of the block, n) → n rows, whose padding is left as it is.
+  void turn_rows(const F *from, int64_t n, F factor, F *to) const {
+    for (int64_t d = 0; d < count; ++d)
+      for (int64_t i = 0; i < n; ++i) to[i * pitch + d] = from[d * n + i] * factor;
+  }
+
   // (K, D, n) → [K][n] rows
   void turn(const void *from, int64_t n, F factor, F *to) const {
-    const F *p = static_cast<const F *>(from);
+    std::fill_n(to, s.n_routes * n * pitch, F(0));
     for (int64_t k = 0; k < s.n_routes; ++k)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t d = 0; d < pitch; ++d)
-          *to++ = d < count ? p[(k * s.channels + first + d) * n + i] * factor : F(0);
+      turn_rows(static_cast<const F *>(from) + (k * s.channels + first) * n, n, factor, to + k * n * pitch);
   }
 
   void take(int64_t start, int64_t n) {
@@ -166,67 +197,53 @@ template <class F> struct Parameters {
   }
 };
 
-// A row of a block's channels, padded with zeros.
-template <class F> void read_padded(const vmamba_image &image, int64_t offset, const Parameters<F> &p, F *to) {
-  read(image, offset, p.count, to);
-  std::fill(to + p.count, to + p.pitch, F(0));
-}
+// Where the vector of position t and of channels j·lanes on lies in a buffer: at t·of_position + j·of_vector.
+struct Layout {
+  int64_t of_position, of_vector;
+};
 
-// rows[t] = bias + in[t] · weight: (positions, R) · (R, pitch).
+// bias + in[t] · weight, (positions, R) · (R, pitch), from vector j on.
 template <class F, int T, int J>
-VMAMBA_INLINE void product_tile(const F *const *in, int64_t rank, const F *weight, const F *bias, int64_t pitch,
-                                F *rows) {
+VMAMBA_INLINE void product_tile(const Parameters<F> &p, int64_t k, const F *const *in, int64_t j, F *to,
+                                Layout layout) {
+  const int64_t rank = p.s.rank, d = j * lanes<F>;
+  const F *const weight = p.w(k) + d, *const bias = p.b(k) + d;
   Vector<F> sum[T][J];
   for (int t = 0; t < T; ++t)
-    for (int j = 0; j < J; ++j) sum[t][j] = load(bias + j * lanes<F>);
+    for (int i = 0; i < J; ++i) sum[t][i] = load(bias + i * lanes<F>);
   for (int64_t r = 0; r < rank; ++r) {
     Vector<F> w[J];
-    for (int j = 0; j < J; ++j) w[j] = load(weight + r * pitch + j * lanes<F>);
+    for (int i = 0; i < J; ++i) w[i] = load(weight + r * p.pitch + i * lanes<F>);
     for (int t = 0; t < T; ++t)
-      for (int j = 0; j < J; ++j) sum[t][j] += w[j] * in[t][r];
+      for (int i = 0; i < J; ++i) sum[t][i] += w[i] * in[t][r];
   }
   for (int t = 0; t < T; ++t)
-    for (int j = 0; j < J; ++j) store(rows + t * pitch + j * lanes<F>, sum[t][j]);
+    for (int i = 0; i < J; ++i) store(to + t * layout.of_position + (j + i) * layout.of_vector, sum[t][i]);
 }
 
-template <class F, int J>
-VMAMBA_INLINE void product_columns(const F *const *in, int n, int64_t rank, const F *weight, const F *bias,
-                                   int64_t pitch, F *rows) {
-  int t = 0;
-  for (; t + 4 <= n; t += 4) product_tile<F, 4, J>(in + t, rank, weight, bias, pitch, rows + t * pitch);
-  for (; t < n; ++t) product_tile<F, 1, J>(in + t, rank, weight, bias, pitch, rows + t * pitch);
+// Calls `body` with (first, number as a constant) for pieces of `count`, the widest first.
+template <int most, class Body>
+VMAMBA_INLINE void in_pieces(int64_t count, const Body &body, int64_t first = 0) {
+  for (; first + most <= count; first += most) body(first, std::integral_constant<int, most>());
+  if constexpr (most > 1) in_pieces<most - 1>(count, body, first);
 }
 
+// What softplus takes, from the n rows of delta.
 template <class F>
-void product(const F *const *in, int n, int64_t rank, const F *weight, const F *bias, int64_t pitch, F *rows) {
-  constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2;  // as many sums as there are registers for
-  int64_t d = 0;
-  for (; d + wide * lanes<F> <= pitch; d += wide * lanes<F>)
-    product_columns<F, wide>(in, n, rank, weight + d, bias + d, pitch, rows + d);
-  switch ((pitch - d) / lanes<F>) {
-    case 3: product_columns<F, 3>(in, n, rank, weight + d, bias + d, pitch, rows + d); break;
-    case 2: product_columns<F, 2>(in, n, rank, weight + d, bias + d, pitch, rows + d); break;
-    case 1: product_columns<F, 1>(in, n, rank, weight + d, bias + d, pitch, rows + d); break;
-  }
-}
-
-// What softplus takes, for n positions of a route from `walk` on, as rows of `pitch`. With low rank, `in`
-// (n) is set to the rows of delta, which are copied to `buffer` (n, R) where their type is not F.
-template <class F>
-void preactivation(const Parameters<F> &p, int64_t b, int64_t k, Walk walk, int n, const F **in, F *buffer,
-                   F *rows) {
-  const vmamba_scan &s = p.s;
-  const int64_t start = b * s.delta.stride[0] + k * s.delta.stride[3];
-  if (s.rank) {
-    for (int t = 0; t < n; ++t, walk.step())
-      in[t] = row(s.delta, start + walk.at(s.delta), s.rank, buffer + t * s.rank);
-    product(in, n, s.rank, p.w(k), p.b(k), p.pitch, rows);
+void preactivation(const Parameters<F> &p, int64_t k, const F *const *delta, int n, F *to, Layout layout) {
+  if (p.s.rank) {
+    constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2;  // as many sums as there are registers for
+    in_pieces<wide>(p.pitch / lanes<F>, [&](int64_t j, auto J) {
+      in_pieces<4>(n, [&](int64_t t, auto T) {
+        product_tile<F, T, J>(p, k, delta + t, j, to + t * layout.of_position, layout);
+      });
+    });
     return;
   }
-  for (int t = 0; t < n; ++t, walk.step(), rows += p.pitch) {
-    read_padded(s.delta, start + walk.at(s.delta) + p.first, p, rows);
-    for (int64_t d = 0; d < p.pitch; ++d) rows[d] += p.b(k)[d];
-  }
+  for (int t = 0; t < n; ++t)
+    for (int64_t j = 0; j < p.pitch / lanes<F>; ++j)
+      store(to + t * layout.of_position + j * layout.of_vector,
+            load(delta[t] + j * lanes<F>) + load(p.b(k) + j * lanes<F>));
 }
 
 // Runs `body(first, last)` for as many shares of the tasks as there are threads, each in a thread of its own.

@@ -4,14 +4,18 @@
 namespace VMAMBA_TARGET {
 namespace {
 
+// For N = 1, what is computed side by side: as many vectors, of channels and of positions, as suit the registers.
+constexpr int vectors_at_once = VMAMBA_VECTOR_BYTES == 16 ? 1 : 2;
+constexpr int positions_at_once = VMAMBA_VECTOR_BYTES == 64 ? 3 : 2;
+
 template <class F> struct Forward {
   const vmamba_scan &s;
   F *const y, *const last, *const states;
   Parameters<F> p;
-  std::unique_ptr<F[]> h, B, C, delta_in;  // [N] rows, [tile][N], [tile][N], [tile][R]
-  alignas(64) F delta[tile * widest], x_copy[tile * widest], y_copy[tile * widest];
-  const F *x_row[tile], *delta_row[tile];
-  F *y_row[tile], *y_home[tile];
+  std::unique_ptr<F[]> h, B, C, delta_copies;  // [N] rows, [tile][N], [tile][N], [tile][R] or rows
+  alignas(64) F z[tile * widest], x_copies[tile * widest], y_copies[tile * widest];
+  const F *x_row[tile + ahead], *delta_row[tile];
+  F *y_row[tile + ahead], *y_home[tile];
 
   Forward(const vmamba_scan &s, F *y, F *last, F *states)
       : s(s),
@@ -22,7 +26,7 @@ template <class F> struct Forward {
         h(allocate<F>(s.n_state * widest)),
         B(allocate<F>(tile * s.n_state)),
         C(allocate<F>(tile * s.n_state)),
-        delta_in(allocate<F>(tile * s.rank)) {}
+        delta_copies(allocate<F>(tile * (s.rank ? s.rank : widest))) {}
 
   void image(int64_t b, int64_t first, int64_t count) {
     p.take(first, count);
@@ -32,51 +36,45 @@ template <class F> struct Forward {
   void route(int64_t b, int64_t k) {
     const int64_t length = s.height * s.width, slots = (length + s.state_stride - 1) / s.state_stride;
     const int64_t column = (b * s.n_routes + k) * s.channels + p.first;  // of (B, K, D)
-    for (int64_t n = 0; n < s.n_state; ++n)
-      for (int64_t d = 0; d < p.pitch; ++d)
-        h[n * p.pitch + d] = s.initial && d < p.count
-                                 ? static_cast<const F *>(s.initial)[(column + d) * s.n_state + n]
-                                 : F(0);
-    Walk walk(s, s.routes[k], 0);
+    std::fill_n(h.get(), s.n_state * p.pitch, F(0));
+    if (s.initial) p.turn_rows(static_cast<const F *>(s.initial) + column * s.n_state, s.n_state, F(1), h.get());
     for (int64_t t = 0; t < length; t += tile) {
       if (t % s.state_stride == 0)
         for (int64_t n = 0; n < s.n_state; ++n)
           std::copy_n(&h[n * p.pitch], p.count,
                       states + (((b * s.n_routes + k) * slots + t / s.state_stride) * s.n_state + n) *
                                    s.channels + p.first);
-      positions(b, k, walk, int(std::min<int64_t>(tile, length - t)));
+      positions(b, k, t, int(std::min<int64_t>(tile, length - t)));
     }
     for (int64_t n = 0; n < s.n_state; ++n)
       for (int64_t d = 0; d < p.count; ++d) last[(column + d) * s.n_state + n] = h[n * p.pitch + d];
   }
 
-  // A tile of n positions; leaves `walk` behind it.
-  void positions(int64_t b, int64_t k, Walk &walk, int n) {
-    const Walk start = walk;
+  // n positions of a route, from the `start`-th on.
+  void positions(int64_t b, int64_t k, int64_t start, int n) {
     const bool whole = p.pitch == p.count;
-    for (int t = 0; t < n; ++t, walk.step()) {
-      const int64_t x = b * s.x.stride[0] + walk.at(s.x) + p.first;
-      if (whole && s.x.type == type_of<F>) {
-        x_row[t] = static_cast<const F *>(s.x.data) + x;
-      } else {
-        F *to = x_copy + t * p.pitch;
-        read_padded(s.x, x, p, to);
-        x_row[t] = to;
-      }
-      y_row[t] = y_home[t] = y + (b * s.height * s.width + walk.flat()) * s.channels + p.first;
-      // Rows of other image lines: what is formed of delta in the meantime hides the way from memory.
-      for (int64_t d = 0; d < p.count; d += 64 / int64_t(sizeof(F))) {
-        __builtin_prefetch(x_row[t] + d);
-        __builtin_prefetch(y_home[t] + d, 1);
-      }
-      if (!whole) {
-        y_row[t] = y_copy + t * p.pitch;
+    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+      rows_of(s.x, b * s.x.stride[0] + p.first, run, p.count, p.pitch, x_copies, x_row);
+      const int64_t delta = b * s.delta.stride[0] + k * s.delta.stride[3];
+      if (s.rank)
+        rows_of(s.delta, delta, run, s.rank, s.rank, delta_copies.get(), delta_row);
+      else
+        rows_of(s.delta, delta + p.first, run, p.count, p.pitch, delta_copies.get(), delta_row);
+      read_few(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
+      read_few(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
+      F *const home = y + (b * s.height * s.width + run.flat(s.width)) * s.channels + p.first;
+      for (int i = 0; i < run.count; ++i)
+        y_row[run.first + i] = home + i * run.flat_step(s.width) * s.channels;
+    });
+    if (!whole)
+      for (int t = 0; t < n; ++t) {
+        y_home[t] = y_row[t];
+        y_row[t] = y_copies + t * p.pitch;
         if (k) std::copy_n(y_home[t], p.count, y_row[t]);
       }
-      read_few(s.B, b * s.B.stride[0] + walk.at(s.B) + k * s.B.stride[3], s.n_state, &B[t * s.n_state]);
-      read_few(s.C, b * s.C.stride[0] + walk.at(s.C) + k * s.C.stride[3], s.n_state, &C[t * s.n_state]);
-    }
-    preactivation(p, b, k, start, n, delta_row, delta_in.get(), delta);
+    std::fill_n(x_row + n, ahead, x_row[n - 1]);
+    std::fill_n(y_row + n, ahead, y_row[n - 1]);
+    preactivation(p, k, delta_row, n, z, {p.pitch, lanes<F>});
     if (s.softplus)
       p.scaled ? recur<true, true>(k, n) : recur<true, false>(k, n);
     else
@@ -85,56 +83,71 @@ template <class F> struct Forward {
       for (int t = 0; t < n; ++t) std::copy_n(y_row[t], p.count, y_home[t]);
   }
 
-  template <bool activated, bool scaled> void recur(int64_t k, int n) {
-    if (s.n_state == 1)
-      k ? recur_one<activated, scaled, false>(k, n) : recur_one<activated, scaled, true>(k, n);
-    else
-      recur_many<activated, scaled>(k, n);
+  // Rows of other lines of the image, which the processor does not foresee.
+  template <int P> VMAMBA_INLINE void prefetch(int t, int64_t j) const {
+    for (int i = 0; i < P; ++i, j += lanes<F>) {
+      __builtin_prefetch(x_row[t] + j);
+      __builtin_prefetch(y_row[t] + j, 1);
+    }
   }
 
-  template <bool activated, bool scaled> VMAMBA_INLINE static Vector<F> step_size(const F *z) {
+  template <bool activated, bool scaled> void recur(int64_t k, int n) {
+    const int64_t vectors = p.pitch / lanes<F>;
+    if (s.n_state > 1) {
+      in_pieces<pack>(vectors, [&](int64_t j, auto P) { recur_many<activated, scaled, P>(k, j * lanes<F>, n); });
+      return;
+    }
+    in_pieces<vectors_at_once>(vectors, [&](int64_t j, auto P) {
+      k ? recur_one<activated, scaled, false, P>(k, j * lanes<F>, n)
+        : recur_one<activated, scaled, true, P>(k, j * lanes<F>, n);
+    });
+  }
+
+  template <bool activated, bool scaled, int P> VMAMBA_INLINE static Pack<F, P> step_size(Pack<F, P> z) {
     if constexpr (activated)
-      return softplus<F, scaled, false>(load(z)).value;
+      return softplus<F, scaled, false>(z).value;
     else
-      return load(z);
+      return z;
   }
 
   // N = 1: all in one loop.
-  template <bool activated, bool scaled, bool writes> void recur_one(int64_t k, int n) {
-    for (int64_t j = 0; j < p.pitch; j += lanes<F>) {
-      const Vector<F> a = load(p.a_log2(k) + j), skip = load(p.skip + j);
-      Vector<F> state = load(&h[j]);
-      for (int t = 0; t < n; ++t) {
-        const Vector<F> x = load(x_row[t] + j);
-        const Vector<F> d = step_size<activated, scaled>(delta + t * p.pitch + j);
-        state = exp2<F>(d * a) * state + d * x * B[t];
-        store(y_row[t] + j, state * C[t] + (writes ? skip * x : load(y_row[t] + j)));
+  template <bool activated, bool scaled, bool writes, int P> void recur_one(int64_t k, int64_t j, int n) {
+    const Pack<F, P> a = row<F, P>(p.a_log2(k) + j), skip = row<F, P>(p.skip + j);
+    Pack<F, P> state = row<F, P>(&h[j]);
+    in_pieces<positions_at_once>(n, [&](int64_t t, auto T) {
+      using All = Pack<F, T * P>;
+      const auto place = [&](int i) { return z + (t + i / P) * p.pitch + j + i % P * lanes<F>; };
+      const All d = step_size<activated, scaled>(All::of([&](int i) { return load(place(i)); }));
+      const All decay = exp2<true>(rounded(d * All::of([&](int i) { return a.v[i % P]; })));
+      for (int i = 0; i < T; ++i, ++t) {
+        prefetch<P>(t + ahead, j);
+        const Pack<F, P> x = row<F, P>(x_row[t] + j);
+        state = part<P>(decay, i) * state + rounded(part<P>(d, i) * x * B[t]);
+        keep(y_row[t] + j, state * C[t] + (writes ? rounded(skip * x) : row<F, P>(y_row[t] + j)));
       }
-      store(&h[j], state);
-    }
+    });
+    keep(&h[j], state);
   }
 
-  template <bool activated, bool scaled> void recur_many(int64_t k, int n) {
-    for (int64_t j = 0; j < p.pitch; j += lanes<F>) {
-      const Vector<F> skip = load(p.skip + j);
-      Vector<F> sum[tile], d[tile], dx[tile];
-      for (int t = 0; t < n; ++t) {
-        const Vector<F> x = load(x_row[t] + j);
-        d[t] = step_size<activated, scaled>(delta + t * p.pitch + j);
-        dx[t] = d[t] * x;
-        sum[t] = k ? load(y_row[t] + j) : skip * x;
-      }
-      for (int64_t i = 0; i < s.n_state; ++i) {
-        const Vector<F> a = load(p.a_log2(k) + i * p.pitch + j);
-        Vector<F> state = load(&h[i * p.pitch + j]);
-        for (int t = 0; t < n; ++t) {
-          state = exp2<F>(d[t] * a) * state + dx[t] * B[t * s.n_state + i];
-          sum[t] += state * C[t * s.n_state + i];
-        }
-        store(&h[i * p.pitch + j], state);
-      }
-      for (int t = 0; t < n; ++t) store(y_row[t] + j, sum[t]);
+  template <bool activated, bool scaled, int P> void recur_many(int64_t k, int64_t j, int n) {
+    Pack<F, P> sum[tile], d[tile], dx[tile];
+    const Pack<F, P> skip = row<F, P>(p.skip + j);
+    for (int t = 0; t < n; ++t) {
+      const Pack<F, P> x = row<F, P>(x_row[t] + j);
+      d[t] = step_size<activated, scaled>(row<F, P>(z + t * p.pitch + j));
+      dx[t] = d[t] * x;
+      sum[t] = k ? row<F, P>(y_row[t] + j) : skip * x;
     }
+    for (int64_t i = 0; i < s.n_state; ++i) {
+      const Pack<F, P> a = row<F, P>(p.a_log2(k) + i * p.pitch + j);
+      Pack<F, P> state = row<F, P>(&h[i * p.pitch + j]);
+      for (int t = 0; t < n; ++t) {
+        state = exp2<true>(rounded(d[t] * a)) * state + rounded(dx[t] * B[t * s.n_state + i]);
+        sum[t] = sum[t] + state * C[t * s.n_state + i];
+      }
+      keep(&h[i * p.pitch + j], state);
+    }
+    for (int t = 0; t < n; ++t) keep(y_row[t] + j, sum[t]);
   }
 };
 
@@ -173,10 +186,13 @@ void bare_loop(int64_t values, int64_t threads) {
   in_shares(rounds, threads, [](int64_t round, int64_t last) {
     alignas(64) float from[cached], to[cached];
     for (int64_t i = 0; i < cached; ++i) from[i] = float(i % 37) / 10 - 3;
-    const Vector<float> a = splat<float>(-1.4f);
+    constexpr float a = -1.4f;
     for (; round < last; ++round) {
-      for (int64_t i = 0; i < cached; i += lanes<float>)
-        store(to + i, exp2<float>(softplus<float, true, false>(load(from + i)).value * a));
+      for (int64_t i = 0; i < cached; i += pack * lanes<float>) {
+        const auto z = Pack<float, pack>::of([&](int j) { return load(from + i + j * lanes<float>); });
+        const auto decay = exp2<true>(rounded(softplus<float, true, false>(z).value * a));
+        for (int j = 0; j < pack; ++j) store(to + i + j * lanes<float>, decay.v[j]);
+      }
       asm volatile("" : : "r"(to), "r"(from) : "memory");  // the values are wanted
     }
   });

@@ -77,12 +77,72 @@ template <class F> VMAMBA_INLINE void store(F *p, Vector<F> v) {
 
 template <class F> VMAMBA_INLINE Vector<F> splat(F f) { return Vector<F>{} + f; }
 
+// P vectors on which the same is done side by side. The functions below are long chains, of which a processor
+// runs several at once only if they lie close together.
+template <class F, int P> struct Pack {
+  Vector<F> v[P];
+
+  Pack() = default;
+  VMAMBA_INLINE Pack(F f) : Pack(of([&](int) { return splat<F>(f); })) {}
+
+  // The pack whose i-th vector is f(i).
+  template <class Make> VMAMBA_INLINE static Pack of(const Make &f) {
+    Pack made;
+#pragma GCC unroll 8
+    for (int i = 0; i < P; ++i) made.v[i] = f(i);
+    return made;
+  }
+
+  VMAMBA_INLINE friend Pack operator+(Pack a, Pack b) {
+    return of([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  VMAMBA_INLINE friend Pack operator-(Pack a, Pack b) {
+    return of([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  VMAMBA_INLINE friend Pack operator*(Pack a, Pack b) {
+    return of([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  VMAMBA_INLINE friend Pack operator/(Pack a, Pack b) {
+    return of([&](int i) { return a.v[i] / b.v[i]; });
+  }
+};
+
+template <class F, int P> VMAMBA_INLINE Pack<F, P> row(const F *from) {
+  return Pack<F, P>::of([&](int i) { return load(from + i * lanes<F>); });
+}
+
+template <class F, int P> VMAMBA_INLINE void keep(F *to, Pack<F, P> v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < P; ++i) store(to + i * lanes<F>, v.v[i]);
+}
+
+// The i-th P vectors of more.
+template <int P, class F, int all> VMAMBA_INLINE Pack<F, P> part(const Pack<F, all> &of, int i) {
+  return Pack<F, P>::of([&](int l) { return of.v[i * P + l]; });
+}
+
+// A product that is rounded before it is added to another. Of a·b + c·d the compiler fuses whichever it likes,
+// and in packs of different sizes not the same one.
+template <class F, int P> VMAMBA_INLINE Pack<F, P> rounded(Pack<F, P> product) {
+#if defined(__x86_64__) || defined(__i386__)
+  for (Vector<F> &v : product.v) asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  for (Vector<F> &v : product.v) asm("" : "+w"(v));
+#else
+  for (Vector<F> &v : product.v) asm("" : "+m"(v));
+#endif
+  return product;
+}
+
+// How many vectors the registers have room for.
+constexpr int pack = VMAMBA_VECTOR_BYTES == 64 ? 4 : VMAMBA_VECTOR_BYTES == 32 ? 2 : 1;
+
 // c[first] + c[first + 1] x + … of `count` terms, with powers[i] = x^(2^i). Terms are joined in pairs (Estrin's
 // scheme): the loops of the scan wait for results, so the shorter chain wins over the fewer operations.
-template <class F, int first, int count, int n>
-VMAMBA_INLINE Vector<F> polynomial(const F (&c)[n], const Vector<F> *powers) {
+template <class F, int first, int count, int n, int P>
+VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], const Pack<F, P> *powers) {
   if constexpr (count == 1) {
-    return splat<F>(c[first]);
+    return c[first];
   } else if constexpr (count == 2) {
     return powers[0] * c[first + 1] + c[first];
   } else {
@@ -92,75 +152,157 @@ VMAMBA_INLINE Vector<F> polynomial(const F (&c)[n], const Vector<F> *powers) {
   }
 }
 
-template <class F, int n> VMAMBA_INLINE Vector<F> polynomial(const F (&c)[n], Vector<F> x) {
-  Vector<F> powers[5] = {x};
+template <class F, int n, int P> VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x) {
+  Pack<F, P> powers[5] = {x};
 #pragma GCC unroll 4
   for (int i = 1; i < 5; ++i) powers[i] = powers[i - 1] * powers[i - 1];
   return polynomial<F, 0, n>(c, powers);
 }
 
-// 2^r · 2^n for r in [-1/2, 1/2] and a whole n.
-template <class F> VMAMBA_INLINE Vector<F> power(Vector<F> r, Vector<F> n) {
-  using S = Simd<F>;
-  const Vector<F> p = r * polynomial<F>(S::exp2, r) + F(1);
+// p · 2^⌊n⌋, an infinite n and NaN included.
+template <class F, int P> VMAMBA_INLINE Pack<F, P> scale(Pack<F, P> p, Pack<F, P> n) {
+  return Pack<F, P>::of([&](int i) -> Vector<F> {
 #ifdef VMAMBA_AVX512
-  if constexpr (sizeof(F) == 4)
-    return (Vector<F>)_mm512_scalef_ps((__m512)p, (__m512)n);
-  else
-    return (Vector<F>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+    if constexpr (sizeof(F) == 4)
+      return (Vector<F>)_mm512_scalef_ps((__m512)p.v[i], (__m512)n.v[i]);
+    else
+      return (Vector<F>)_mm512_scalef_pd((__m512d)p.v[i], (__m512d)n.v[i]);
 #else
-  // In two factors, as 2^n itself may be no normal number. The integer of a NaN is any, which does no harm.
-  using I = typename S::I;
-  const I whole = (I)(n + S::round) - (I)splat<F>(S::round), half = whole >> 1;
-  return p * (Vector<F>)((half + S::bias) << S::mantissa) *
-         (Vector<F>)((whole - half + S::bias) << S::mantissa);
+    // In two factors, as 2^n itself may be no normal number; n is whole and within `lowest` and `highest`. The
+    // integer of a NaN is any, which does no harm: p is NaN too.
+    using S = Simd<F>;
+    using I = typename S::I;
+    const I whole = (I)(n.v[i] + S::round) - (I)splat<F>(S::round), half = whole >> 1;
+    return p.v[i] * (Vector<F>)((half + S::bias) << S::mantissa) *
+           (Vector<F>)((whole - half + S::bias) << S::mantissa);
 #endif
+  });
 }
 
-// 2^t, an infinity and NaN included.
-template <class F> VMAMBA_INLINE Vector<F> exp2(Vector<F> t) {
+// a < b ? b : a and a > b ? b : a, which keep a NaN in a.
+template <class F, int P> VMAMBA_INLINE Pack<F, P> at_least(Pack<F, P> a, F b) {
+  return Pack<F, P>::of([&](int i) { return a.v[i] < b ? splat<F>(b) : a.v[i]; });
+}
+template <class F, int P> VMAMBA_INLINE Pack<F, P> at_most(Pack<F, P> a, F b) {
+  return Pack<F, P>::of([&](int i) { return a.v[i] > b ? splat<F>(b) : a.v[i]; });
+}
+
 #ifdef VMAMBA_AVX512
-  constexpr int nearest = 0x08;
-  if constexpr (sizeof(F) == 4)  // what `reduce` leaves of an infinity is 0
-    return power<F>((Vector<F>)_mm512_reduce_ps((__m512)t, nearest),
-                    (Vector<F>)_mm512_roundscale_ps((__m512)t, nearest));
+// In float, tables in registers take the polynomials' first terms away:
+//   2^t = 2^n · 2^(i/16) · 2^r, with t rounded to sixteenths, |r| ≤ 1/32, error 1.6e-9;
+//   log(1 + u) = log(1 + r) - log(c), with c near 1 / (1 + i/31), 1 + r = c(1 + u), |r| ≤ 1/61, error 2.3e-9.
+// What a table's rounding is off by, many steps of a slow decay would share, and it would grow with their
+// number. So the rest of 2^(i/16) stands in a table too, and c is chosen so that log(c) is nearly a float.
+struct Tables {
+  alignas(64) float exp2[16], exp2_rest[16], c[32], minus_log_c[32];
+
+  constexpr Tables() : exp2(), exp2_rest(), c(), minus_log_c() {
+    for (int i = 0; i < 16; ++i) {
+      double term = 1, sum = 0;  // of the exponential series
+      for (int n = 1; n < 24; term *= i * Simd<double>::ln2 / 16 / n++) sum += term;
+      exp2[i] = float(sum), exp2_rest[i] = float(sum / double(float(sum)) - 1);
+    }
+    c[0] = 1;
+    for (int i = 1; i < 32; ++i) {
+      double least = 1;
+      for (int step = -64; step <= 64; ++step) {
+        const float candidate = float(31.0 / (31 + i)) + float(step) * 0x1p-23f;
+        const double x = (1 - double(candidate)) / (1 + double(candidate));  // -log(c) = 2 artanh(x)
+        double term = x, sum = 0;
+        for (int n = 1; n < 60; n += 2, term *= x * x) sum += 2 * term / n;
+        const double off = sum / double(float(sum)) - 1, distance = off < 0 ? -off : off;
+        if (distance < least) least = distance, c[i] = candidate, minus_log_c[i] = float(sum);
+      }
+    }
+  }
+};
+
+inline constexpr Tables tables;
+
+template <bool with_rest, int P> VMAMBA_INLINE Pack<float, P> exp2_by_table(Pack<float, P> t) {
+  using Floats = Pack<float, P>;
+  constexpr float q[] = {0.69314718f, 0.24023432f, 0.05549996f};
+  constexpr float sixteenths = 786432.0f;  // 1.5·2^19: added and taken off, it rounds to them
+  const Floats shifted = t + sixteenths, n = shifted - sixteenths;
+  // Of an infinity r would be NaN; the bound stands for it, and n alone decides.
+  const Floats r = Floats::of([&](int i) {
+    return (Vector<float>)_mm512_max_ps((__m512)(t.v[i] - n.v[i]), _mm512_set1_ps(-0.0625f));
+  });
+  const auto look_up = [&](const float *table) {
+    return Floats::of([&](int i) {
+      return (Vector<float>)_mm512_permutexvar_ps((__m512i)shifted.v[i], _mm512_load_ps(table));
+    });
+  };
+  const Floats head = look_up(tables.exp2), poly = (r * q[2] + q[1]) * r + q[0];
+  if constexpr (with_rest)
+    return scale(head * (r * poly + look_up(tables.exp2_rest)) + head, n);
   else
-    return power<F>((Vector<F>)_mm512_reduce_pd((__m512d)t, nearest),
-                    (Vector<F>)_mm512_roundscale_pd((__m512d)t, nearest));
-#else
-  using S = Simd<F>;
-  t = t < S::lowest ? splat<F>(S::lowest) : t;  // so written, both keep NaN
-  t = t > S::highest ? splat<F>(S::highest) : t;
-  const Vector<F> n = (t + S::round) - S::round;
-  return power<F>(t - n, n);
+    return scale(head * r * poly + head, n);
+}
+
+template <int P> VMAMBA_INLINE Pack<float, P> log1p_by_table(Pack<float, P> u) {
+  using Floats = Pack<float, P>;
+  constexpr float q[] = {-0.5f, 0.33337662f, -0.2500487f};
+  const Floats shifted = u * 31.0f + Simd<float>::round;
+  const auto look_up = [&](const float *table) {
+    return Floats::of([&](int i) {
+      return (Vector<float>)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)shifted.v[i],
+                                                   _mm512_load_ps(table + 16));
+    });
+  };
+  const Floats c = look_up(tables.c), r = u * c + (c - 1.0f);  // c - 1 is exact, and r = u where c = 1
+  return rounded(r * r) * ((r * q[2] + q[1]) * r + q[0]) + r + look_up(tables.minus_log_c);
+}
 #endif
+
+// 2^t, of an infinity and NaN too. A product is to be rounded first: t is used more than once.
+// To be taken to a high power, as the decay of a step is, it asks for `exact`.
+template <bool exact, class F, int P> VMAMBA_INLINE Pack<F, P> exp2(Pack<F, P> t) {
+  using S = Simd<F>;
+#ifdef VMAMBA_AVX512
+  if constexpr (sizeof(F) == 4) return exp2_by_table<exact>(t);
+#endif
+  t = at_most(at_least(t, S::lowest), S::highest);
+  const Pack<F, P> n = (t + S::round) - S::round, r = t - n;
+  return scale(r * polynomial(S::exp2, r) + F(1), n);
 }
 
 // e^z for z ≤ 0, precise also where z·log2(e) would lose digits.
-template <class F> VMAMBA_INLINE Vector<F> exp_negative(Vector<F> z) {
+template <class F, int P> VMAMBA_INLINE Pack<F, P> exp_negative(Pack<F, P> z) {
   using S = Simd<F>;
-  z = z < S::lowest * S::ln2 ? splat<F>(S::lowest * S::ln2) : z;
-  const Vector<F> n = (z * S::log2e + S::round) - S::round;
-  return power<F>(((z - n * S::ln2_high) - n * S::ln2_low) * S::log2e, n);
+  z = at_least(z, S::lowest * S::ln2);
+  const Pack<F, P> n = (z * S::log2e + S::round) - S::round;
+  const Pack<F, P> r = ((z - n * S::ln2_high) - n * S::ln2_low) * S::log2e;
+  return scale(r * polynomial(S::exp2, r) + F(1), n);
 }
 
-template <class F> struct Softplus {
-  Vector<F> value, slope;
+// log(1 + u) for u in [0, 1], to the last digits where u is small too.
+template <class F, int P> VMAMBA_INLINE Pack<F, P> log1p(Pack<F, P> u) {
+  using S = Simd<F>;
+#ifdef VMAMBA_AVX512
+  if constexpr (sizeof(F) == 4) return log1p_by_table(u);
+#endif
+  return u * u * polynomial(S::log1p, u) + u;
+}
+
+template <class F, int P> struct Softplus {
+  Pack<F, P> value, slope;
 };
 
-// softplus(z) = max(z, 0) + log(1 + e^-|z|) and, if asked for, its derivative 1 / (1 + e^-z).
-//
-// With `scaled`, t = z·log2(e), which saves the exponential its reduction; without, t = z.
-template <class F, bool scaled, bool with_slope> VMAMBA_INLINE Softplus<F> softplus(Vector<F> t) {
+// softplus(z) = max(z, 0) + log(1 + e^-|z|) and, if asked for, its derivative 1 / (1 + e^-z). With `scaled`
+// t = z·log2(e), which saves the exponential its reduction, without it t = z.
+template <class F, bool scaled, bool with_slope, int P>
+VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
   using S = Simd<F>;
   using I = typename S::I;
-  const Vector<F> magnitude = (Vector<F>)((I)t | S::sign);  // -|t|
-  const Vector<F> u = scaled ? exp2<F>(magnitude) : exp_negative<F>(magnitude);
-  Vector<F> linear = t > F(0) ? t : Vector<F>{};
-  if constexpr (scaled) linear *= S::ln2;
-  Softplus<F> found;
-  found.value = u * u * polynomial<F>(S::log1p, u) + (u + linear);
-  if constexpr (with_slope) found.slope = (t > F(0) ? splat<F>(1) : u) / (u + F(1));
+  const auto magnitude =
+      Pack<F, P>::of([&](int i) { return (Vector<F>)((I)t.v[i] | S::sign); });  // -|t|
+  const Pack<F, P> u = scaled ? exp2<false>(magnitude) : exp_negative(magnitude);
+  const Pack<F, P> linear = Pack<F, P>::of([&](int i) { return t.v[i] > F(0) ? t.v[i] : Vector<F>{}; });
+  Softplus<F, P> found;
+  found.value = scaled ? linear * S::ln2 + log1p(u) : linear + log1p(u);
+  if constexpr (with_slope)
+    found.slope = Pack<F, P>::of([&](int i) { return t.v[i] > F(0) ? splat<F>(1) : u.v[i]; }) / (u + F(1));
   return found;
 }
 
