@@ -65,7 +65,7 @@ template <class F> struct Backward {
         row_of(new const F *[size_t(span + ahead)]),
         dx_row(new F *[size_t(span + ahead)]),
         out_row(new F *[size_t(span)]),
-        next_rows(new const char *[size_t(3 * span + 3 * pack)]()) {
+        next_rows(new const char *[size_t(3 * span + 3 * pack<F>)]()) {
     F **const parts[] = {&d, &slope, &decay, &h, &d_delta};
     for (int i = 0; i < 5; ++i) *parts[i] = vectors.get() + i * stretch;
   }
@@ -135,7 +135,7 @@ template <class F> struct Backward {
   // Asks for vector j of the t-th of these rows and the next few.
   VMAMBA_INLINE void prefetch_next(int t, int64_t j) const {
     for (int i = 0; i < 3; ++i)
-      for (int l = 0; l < pack; ++l)
+      for (int l = 0; l < pack<F>; ++l)
         __builtin_prefetch(next_rows[i * span + t + l] + j * lanes<F> * int64_t(sizeof(F)), 0, 2);
   }
 
@@ -210,11 +210,11 @@ template <class F> struct Backward {
     constexpr int L = lanes<F>;
     const F *const z_j = &z[j * stretch], *const x_j = &x[j * stretch], *const dy_j = &dy[j * stretch];
     F *const to_step = d, *const to_slope = slope;
-    for (int t = 0; t < n; t += pack) {
+    for (int t = 0; t < n; t += pack<F>) {
       prefetch_next(t, j);
-      const Pack<F, pack> in = row<F, pack>(z_j + t * L);
+      const Pack<F, pack<F>> in = row<F, pack<F>>(z_j + t * L);
       if constexpr (activated) {
-        const Softplus<F, pack> found = softplus<F, scaled, true>(in);
+        const Softplus<F, pack<F>> found = softplus<F, scaled, true>(in);
         keep(to_step + t * L, found.value);
         keep(to_slope + t * L, found.slope);
       } else {
@@ -253,11 +253,11 @@ template <class F> struct Backward {
     const F *const step_of = d, *const B_of = &B[i];
     F *const to_decay = decay, *const to_h = h;
     const int64_t n_state = s.n_state;
-    for (int t = 0; t < n; t += pack) {
-      const Pack<F, pack> step = row<F, pack>(step_of + t * L);
-      const Pack<F, pack> factor = exp2<true>(rounded(step * Pack<F, pack>::of([&](int) { return a; })));
+    for (int t = 0; t < n; t += pack<F>) {
+      const Pack<F, pack<F>> step = row<F, pack<F>>(step_of + t * L);
+      const Pack<F, pack<F>> factor = exp2<true>(rounded(step * Pack<F, pack<F>>::of([&](int) { return a; })));
       keep(to_decay + t * L, factor);
-      const int last = std::min(pack, n - t);
+      const int last = std::min(pack<F>, n - t);
       for (int l = 0; l < last; ++l) {
         state = factor.v[l] * state + step.v[l] * load(x_j + (t + l) * L) * B_of[(t + l) * n_state];
         store(to_h + (t + l) * L, state);

@@ -215,7 +215,7 @@ VMAMBA_INLINE void product_tile(const Parameters<F> &p, int64_t k, const F *cons
     Vector<F> w[J];
     for (int i = 0; i < J; ++i) w[i] = load(weight + r * p.pitch + i * lanes<F>);
     for (int t = 0; t < T; ++t)
-      for (int i = 0; i < J; ++i) sum[t][i] += w[i] * in[t][r];
+      for (int i = 0; i < J; ++i) sum[t][i] = fma<F>(w[i], splat(in[t][r]), sum[t][i]);
   }
   for (int t = 0; t < T; ++t)
     for (int i = 0; i < J; ++i) store(to + t * layout.of_position + (j + i) * layout.of_vector, sum[t][i]);

@@ -5,8 +5,8 @@ namespace VMAMBA_TARGET {
 namespace {
 
 // For N = 1, what is computed side by side: as many vectors, of channels and of positions, as suit the registers.
-constexpr int vectors_at_once = VMAMBA_VECTOR_BYTES == 16 ? 1 : 2;
-constexpr int positions_at_once = VMAMBA_VECTOR_BYTES == 64 ? 3 : 2;
+template <class F> constexpr int vectors_at_once = sizeof(F) == 8 || VMAMBA_VECTOR_BYTES == 16 ? 1 : 2;
+template <class F> constexpr int positions_at_once = sizeof(F) == 8 ? 1 : VMAMBA_VECTOR_BYTES == 64 ? 3 : 2;
 
 template <class F> struct Forward {
   const vmamba_scan &s;
@@ -94,10 +94,10 @@ template <class F> struct Forward {
   template <bool activated, bool scaled> void recur(int64_t k, int n) {
     const int64_t vectors = p.pitch / lanes<F>;
     if (s.n_state > 1) {
-      in_pieces<pack>(vectors, [&](int64_t j, auto P) { recur_many<activated, scaled, P>(k, j * lanes<F>, n); });
+      in_pieces<pack<F>>(vectors, [&](int64_t j, auto P) { recur_many<activated, scaled, P>(k, j * lanes<F>, n); });
       return;
     }
-    in_pieces<vectors_at_once>(vectors, [&](int64_t j, auto P) {
+    in_pieces<vectors_at_once<F>>(vectors, [&](int64_t j, auto P) {
       k ? recur_one<activated, scaled, false, P>(k, j * lanes<F>, n)
         : recur_one<activated, scaled, true, P>(k, j * lanes<F>, n);
     });
@@ -114,7 +114,7 @@ template <class F> struct Forward {
   template <bool activated, bool scaled, bool writes, int P> void recur_one(int64_t k, int64_t j, int n) {
     const Pack<F, P> a = row<F, P>(p.a_log2(k) + j), skip = row<F, P>(p.skip + j);
     Pack<F, P> state = row<F, P>(&h[j]);
-    in_pieces<positions_at_once>(n, [&](int64_t t, auto T) {
+    in_pieces<positions_at_once<F>>(n, [&](int64_t t, auto T) {
       using All = Pack<F, T * P>;
       const auto place = [&](int i) { return z + (t + i / P) * p.pitch + j + i % P * lanes<F>; };
       const All d = step_size<activated, scaled>(All::of([&](int i) { return load(place(i)); }));
@@ -122,8 +122,8 @@ template <class F> struct Forward {
       for (int i = 0; i < T; ++i, ++t) {
         prefetch<P>(t + ahead, j);
         const Pack<F, P> x = row<F, P>(x_row[t] + j);
-        state = part<P>(decay, i) * state + rounded(part<P>(d, i) * x * B[t]);
-        keep(y_row[t] + j, state * C[t] + (writes ? rounded(skip * x) : row<F, P>(y_row[t] + j)));
+        state = fma(part<P>(decay, i), state, part<P>(d, i) * x * B[t]);
+        keep(y_row[t] + j, fma(state, Pack<F, P>(C[t]), writes ? skip * x : row<F, P>(y_row[t] + j)));
       }
     });
     keep(&h[j], state);
@@ -142,8 +142,8 @@ template <class F> struct Forward {
       const Pack<F, P> a = row<F, P>(p.a_log2(k) + i * p.pitch + j);
       Pack<F, P> state = row<F, P>(&h[i * p.pitch + j]);
       for (int t = 0; t < n; ++t) {
-        state = exp2<true>(rounded(d[t] * a)) * state + rounded(dx[t] * B[t * s.n_state + i]);
-        sum[t] = sum[t] + state * C[t * s.n_state + i];
+        state = fma(exp2<true>(rounded(d[t] * a)), state, dx[t] * B[t * s.n_state + i]);
+        sum[t] = fma(state, Pack<F, P>(C[t * s.n_state + i]), sum[t]);
       }
       keep(&h[i * p.pitch + j], state);
     }
@@ -182,16 +182,17 @@ int forward(const vmamba_scan &s, void *y, void *last, void *states) {
 
 void bare_loop(int64_t values, int64_t threads) {
   constexpr int64_t cached = 1024;
+  constexpr int at_once = pack<float>;
   const int64_t rounds = (values + cached - 1) / cached;
   in_shares(rounds, threads, [](int64_t round, int64_t last) {
     alignas(64) float from[cached], to[cached];
     for (int64_t i = 0; i < cached; ++i) from[i] = float(i % 37) / 10 - 3;
     constexpr float a = -1.4f;
     for (; round < last; ++round) {
-      for (int64_t i = 0; i < cached; i += pack * lanes<float>) {
-        const auto z = Pack<float, pack>::of([&](int j) { return load(from + i + j * lanes<float>); });
+      for (int64_t i = 0; i < cached; i += at_once * lanes<float>) {
+        const auto z = Pack<float, at_once>::of([&](int j) { return load(from + i + j * lanes<float>); });
         const auto decay = exp2<true>(rounded(softplus<float, true, false>(z).value * a));
-        for (int j = 0; j < pack; ++j) store(to + i + j * lanes<float>, decay.v[j]);
+        for (int j = 0; j < at_once; ++j) store(to + i + j * lanes<float>, decay.v[j]);
       }
       asm volatile("" : : "r"(to), "r"(from) : "memory");  // the values are wanted
     }

@@ -12,9 +12,13 @@
 #include <immintrin.h>
 #define VMAMBA_AVX512 1
 #define VMAMBA_VECTOR_BYTES 64
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
 #define VMAMBA_VECTOR_BYTES 32
 #else
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 #define VMAMBA_VECTOR_BYTES 16
 #endif
 
@@ -77,6 +81,29 @@ template <class F> VMAMBA_INLINE void store(F *p, Vector<F> v) {
 
 template <class F> VMAMBA_INLINE Vector<F> splat(F f) { return Vector<F>{} + f; }
 
+// a·b + c, fused where the instruction set can. Left to the compiler it would depend on how a loop is cut, and
+// with it the last bits.
+template <class F> VMAMBA_INLINE Vector<F> fma(Vector<F> a, Vector<F> b, Vector<F> c) {
+#if VMAMBA_VECTOR_BYTES == 64
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (Vector<F>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif VMAMBA_VECTOR_BYTES == 32
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else
+    return (Vector<F>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  else
+    return (Vector<F>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 // P vectors on which the same is done side by side. The functions below are long chains, of which a processor
 // runs several at once only if they lie close together.
 template <class F, int P> struct Pack {
@@ -102,6 +129,9 @@ template <class F, int P> struct Pack {
   VMAMBA_INLINE friend Pack operator*(Pack a, Pack b) {
     return of([&](int i) { return a.v[i] * b.v[i]; });
   }
+  VMAMBA_INLINE friend Pack fma(Pack a, Pack b, Pack c) {
+    return of([&](int i) { return VMAMBA_TARGET::fma<F>(a.v[i], b.v[i], c.v[i]); });
+  }
   VMAMBA_INLINE friend Pack operator/(Pack a, Pack b) {
     return of([&](int i) { return a.v[i] / b.v[i]; });
   }
@@ -121,8 +151,7 @@ template <int P, class F, int all> VMAMBA_INLINE Pack<F, P> part(const Pack<F, a
   return Pack<F, P>::of([&](int l) { return of.v[i * P + l]; });
 }
 
-// A product that is rounded before it is added to another. Of a·b + c·d the compiler fuses whichever it likes,
-// and in packs of different sizes not the same one.
+// A product that is rounded before anything is added to it.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> rounded(Pack<F, P> product) {
 #if defined(__x86_64__) || defined(__i386__)
   for (Vector<F> &v : product.v) asm("" : "+v"(v));
@@ -134,8 +163,9 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> rounded(Pack<F, P> product) {
   return product;
 }
 
-// How many vectors the registers have room for.
-constexpr int pack = VMAMBA_VECTOR_BYTES == 64 ? 4 : VMAMBA_VECTOR_BYTES == 32 ? 2 : 1;
+// How many vectors the registers have room for; double is not what speed is for.
+template <class F>
+constexpr int pack = sizeof(F) == 8 ? 1 : VMAMBA_VECTOR_BYTES == 64 ? 4 : VMAMBA_VECTOR_BYTES == 32 ? 2 : 1;
 
 // c[first] + c[first + 1] x + … of `count` terms, with powers[i] = x^(2^i). Terms are joined in pairs (Estrin's
 // scheme): the loops of the scan wait for results, so the shorter chain wins over the fewer operations.
@@ -144,11 +174,11 @@ VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], const Pack<F, P> *powers) {
   if constexpr (count == 1) {
     return c[first];
   } else if constexpr (count == 2) {
-    return powers[0] * c[first + 1] + c[first];
+    return fma(powers[0], Pack<F, P>(c[first + 1]), Pack<F, P>(c[first]));
   } else {
     constexpr int level = count > 16 ? 4 : count > 8 ? 3 : count > 4 ? 2 : 1, low = 1 << level;
-    return polynomial<F, first + low, count - low>(c, powers) * powers[level] +
-           polynomial<F, first, low>(c, powers);
+    return fma(polynomial<F, first + low, count - low>(c, powers), powers[level],
+               polynomial<F, first, low>(c, powers));
   }
 }
 
@@ -221,7 +251,7 @@ inline constexpr Tables tables;
 
 template <bool with_rest, int P> VMAMBA_INLINE Pack<float, P> exp2_by_table(Pack<float, P> t) {
   using Floats = Pack<float, P>;
-  constexpr float q[] = {0.69314718f, 0.24023432f, 0.05549996f};
+  const Floats q[] = {0.69314718f, 0.24023432f, 0.05549996f};
   constexpr float sixteenths = 786432.0f;  // 1.5·2^19: added and taken off, it rounds to them
   const Floats shifted = t + sixteenths, n = shifted - sixteenths;
   // Of an infinity r would be NaN; the bound stands for it, and n alone decides.
@@ -233,25 +263,25 @@ template <bool with_rest, int P> VMAMBA_INLINE Pack<float, P> exp2_by_table(Pack
       return (Vector<float>)_mm512_permutexvar_ps((__m512i)shifted.v[i], _mm512_load_ps(table));
     });
   };
-  const Floats head = look_up(tables.exp2), poly = (r * q[2] + q[1]) * r + q[0];
+  const Floats head = look_up(tables.exp2), poly = fma(fma(r, q[2], q[1]), r, q[0]);
   if constexpr (with_rest)
-    return scale(head * (r * poly + look_up(tables.exp2_rest)) + head, n);
+    return scale(fma(head, fma(r, poly, look_up(tables.exp2_rest)), head), n);
   else
-    return scale(head * r * poly + head, n);
+    return scale(fma(head * r, poly, head), n);
 }
 
 template <int P> VMAMBA_INLINE Pack<float, P> log1p_by_table(Pack<float, P> u) {
   using Floats = Pack<float, P>;
-  constexpr float q[] = {-0.5f, 0.33337662f, -0.2500487f};
-  const Floats shifted = u * 31.0f + Simd<float>::round;
+  const Floats q[] = {-0.5f, 0.33337662f, -0.2500487f};
+  const Floats shifted = fma(u, Floats(31.0f), Floats(Simd<float>::round));
   const auto look_up = [&](const float *table) {
     return Floats::of([&](int i) {
       return (Vector<float>)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)shifted.v[i],
                                                    _mm512_load_ps(table + 16));
     });
   };
-  const Floats c = look_up(tables.c), r = u * c + (c - 1.0f);  // c - 1 is exact, and r = u where c = 1
-  return rounded(r * r) * ((r * q[2] + q[1]) * r + q[0]) + r + look_up(tables.minus_log_c);
+  const Floats c = look_up(tables.c), r = fma(u, c, c - 1.0f);  // c - 1 is exact, and r = u where c = 1
+  return fma(r * r, fma(fma(r, q[2], q[1]), r, q[0]), r) + look_up(tables.minus_log_c);
 }
 #endif
 
@@ -264,16 +294,17 @@ template <bool exact, class F, int P> VMAMBA_INLINE Pack<F, P> exp2(Pack<F, P> t
 #endif
   t = at_most(at_least(t, S::lowest), S::highest);
   const Pack<F, P> n = (t + S::round) - S::round, r = t - n;
-  return scale(r * polynomial(S::exp2, r) + F(1), n);
+  return scale(fma(r, polynomial(S::exp2, r), Pack<F, P>(F(1))), n);
 }
 
 // e^z for z ≤ 0, precise also where z·log2(e) would lose digits.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> exp_negative(Pack<F, P> z) {
   using S = Simd<F>;
   z = at_least(z, S::lowest * S::ln2);
-  const Pack<F, P> n = (z * S::log2e + S::round) - S::round;
-  const Pack<F, P> r = ((z - n * S::ln2_high) - n * S::ln2_low) * S::log2e;
-  return scale(r * polynomial(S::exp2, r) + F(1), n);
+  using All = Pack<F, P>;
+  const All n = fma(z, All(S::log2e), All(S::round)) - S::round;
+  const All r = fma(n, All(-S::ln2_low), fma(n, All(-S::ln2_high), z)) * S::log2e;
+  return scale(fma(r, polynomial(S::exp2, r), All(F(1))), n);
 }
 
 // log(1 + u) for u in [0, 1], to the last digits where u is small too.
@@ -282,7 +313,7 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> log1p(Pack<F, P> u) {
 #ifdef VMAMBA_AVX512
   if constexpr (sizeof(F) == 4) return log1p_by_table(u);
 #endif
-  return u * u * polynomial(S::log1p, u) + u;
+  return fma(u * u, polynomial(S::log1p, u), u);
 }
 
 template <class F, int P> struct Softplus {
@@ -300,7 +331,7 @@ VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
   const Pack<F, P> u = scaled ? exp2<false>(magnitude) : exp_negative(magnitude);
   const Pack<F, P> linear = Pack<F, P>::of([&](int i) { return t.v[i] > F(0) ? t.v[i] : Vector<F>{}; });
   Softplus<F, P> found;
-  found.value = scaled ? linear * S::ln2 + log1p(u) : linear + log1p(u);
+  found.value = scaled ? fma(linear, Pack<F, P>(S::ln2), log1p(u)) : linear + log1p(u);
   if constexpr (with_slope)
     found.slope = Pack<F, P>::of([&](int i) { return t.v[i] > F(0) ? splat<F>(1) : u.v[i]; }) / (u + F(1));
   return found;
