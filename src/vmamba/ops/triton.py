@@ -195,7 +195,7 @@ class _Call:
         return None if t is None else t.mT.to(self.dtype).contiguous()
 
     def carry(self, first: Tensor | None, adjoint_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state before each segment, (B, K, segments, N, D), and the last one, (B, K, N, D).
+        """The state before each segment, (B, K, N, segments, D), and the last one, (B, K, N, D).
 
         first: the state before the first, (B, K, N, D); None: 0.
         adjoint_of: the gradient of y; the adjoint states along the reversed routes are meant then.
@@ -205,7 +205,7 @@ class _Call:
         places = max(self.segments)
         elapsed = self.empty(self.batch, self.n_routes, places, self.channels)
         summand, carry = (
-            self.empty(self.batch, self.n_routes, places, self.n_state, self.channels) for _ in range(2)
+            self.empty(self.batch, self.n_routes, self.n_state, places, self.channels) for _ in range(2)
         )
         last = self.empty(self.batch, self.n_routes, self.n_state, self.channels)
         read = self.x if adjoint_of is None else adjoint_of
@@ -225,6 +225,7 @@ class _Call:
             *(self.channels, places, *self.segments, *self.routes, self.rank),
             STATE=self.constants["STATE"],
             HAS_INITIAL=first is not None,
+            ADJOINT=adjoint_of is not None,
             **CHAIN,
             num_warps=4,
             enable_fp_fusion=True,
@@ -254,12 +255,12 @@ def forward(
     last = call.empty(call.batch, call.n_routes, call.n_state, call.channels)
     states = call.empty(call.batch, call.n_routes, 0, call.n_state, call.channels)
     if not call.whole:
-        states, last = call.carry(carry)
-        carry = states
+        carry, last = call.carry(carry)
+        states = carry.view(states.shape[0], states.shape[1], -1, *states.shape[3:])
     plan = call.plan(FORWARD)
     kernels.output_kernel[plan.grid](
         *(*call.operands, y if carry is None else carry, y, last),
-        *(*call.strides, *call.image, plan.blocks, states.shape[2], *call.routes, call.rank),
+        *(*call.strides, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, call.rank),
         **call.constants,
         **plan.constants,
         HAS_CARRY=carry is not None,
@@ -306,7 +307,7 @@ def backward(
         *call.operands,
         *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
         *(grad_x, grad_delta, rows, shares, grad_initial),
-        *(*call.strides, batch, *call.image, plan.blocks, states.shape[2], *call.routes, rank),
+        *(*call.strides, batch, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, rank),
         **call.constants,
         **plan.constants,
         HAS_CARRY=carry is not None,

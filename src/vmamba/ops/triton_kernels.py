@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 SIZES = [
-    *("batch", "height", "width", "blocks", "codes", "K", "N", "R", "segments", "row_segments"),
+    *("batch", "height", "width", "blocks", "codes", "R", "segments", "row_segments"),
     *("column_segments", "row_p", "row_k"),
 ]
 """Arguments of which no kernel has a variant for a multiple of 16, or for 1."""
@@ -115,7 +115,7 @@ def step_sizes(
     d,  # (BD,)
     inside,  # (TH, TW, 1)
     channels,
-    N,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -148,19 +148,17 @@ def tile_of(height, width, TH: tl.constexpr, TW: tl.constexpr):
 
 
 @triton.jit
-def row_segments_of(h, height, width, route, TW: tl.constexpr):
-    """The place in the route of the tile's rows, (TH, 1, 1)."""
+def row_segments(h, width, TW: tl.constexpr):
+    """The places of the tile's rows among the segments of rows, (TH, 1, 1)."""
     across = tl.cdiv(width, TW)
-    segment = h * across + tl.program_id(0) % across
-    return tl.where(route >= 2, height * across - 1 - segment, segment)
+    return h * across + tl.program_id(0) % across
 
 
 @triton.jit
-def column_segments_of(w, height, width, route, TH: tl.constexpr, TW: tl.constexpr):
-    """The place in the route of the tile's columns, (1, TW, 1)."""
+def column_segments(w, height, width, TH: tl.constexpr, TW: tl.constexpr):
+    """The places of the tile's columns among the segments of columns, (1, TW, 1)."""
     down = tl.cdiv(height, TH)
-    segment = w * down + tl.program_id(0) // tl.cdiv(width, TW) % down
-    return tl.where(route >= 2, width * down - 1 - segment, segment)
+    return w * down + tl.program_id(0) // tl.cdiv(width, TW) % down
 
 
 @triton.jit
@@ -202,7 +200,7 @@ def summary_kernel(
     rows_ptr,  # (B, H, W, K, R + N + N): LOW_RANK delta's left factor, then B and C
     parameters_ptr,  # (K·(N + 1 + R) + 1, D): of each route A, bias and delta's right factor; the sum of D
     elapsed_ptr,  # (B, K, segments, D)
-    summand_ptr,  # (B, K, segments, N, D)
+    summand_ptr,  # (B, K, N, segments, D)
     x_p,
     row_p,
     row_k,
@@ -212,8 +210,8 @@ def summary_kernel(
     blocks,
     segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -231,65 +229,68 @@ def summary_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    of_image = image * height * width
+    x_ptr += image * height * width * x_p
+    rows_ptr += image * height * width * row_p
+    delta_ptr += image * height * width * K * channels
+    elapsed_ptr += image * K * segments * channels
+    summand_ptr += image * K * N * segments * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = d < channels
         known = channel[None, None, :]
         x = tl.load(
-            x_ptr + of_image * x_p + (position * x_p + d[None, None, :]), mask=inside & known, other=0
+            x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
         ).to(STATE)
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
-            rows = rows_ptr + of_image * row_p + k * row_k + position * row_p
+            rows = rows_ptr + (k * row_k + position * row_p)
             parameters = parameters_ptr + k * (N + 1 + R) * channels + d
             delta, _ = step_sizes(
-                rows if LOW_RANK else delta_ptr + ((of_image + position) * K + k) * channels,
+                rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
                 *(parameters, d, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
             )
             sums = sums_of(delta, route, ADJOINT)
-            order = route ^ 2 if ADJOINT else route
-            row = row_segments_of(h, height, width, order, TW)
-            column = column_segments_of(w, height, width, order, TH, TW)
-            of_route = (image * K + k) * segments * channels
-            elapsed = elapsed_ptr + of_route + d[None, None, :]
+            row = row_segments(h, width, TW) * channels + d[None, None, :]
+            column = column_segments(w, height, width, TH, TW) * channels + d[None, None, :]
+            elapsed = elapsed_ptr + k * segments * channels
             if route % 2 == 0:
                 row_elapsed = tl.sum(delta, 1, keep_dims=True)
-                tl.store(elapsed + row * channels, row_elapsed, mask=(h < height) & known)
+                tl.store(elapsed + row, row_elapsed, mask=(h < height) & known)
             else:
                 column_elapsed = tl.sum(delta, 0, keep_dims=True)
-                tl.store(elapsed + column * channels, column_elapsed, mask=(w < width) & known)
+                tl.store(elapsed + column, column_elapsed, mask=(w < width) & known)
             driven = x if ADJOINT else x * delta
             for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                 A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
                 B = tl.load(rows + R + (n + N if ADJOINT else n), mask=inside, other=0).to(STATE)
                 q = tl.exp(sums * A) * (B * driven)
-                summand = summand_ptr + of_route * N + n * channels + d[None, None, :]
+                summand = summand_ptr + (k * N + n) * segments * channels
                 if route % 2 == 0:
                     row_q = tl.sum(q, 1, keep_dims=True)
-                    tl.store(summand + row * (N * channels), row_q, mask=(h < height) & known)
+                    tl.store(summand + row, row_q, mask=(h < height) & known)
                 else:
                     column_q = tl.sum(q, 0, keep_dims=True)
-                    tl.store(summand + column * (N * channels), column_q, mask=(w < width) & known)
+                    tl.store(summand + column, column_q, mask=(w < width) & known)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ROWS)
 def chain_kernel(
     elapsed_ptr,  # (B, K, segments, D)
-    summand_ptr,  # (B, K, segments, N, D)
+    summand_ptr,  # (B, K, N, segments, D)
     parameters_ptr,
     initial_ptr,  # (B, K, N, D)
-    carry_ptr,  # (B, K, segments, N, D)
+    carry_ptr,  # (B, K, N, segments, D)
     last_ptr,  # (B, K, N, D)
     channels,
     segments,
     row_segments,
     column_segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     HAS_INITIAL: tl.constexpr,
+    ADJOINT: tl.constexpr,
     STATE: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
@@ -298,27 +299,32 @@ def chain_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     n = tl.program_id(2)
     k = (sequence % K).to(tl.int32)
-    own = tl.where(((codes >> (2 * k)) & 1) == 1, column_segments, row_segments)
+    route = (codes >> (2 * k)) & 3
+    own = tl.where(route % 2 == 0, row_segments, column_segments)
+    first = tl.where((route >= 2) != ADJOINT, own - 1, 0)
+    step = tl.where((route >= 2) != ADJOINT, -1, 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     known = d < channels
     A = tl.load(parameters_ptr + ((k * (N + 1 + R) + n) * channels + d), mask=known, other=0)
-    base = sequence * segments * N * channels + n * channels
+    elapsed_ptr += sequence * segments * channels + d
+    summand_ptr += (sequence * N + n) * segments * channels + d
+    carry_ptr += (sequence * N + n) * segments * channels + d
     ends = (sequence * N + n) * channels + d
     state = tl.zeros((BD,), STATE)
     if HAS_INITIAL:
         state = tl.load(initial_ptr + ends, mask=known, other=0)
-    tl.store(carry_ptr + base + d, state, mask=known)
-    s = tl.arange(0, BS)
+    tl.store(carry_ptr + first * channels, state, mask=known)
+    s = tl.arange(0, BS)[:, None]
     for start in range(0, own, BS):
-        at = base + ((start + s) * N * channels)[:, None] + d[None, :]
-        exists = (start + s < own)[:, None] & known[None, :]
-        when = sequence * segments * channels + ((start + s) * channels)[:, None] + d[None, :]
-        p = tl.exp(tl.load(elapsed_ptr + when, mask=exists, other=0) * A[None, :])
-        q = tl.load(summand_ptr + at, mask=exists, other=0)
+        at = (first + step * (start + s)) * channels
+        exists = (start + s < own) & known[None, :]
+        p = tl.exp(tl.load(elapsed_ptr[None, :] + at, mask=exists, other=0) * A[None, :])
+        q = tl.load(summand_ptr[None, :] + at, mask=exists, other=0)
         p, q = tl.associative_scan((p, q), 0, compose)
         after = q + p * state[None, :]
-        tl.store(carry_ptr + at + N * channels, after, mask=(start + s + 1 < own)[:, None] & known[None, :])
-        state = tl.sum(tl.where((s == BS - 1)[:, None], after, 0), 0)
+        following = (start + s + 1 < own) & known[None, :]
+        tl.store(carry_ptr[None, :] + at + step * channels, after, mask=following)
+        state = tl.sum(tl.where(s == BS - 1, after, 0), 0)
     tl.store(last_ptr + ends, state, mask=known)
 
 
@@ -328,7 +334,7 @@ def output_kernel(
     delta_ptr,
     rows_ptr,
     parameters_ptr,
-    carry_ptr,  # (B, K, segments, N, D); WHOLE: the initial state, (B, K, N, D)
+    carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
     y_ptr,  # (B, H, W, D)
     last_ptr,  # (B, K, N, D)
     x_p,
@@ -340,8 +346,8 @@ def output_kernel(
     blocks,
     segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
     HAS_CARRY: tl.constexpr,
@@ -356,54 +362,58 @@ def output_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    of_image = image * height * width
+    x_ptr += image * height * width * x_p
+    rows_ptr += image * height * width * row_p
+    delta_ptr += image * height * width * K * channels
+    y_ptr += image * height * width * channels
+    carry_ptr += image * K * N * segments * channels
+    last_ptr += image * K * N * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = d < channels
         known = channel[None, None, :]
         x = tl.load(
-            x_ptr + of_image * x_p + (position * x_p + d[None, None, :]), mask=inside & known, other=0
+            x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
         ).to(STATE)
         y = x * tl.load(parameters_ptr + K * (N + 1 + R) * channels + d, mask=channel, other=0)[None, None, :]
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
-            rows = rows_ptr + of_image * row_p + k * row_k + position * row_p
+            rows = rows_ptr + (k * row_k + position * row_p)
             parameters = parameters_ptr + k * (N + 1 + R) * channels + d
             delta, _ = step_sizes(
-                rows if LOW_RANK else delta_ptr + ((of_image + position) * K + k) * channels,
+                rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
                 *(parameters, d, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
             )
-            of_route = image * K + k
             for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                 A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
                 a = tl.exp(delta * A)
                 b = delta * x * tl.load(rows + R + n, mask=inside, other=0).to(STATE)
+                states = carry_ptr + (k * N + n) * segments * channels
                 if WHOLE:
-                    state = carry_ptr + (of_route * N + n) * channels + d
                     sums = sums_of(delta, route, False)
-                    b += a * states_between(delta, b, A, state, channel, sums, route, HAS_CARRY)
+                    b += a * states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
                 else:
-                    states = carry_ptr + (of_route * segments * N + n) * channels + d[None, None, :]
-                    b += a * carry_in(states, h, w, known, height, width, N * channels, route, TH, TW)
+                    b += a * carry_in(states, h, w, d, height, width, channels, route, TH, TW)
                 q = states_of(a, b, route)
                 y += q * tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
                 if WHOLE:
                     final = at_end(q, h, w, height, width, route)
-                    tl.store(last_ptr + (of_route * N + n) * channels + d, final, mask=channel)
+                    tl.store(last_ptr + ((k * N + n) * channels + d), final, mask=channel)
         own = position * channels + d[None, None, :]
-        tl.store(y_ptr + of_image * channels + own, y, mask=inside & known)
+        tl.store(y_ptr + own, y, mask=inside & known)
 
 
 @triton.jit
-def carry_in(states, h, w, known, height, width, stride, route, TH: tl.constexpr, TW: tl.constexpr):
+def carry_in(states, h, w, d, height, width, channels, route, TH: tl.constexpr, TW: tl.constexpr):
     """The state before each segment at the segment's first position, else 0; (TH, TW, BD)."""
+    known = (d < channels)[None, None, :]
     if route % 2 == 0:
-        row = states + row_segments_of(h, height, width, route, TW) * stride
-        row_state = tl.load(row, mask=(h < height) & known, other=0)
+        row = row_segments(h, width, TW) * channels + d[None, None, :]
+        row_state = tl.load(states + row, mask=(h < height) & known, other=0)
         found = tl.where(tl.arange(0, TW)[None, :, None] == tl.where(route == 0, 0, TW - 1), row_state, 0)
     else:
-        column = states + column_segments_of(w, height, width, route, TH, TW) * stride
-        column_state = tl.load(column, mask=(w < width) & known, other=0)
+        column = column_segments(w, height, width, TH, TW) * channels + d[None, None, :]
+        column_state = tl.load(states + column, mask=(w < width) & known, other=0)
         found = tl.where(tl.arange(0, TH)[:, None, None] == tl.where(route == 1, 0, TH - 1), column_state, 0)
     return found
 
@@ -453,8 +463,8 @@ def gradient_kernel(
     delta_ptr,
     rows_ptr,
     parameters_ptr,
-    carry_ptr,  # (B, K, segments, N, D); WHOLE: the initial state, (B, K, N, D)
-    adjoint_ptr,  # (B, K, segments, N, D); WHOLE: the gradient of the last state, (B, K, N, D)
+    carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
+    adjoint_ptr,  # (B, K, N, segments, D); WHOLE: the gradient of the last state, (B, K, N, D)
     grad_y_ptr,  # (B, H, W, D), contiguous as all below
     grad_x_ptr,  # (B, H, W, D)
     grad_delta_ptr,  # (B, H, W, K, D), without LOW_RANK
@@ -471,8 +481,8 @@ def gradient_kernel(
     blocks,
     segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
     HAS_CARRY: tl.constexpr,
@@ -488,63 +498,68 @@ def gradient_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    of_image = image * height * width
     parameter_rows = K * (N + 1 + R)
-    of_tile = tl.program_id(0).to(tl.int64) * (parameter_rows + 1) * channels
-    of_group = (tl.program_id(1).to(tl.int64) * batch + image) * height * width
+    x_ptr += image * height * width * x_p
+    rows_ptr += image * height * width * row_p
+    delta_ptr += image * height * width * K * channels
+    grad_y_ptr += image * height * width * channels
+    grad_x_ptr += image * height * width * channels
+    grad_delta_ptr += image * height * width * K * channels
+    grad_rows_ptr += (tl.program_id(1).to(tl.int64) * batch + image) * height * width * K * (R + 2 * N)
+    shares_ptr += tl.program_id(0).to(tl.int64) * (parameter_rows + 1) * channels
+    carry_ptr += image * K * N * segments * channels
+    adjoint_ptr += image * K * N * segments * channels
+    grad_initial_ptr += image * K * N * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = d < channels
         known = channel[None, None, :]
         x = tl.load(
-            x_ptr + of_image * x_p + (position * x_p + d[None, None, :]), mask=inside & known, other=0
+            x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
         ).to(STATE)
         own = position * channels + d[None, None, :]
-        grad_y = tl.load(grad_y_ptr + of_image * channels + own, mask=inside & known, other=0).to(STATE)
+        grad_y = tl.load(grad_y_ptr + own, mask=inside & known, other=0).to(STATE)
         D = tl.load(parameters_ptr + parameter_rows * channels + d, mask=channel, other=0)[None, None, :]
         grad_x = grad_y * D
         share = tl.sum(tl.sum(grad_y * x, 0), 0)
-        tl.store(shares_ptr + of_tile + parameter_rows * channels + d, share, mask=channel)
+        tl.store(shares_ptr + parameter_rows * channels + d, share, mask=channel)
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
-            rows = rows_ptr + of_image * row_p + k * row_k + position * row_p
+            rows = rows_ptr + (k * row_k + position * row_p)
             parameters = parameters_ptr + k * (N + 1 + R) * channels + d
-            in_delta = ((of_image + position) * K + k) * channels
+            in_delta = (position * K + k) * channels
             delta, slope = step_sizes(
                 rows if LOW_RANK else delta_ptr + in_delta,
                 *(parameters, d, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
             )
             grad_delta = tl.zeros((TH, TW, BD), STATE)
-            of_route = image * K + k
-            grad_rows = grad_rows_ptr + ((of_group + position) * K + k) * (R + 2 * N)
-            shares = shares_ptr + of_tile + k * (N + 1 + R) * channels + d
+            grad_rows = grad_rows_ptr + (position * K + k) * (R + 2 * N)
+            shares = shares_ptr + k * (N + 1 + R) * channels + d
             for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                 A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
                 B = tl.load(rows + R + n, mask=inside, other=0).to(STATE)
                 C = tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
                 a = tl.exp(delta * A)
                 b = delta * B * x
+                states = carry_ptr + (k * N + n) * segments * channels
                 if WHOLE:
-                    state = carry_ptr + (of_route * N + n) * channels + d
                     sums = sums_of(delta, route, False)
-                    before = states_between(delta, b, A, state, channel, sums, route, HAS_CARRY)
+                    before = states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
                 else:
-                    states = carry_ptr + (of_route * segments * N + n) * channels + d[None, None, :]
-                    before = carry_in(states, h, w, known, height, width, N * channels, route, TH, TW)
+                    before = carry_in(states, h, w, d, height, width, channels, route, TH, TW)
                 decayed = decayed_states_of(a, a * before, b, route)
                 add_to(grad_rows + R + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), inside, block)
                 c = C * grad_y
+                states = adjoint_ptr + (k * N + n) * segments * channels
                 if WHOLE:
-                    state = adjoint_ptr + (of_route * N + n) * channels + d
                     sums = sums_of(delta, route, True)
-                    c += states_between(delta, c, A, state, channel, sums, route ^ 2, HAS_ADJOINT)
+                    c += states_between(delta, c, A, states + d, channel, sums, route ^ 2, HAS_ADJOINT)
                 else:
-                    states = adjoint_ptr + (of_route * segments * N + n) * channels + d[None, None, :]
-                    c += carry_in(states, h, w, known, height, width, N * channels, route ^ 2, TH, TW)
+                    c += carry_in(states, h, w, d, height, width, channels, route ^ 2, TH, TW)
                 g = adjoint_states_of(a, c, route)
                 if WHOLE:
                     first = at_end(a * g, h, w, height, width, route ^ 2)
-                    tl.store(grad_initial_ptr + (of_route * N + n) * channels + d, first, mask=channel)
+                    tl.store(grad_initial_ptr + ((k * N + n) * channels + d), first, mask=channel)
                 decayed *= g
                 share = tl.sum(tl.sum(decayed * delta, 0), 0)
                 tl.store(shares + n * channels, share, mask=channel)
@@ -563,7 +578,7 @@ def gradient_kernel(
                     add_to(grad_rows + r, tl.sum(grad_delta * weight[None, None, :], 2, keep_dims=True), inside, block)
             else:
                 tl.store(grad_delta_ptr + in_delta + d[None, None, :], grad_delta, mask=inside & known)
-        tl.store(grad_x_ptr + of_image * channels + own, grad_x, mask=inside & known)
+        tl.store(grad_x_ptr + own, grad_x, mask=inside & known)
         tl.debug_barrier()  # the next block of channels adds to the rows stored here
 
 
