@@ -216,6 +216,7 @@ class _Call:
             *(*self.image, plan.blocks, places, *self.routes, self.rank),
             **self.constants,
             **plan.constants,
+            EVEN=self.channels % plan.channels == 0,
             ADJOINT=adjoint_of is not None,
             num_warps=plan.warps,
             enable_fp_fusion=True,
@@ -263,6 +264,7 @@ def forward(
         *(*call.strides, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, call.rank),
         **call.constants,
         **plan.constants,
+        EVEN=call.channels % plan.channels == 0,
         HAS_CARRY=carry is not None,
         WHOLE=call.whole,
         num_warps=plan.warps,
@@ -301,23 +303,24 @@ def backward(
     plan = call.plan(BACKWARD)
     grad_x = x.new_empty(x.shape)
     grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
-    rows = call.empty(plan.groups, *B.shape[:4], rank + 2 * n_state)
+    rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
     shares = call.empty(plan.tiles, *call.parameters.shape)
     kernels.gradient_kernel[plan.grid](
         *call.operands,
         *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
         *(grad_x, grad_delta, rows, shares, grad_initial),
-        *(*call.strides, batch, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, rank),
+        *(*call.strides, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, rank),
         **call.constants,
         **plan.constants,
+        EVEN=call.channels % plan.channels == 0,
         HAS_CARRY=carry is not None,
         HAS_ADJOINT=adjoint is not None,
         WHOLE=call.whole,
         num_warps=plan.warps,
         enable_fp_fusion=True,
     )
-    grad_low, grad_B, grad_C = total(rows).split((rank, n_state, n_state), -1)
-    parameters = total(shares)
+    grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
+    parameters = total(shares, 0)
     of_routes = parameters[:-1].unflatten(0, (n_routes, -1))
     grad_A, grad_bias, grad_weight = of_routes.split((n_state, 1, rank), 1)
     return (
@@ -333,9 +336,9 @@ def backward(
     )
 
 
-def total(shares: Tensor) -> Tensor:
-    """The sum over the first dimension, in a fixed order."""
-    return shares[0] if len(shares) == 1 else shares.sum(0)
+def total(shares: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension, in a fixed order."""
+    return shares.squeeze(dim) if shares.shape[dim] == 1 else shares.sum(dim)
 
 
 _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "pytorch-triton", "triton-windows")

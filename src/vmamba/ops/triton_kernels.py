@@ -18,14 +18,14 @@ int32, those of images int64.
 import triton
 import triton.language as tl
 
-SIZES = [
-    *("batch", "height", "width", "blocks", "codes", "R", "segments", "row_segments"),
-    *("column_segments", "row_p", "row_k"),
+ANY = [
+    *("height", "width", "blocks", "codes", "R", "segments", "row_segments", "column_segments"),
+    *("row_p", "row_k", "rows_ptr", "delta_ptr", "parameters_ptr", "elapsed_ptr", "summand_ptr", "initial_ptr"),
+    *("carry_ptr", "last_ptr", "adjoint_ptr", "grad_delta_ptr", "grad_rows_ptr", "shares_ptr"),
+    "grad_initial_ptr",
 ]
-"""Arguments of which no kernel has a variant for a multiple of 16, or for 1."""
-
-ROWS = ["rows_ptr"]
-"""Pointers that may have any alignment: as a rule into a larger tensor."""
+"""Arguments of which no kernel has a variant for 1 or a multiple of 16, nor on AMD one for less than 2 GiB: the
+buffer instructions of that take four scalar registers a pointer."""
 
 
 @triton.jit
@@ -109,10 +109,21 @@ def adjoint_states_of(a, c, route):
 
 
 @triton.jit
+def within(d, channels, EVEN: tl.constexpr):
+    """Which channels there are; EVEN: all."""
+    if EVEN:
+        known = tl.full(d.shape, 1, tl.int1)
+    else:
+        known = d < channels
+    return known
+
+
+@triton.jit
 def step_sizes(
     delta,  # (TH, TW, 1) pointers to the rows of delta, or LOW_RANK of its left factor
     parameters,  # (BD,) pointers
     d,  # (BD,)
+    known,  # (BD,)
     inside,  # (TH, TW, 1)
     channels,
     N: tl.constexpr,
@@ -122,7 +133,6 @@ def step_sizes(
     STATE: tl.constexpr,
 ):
     """softplus(delta + bias) and its derivative, (TH, TW, BD), 0 outside."""
-    known = d < channels
     z = tl.load(parameters + N * channels, mask=known, other=0)[None, None, :] + tl.zeros(inside.shape, STATE)
     if LOW_RANK:
         for r in tl.range(R, disable_licm=True, loop_unroll_factor=1):
@@ -193,7 +203,7 @@ def sums_of(delta, route, ADJOINT: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ROWS)
+@triton.jit(do_not_specialize=ANY)
 def summary_kernel(
     x_ptr,  # (B, H, W, D); ADJOINT: the gradient of y
     delta_ptr,  # (B, H, W, K, D), without LOW_RANK
@@ -216,6 +226,7 @@ def summary_kernel(
     LOW_RANK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ADJOINT: tl.constexpr,
+    EVEN: tl.constexpr,
     STATE: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -236,7 +247,7 @@ def summary_kernel(
     summand_ptr += image * K * N * segments * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
-        channel = d < channels
+        channel = within(d, channels, EVEN)
         known = channel[None, None, :]
         x = tl.load(
             x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
@@ -247,7 +258,7 @@ def summary_kernel(
             parameters = parameters_ptr + k * (N + 1 + R) * channels + d
             delta, _ = step_sizes(
                 rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
-                *(parameters, d, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
             )
             sums = sums_of(delta, route, ADJOINT)
             row = row_segments(h, width, TW) * channels + d[None, None, :]
@@ -273,7 +284,7 @@ def summary_kernel(
                     tl.store(summand + column, column_q, mask=(w < width) & known)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ROWS)
+@triton.jit(do_not_specialize=ANY)
 def chain_kernel(
     elapsed_ptr,  # (B, K, segments, D)
     summand_ptr,  # (B, K, N, segments, D)
@@ -328,7 +339,7 @@ def chain_kernel(
     tl.store(last_ptr + ends, state, mask=known)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ROWS)
+@triton.jit(do_not_specialize=ANY)
 def output_kernel(
     x_ptr,  # (B, H, W, D)
     delta_ptr,
@@ -353,6 +364,7 @@ def output_kernel(
     HAS_CARRY: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
     STATE: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -366,11 +378,14 @@ def output_kernel(
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
     y_ptr += image * height * width * channels
-    carry_ptr += image * K * N * segments * channels
+    carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
     last_ptr += image * K * N * channels
+    # What is beyond the image takes any state: its step size is 0.
+    row = row_segments(tl.minimum(h, height - 1), width, TW) * channels
+    column = column_segments(tl.minimum(w, width - 1), height, width, TH, TW) * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
-        channel = d < channels
+        channel = within(d, channels, EVEN)
         known = channel[None, None, :]
         x = tl.load(
             x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
@@ -382,18 +397,18 @@ def output_kernel(
             parameters = parameters_ptr + k * (N + 1 + R) * channels + d
             delta, _ = step_sizes(
                 rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
-                *(parameters, d, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
             )
             for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                 A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
                 a = tl.exp(delta * A)
                 b = delta * x * tl.load(rows + R + n, mask=inside, other=0).to(STATE)
-                states = carry_ptr + (k * N + n) * segments * channels
+                states = carry_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
                 if WHOLE:
                     sums = sums_of(delta, route, False)
                     b += a * states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
                 else:
-                    b += a * carry_in(states, h, w, d, height, width, channels, route, TH, TW)
+                    b += a * carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
                 q = states_of(a, b, route)
                 y += q * tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
                 if WHOLE:
@@ -404,16 +419,13 @@ def output_kernel(
 
 
 @triton.jit
-def carry_in(states, h, w, d, height, width, channels, route, TH: tl.constexpr, TW: tl.constexpr):
+def carry_in(states, row, column, known, route, TH: tl.constexpr, TW: tl.constexpr):
     """The state before each segment at the segment's first position, else 0; (TH, TW, BD)."""
-    known = (d < channels)[None, None, :]
     if route % 2 == 0:
-        row = row_segments(h, width, TW) * channels + d[None, None, :]
-        row_state = tl.load(states + row, mask=(h < height) & known, other=0)
+        row_state = tl.load(states + row, mask=known, other=0)
         found = tl.where(tl.arange(0, TW)[None, :, None] == tl.where(route == 0, 0, TW - 1), row_state, 0)
     else:
-        column = column_segments(w, height, width, TH, TW) * channels + d[None, None, :]
-        column_state = tl.load(states + column, mask=(w < width) & known, other=0)
+        column_state = tl.load(states + column, mask=known, other=0)
         found = tl.where(tl.arange(0, TH)[:, None, None] == tl.where(route == 1, 0, TH - 1), column_state, 0)
     return found
 
@@ -457,7 +469,7 @@ def at_end(t, h, w, height, width, route):
     return tl.sum(tl.sum(tl.where(end, t, 0), 0), 0)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ROWS)
+@triton.jit(do_not_specialize=[*ANY, "x_ptr", "grad_y_ptr", "grad_x_ptr"])
 def gradient_kernel(
     x_ptr,  # (B, H, W, D)
     delta_ptr,
@@ -468,13 +480,12 @@ def gradient_kernel(
     grad_y_ptr,  # (B, H, W, D), contiguous as all below
     grad_x_ptr,  # (B, H, W, D)
     grad_delta_ptr,  # (B, H, W, K, D), without LOW_RANK
-    grad_rows_ptr,  # (groups, B, H, W, K, R + N + N), by groups of channels
+    grad_rows_ptr,  # (B, groups, H, W, K, R + N + N), by groups of channels
     shares_ptr,  # (tiles, K·(N + 1 + R) + 1, D): of the parameters, by tiles
-    grad_initial_ptr,  # (B, K, N, D)
+    grad_initial_ptr,  # (B, K, N, D), with WHOLE and HAS_CARRY
     x_p,
     row_p,
     row_k,
-    batch,
     height,
     width,
     channels,
@@ -489,6 +500,7 @@ def gradient_kernel(
     HAS_ADJOINT: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
     STATE: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -505,14 +517,17 @@ def gradient_kernel(
     grad_y_ptr += image * height * width * channels
     grad_x_ptr += image * height * width * channels
     grad_delta_ptr += image * height * width * K * channels
-    grad_rows_ptr += (tl.program_id(1).to(tl.int64) * batch + image) * height * width * K * (R + 2 * N)
+    grad_rows_ptr += (image * tl.num_programs(1) + tl.program_id(1)) * (height * width * K * (R + 2 * N))
     shares_ptr += tl.program_id(0).to(tl.int64) * (parameter_rows + 1) * channels
-    carry_ptr += image * K * N * segments * channels
-    adjoint_ptr += image * K * N * segments * channels
+    carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
+    adjoint_ptr += image * K * N * (1 if WHOLE else segments) * channels
     grad_initial_ptr += image * K * N * channels
+    # What is beyond the image takes any state: its step size is 0.
+    row = row_segments(tl.minimum(h, height - 1), width, TW) * channels
+    column = column_segments(tl.minimum(w, width - 1), height, width, TH, TW) * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
-        channel = d < channels
+        channel = within(d, channels, EVEN)
         known = channel[None, None, :]
         x = tl.load(
             x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
@@ -530,7 +545,7 @@ def gradient_kernel(
             in_delta = (position * K + k) * channels
             delta, slope = step_sizes(
                 rows if LOW_RANK else delta_ptr + in_delta,
-                *(parameters, d, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
             )
             grad_delta = tl.zeros((TH, TW, BD), STATE)
             grad_rows = grad_rows_ptr + (position * K + k) * (R + 2 * N)
@@ -541,23 +556,23 @@ def gradient_kernel(
                 C = tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
                 a = tl.exp(delta * A)
                 b = delta * B * x
-                states = carry_ptr + (k * N + n) * segments * channels
+                states = carry_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
                 if WHOLE:
                     sums = sums_of(delta, route, False)
                     before = states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
                 else:
-                    before = carry_in(states, h, w, d, height, width, channels, route, TH, TW)
+                    before = carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
                 decayed = decayed_states_of(a, a * before, b, route)
                 add_to(grad_rows + R + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), inside, block)
                 c = C * grad_y
-                states = adjoint_ptr + (k * N + n) * segments * channels
+                states = adjoint_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
                 if WHOLE:
                     sums = sums_of(delta, route, True)
                     c += states_between(delta, c, A, states + d, channel, sums, route ^ 2, HAS_ADJOINT)
                 else:
-                    c += carry_in(states, h, w, d, height, width, channels, route ^ 2, TH, TW)
+                    c += carry_in(states + d[None, None, :], row, column, known, route ^ 2, TH, TW)
                 g = adjoint_states_of(a, c, route)
-                if WHOLE:
+                if WHOLE and HAS_CARRY:
                     first = at_end(a * g, h, w, height, width, route ^ 2)
                     tl.store(grad_initial_ptr + ((k * N + n) * channels + d), first, mask=channel)
                 decayed *= g
