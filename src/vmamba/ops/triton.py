@@ -23,8 +23,11 @@ from vmamba.ops._validate import state_dtype
 MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
-SUMMARY, FORWARD, BACKWARD = 4096, 2048, 2048
-"""Float32 values in a tile: what fits the registers of every target (`python -m vmamba.ops.compile_triton`)."""
+SUMMARY, FORWARD, BACKWARD = (4096, 8), (2048, 16), (2048, 8)
+"""Float32 values in a tile, and most warps: what fits the registers (`python -m vmamba.ops.compile_triton`)."""
+
+WHOLE, WHOLE_BACKWARD = 256, 64
+"""Positions up to which an image is one tile, in forward and in backward."""
 
 PROGRAMS = 256
 """As many at least, by taking fewer blocks of channels each: enough for the multiprocessors of a GPU."""
@@ -47,6 +50,7 @@ class Plan:
         height: Of a tile.
         width: Of a tile.
         channels: In a block.
+        most_warps: Of a program.
     """
 
     tiles: int
@@ -55,6 +59,7 @@ class Plan:
     height: int
     width: int
     channels: int
+    most_warps: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -66,25 +71,35 @@ class Plan:
 
     @property
     def warps(self) -> int:
-        return max(1, min(8, self.height * self.width * self.channels // 256))
+        values = self.height * self.width * self.channels
+        return max(1, min(self.most_warps, 512 // _warp_size(), values // 128))
+
+
+def _warp_size() -> int:
+    """Threads in a warp: 64 on AMD's data-centre GPUs."""
+    if interpreted():
+        return 32
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().warp_size)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def tile_of(height: int, width: int) -> tuple[int, int]:
-    """Height and width of the tiles: the whole image if it has at most 256 positions, else 128 of them."""
+def tile_of(height: int, width: int, whole: int) -> tuple[int, int]:
+    """Height and width of the tiles: the image if it has at most `whole` positions, else 128 positions."""
     tall, wide = _power_of_two(height), _power_of_two(width)
-    if tall * wide <= 256:
+    if tall * wide <= whole:
         return tall, wide
     tall = min(tall, max(8, 128 // wide))
     return tall, 128 // tall
 
 
-def segments(height: int, width: int) -> tuple[int, int]:
+def segments(height: int, width: int, whole: int) -> tuple[int, int]:
     """How many a row's route and a column's route have; none where the image is one tile."""
-    tall, wide = tile_of(height, width)
+    tall, wide = tile_of(height, width, whole)
     across, down = -(-width // wide), -(-height // tall)
     return (0, 0) if across * down == 1 else (height * across, width * down)
 
@@ -141,6 +156,7 @@ class _Call:
         delta_weight: Tensor | None,  # (K, D, R)
         delta_softplus: bool,
         routes: list[int],
+        whole: int,
     ) -> None:
         import triton.language as tl
 
@@ -154,7 +170,8 @@ class _Call:
         self.parameters = self._parameters(A, D, delta_bias, delta_weight)
         self.operands = (self.x, self.delta, self.rows, self.parameters)
         self.strides = (_position_stride(self.x), _position_stride(self.rows), self.rows.stride(3))
-        self.segments = segments(self.height, self.width)
+        self.tile = tile_of(self.height, self.width, whole)
+        self.segments = segments(self.height, self.width, whole)
         self.whole = not any(self.segments)
         self.image = (self.height, self.width, self.channels)
         self.routes = (sum(code << (2 * k) for k, code in enumerate(routes)), self.n_routes, self.n_state)
@@ -167,7 +184,7 @@ class _Call:
     def _parameters(
         self, A: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_weight: Tensor | None
     ) -> Tensor:
-        """A, bias and delta_weight of each route, then D's sum over routes: (K·(N + 1 + R) + 1, D)."""
+        """D's sum over routes, then A, bias and delta_weight of each route: (1 + K·(N + 1 + R), D)."""
         zero = self.empty(self.n_routes, self.channels).zero_()
         # exp(0 · A) of the positions that pad a tile must be 1, for an infinite A too.
         of_routes = [A.to(self.dtype).clamp(min=torch.finfo(self.dtype).min).mT]
@@ -175,17 +192,17 @@ class _Call:
         if delta_weight is not None:
             of_routes.append(delta_weight.to(self.dtype).mT)
         skip = (zero if D is None else D.to(self.dtype)).sum(0, keepdim=True)
-        return torch.cat((torch.cat(of_routes, 1).flatten(0, 1), skip))
+        return torch.cat((skip, torch.cat(of_routes, 1).flatten(0, 1)))
 
-    def plan(self, values: int) -> "Plan":
+    def plan(self, values: int, most_warps: int) -> "Plan":
         """How a kernel with so many values in a tile is launched."""
-        tall, wide = tile_of(self.height, self.width)
+        tall, wide = self.tile
         tiles = self.batch * -(-self.height // tall) * -(-self.width // wide)
         values //= torch.finfo(self.dtype).bits // 32
         block = min(max(8, values // (tall * wide)), 128, max(8, _power_of_two(self.channels)))
         blocks = -(-self.channels // block)
         each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, tiles)))))
-        return Plan(tiles, -(-blocks // each), each, tall, wide, block)
+        return Plan(tiles, -(-blocks // each), each, tall, wide, block, most_warps)
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -209,7 +226,7 @@ class _Call:
         )
         last = self.empty(self.batch, self.n_routes, self.n_state, self.channels)
         read = self.x if adjoint_of is None else adjoint_of
-        plan = self.plan(SUMMARY)
+        plan = self.plan(*SUMMARY)
         kernels.summary_kernel[plan.grid](
             *(read, *self.operands[1:], elapsed, summand),
             *(_position_stride(read), *self.strides[1:]),
@@ -250,7 +267,7 @@ def forward(
     """As `Backend.forward`; the states saved are those before the segments of the tiles."""
     from vmamba.ops import triton_kernels as kernels
 
-    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes)
+    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE)
     y = call.empty(*x.shape)
     carry = call.per_channel(initial_state)
     last = call.empty(call.batch, call.n_routes, call.n_state, call.channels)
@@ -258,10 +275,10 @@ def forward(
     if not call.whole:
         carry, last = call.carry(carry)
         states = carry.view(states.shape[0], states.shape[1], -1, *states.shape[3:])
-    plan = call.plan(FORWARD)
+    plan = call.plan(*FORWARD)
     kernels.output_kernel[plan.grid](
         *(*call.operands, y if carry is None else carry, y, last),
-        *(*call.strides, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, call.rank),
+        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
         **call.constants,
         **plan.constants,
         EVEN=call.channels % plan.channels == 0,
@@ -292,15 +309,15 @@ def backward(
     """As `Backend.backward`."""
     from vmamba.ops import triton_kernels as kernels
 
-    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes)
+    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE_BACKWARD)
     grad_y = grad_y.contiguous()
     carry, adjoint = call.per_channel(initial_state), call.per_channel(grad_last)
     batch, n_routes, n_state, rank, channels = *x.shape[:1], call.n_routes, call.n_state, call.rank, x.shape[3]
     grad_initial = call.empty(batch, n_routes, n_state, channels)
     if not call.whole:
-        carry = states
+        carry = states if states.numel() else call.carry(carry)[0]
         adjoint, grad_initial = call.carry(adjoint, grad_y)
-    plan = call.plan(BACKWARD)
+    plan = call.plan(*BACKWARD)
     grad_x = x.new_empty(x.shape)
     grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
     rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
@@ -309,7 +326,7 @@ def backward(
         *call.operands,
         *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
         *(grad_x, grad_delta, rows, shares, grad_initial),
-        *(*call.strides, *call.image, plan.blocks, max(1, states.shape[2]), *call.routes, rank),
+        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, rank),
         **call.constants,
         **plan.constants,
         EVEN=call.channels % plan.channels == 0,
@@ -321,7 +338,7 @@ def backward(
     )
     grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
     parameters = total(shares, 0)
-    of_routes = parameters[:-1].unflatten(0, (n_routes, -1))
+    of_routes = parameters[1:].unflatten(0, (n_routes, -1))
     grad_A, grad_bias, grad_weight = of_routes.split((n_state, 1, rank), 1)
     return (
         grad_x,
@@ -329,7 +346,7 @@ def backward(
         grad_A.mT,
         grad_B,
         grad_C,
-        None if D is None else parameters[-1].expand(n_routes, -1),
+        None if D is None else parameters[0].expand(n_routes, -1),
         None if delta_bias is None else grad_bias[:, 0],
         None if delta_weight is None else grad_weight.mT,
         None if initial_state is None else grad_initial.mT,
@@ -384,6 +401,6 @@ register(
         backward,
         _why_not_here,
         _why_not,
-        saved_states=lambda height, width, n_state: max(segments(height, width)),
+        saved_states=lambda height, width, n_state: max(segments(height, width, WHOLE)),
     )
 )

@@ -208,7 +208,7 @@ def summary_kernel(
     x_ptr,  # (B, H, W, D); ADJOINT: the gradient of y
     delta_ptr,  # (B, H, W, K, D), without LOW_RANK
     rows_ptr,  # (B, H, W, K, R + N + N): LOW_RANK delta's left factor, then B and C
-    parameters_ptr,  # (K·(N + 1 + R) + 1, D): of each route A, bias and delta's right factor; the sum of D
+    parameters_ptr,  # (1 + K·(N + 1 + R), D): the sum of D; of each route A, bias and delta's right factor
     elapsed_ptr,  # (B, K, segments, D)
     summand_ptr,  # (B, K, N, segments, D)
     x_p,
@@ -255,7 +255,7 @@ def summary_kernel(
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
             rows = rows_ptr + (k * row_k + position * row_p)
-            parameters = parameters_ptr + k * (N + 1 + R) * channels + d
+            parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
             delta, _ = step_sizes(
                 rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
                 *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
@@ -316,7 +316,7 @@ def chain_kernel(
     step = tl.where((route >= 2) != ADJOINT, -1, 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     known = d < channels
-    A = tl.load(parameters_ptr + ((k * (N + 1 + R) + n) * channels + d), mask=known, other=0)
+    A = tl.load(parameters_ptr + ((1 + k * (N + 1 + R) + n) * channels + d), mask=known, other=0)
     elapsed_ptr += sequence * segments * channels + d
     summand_ptr += (sequence * N + n) * segments * channels + d
     carry_ptr += (sequence * N + n) * segments * channels + d
@@ -390,11 +390,11 @@ def output_kernel(
         x = tl.load(
             x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
         ).to(STATE)
-        y = x * tl.load(parameters_ptr + K * (N + 1 + R) * channels + d, mask=channel, other=0)[None, None, :]
+        y = x * tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
             rows = rows_ptr + (k * row_k + position * row_p)
-            parameters = parameters_ptr + k * (N + 1 + R) * channels + d
+            parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
             delta, _ = step_sizes(
                 rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
                 *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
@@ -481,7 +481,7 @@ def gradient_kernel(
     grad_x_ptr,  # (B, H, W, D)
     grad_delta_ptr,  # (B, H, W, K, D), without LOW_RANK
     grad_rows_ptr,  # (B, groups, H, W, K, R + N + N), by groups of channels
-    shares_ptr,  # (tiles, K·(N + 1 + R) + 1, D): of the parameters, by tiles
+    shares_ptr,  # (tiles, 1 + K·(N + 1 + R), D): of the parameters, by tiles
     grad_initial_ptr,  # (B, K, N, D), with WHOLE and HAS_CARRY
     x_p,
     row_p,
@@ -510,7 +510,6 @@ def gradient_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    parameter_rows = K * (N + 1 + R)
     x_ptr += image * height * width * x_p
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
@@ -518,7 +517,7 @@ def gradient_kernel(
     grad_x_ptr += image * height * width * channels
     grad_delta_ptr += image * height * width * K * channels
     grad_rows_ptr += (image * tl.num_programs(1) + tl.program_id(1)) * (height * width * K * (R + 2 * N))
-    shares_ptr += tl.program_id(0).to(tl.int64) * (parameter_rows + 1) * channels
+    shares_ptr += tl.program_id(0).to(tl.int64) * (1 + K * (N + 1 + R)) * channels
     carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
     adjoint_ptr += image * K * N * (1 if WHOLE else segments) * channels
     grad_initial_ptr += image * K * N * channels
@@ -534,14 +533,14 @@ def gradient_kernel(
         ).to(STATE)
         own = position * channels + d[None, None, :]
         grad_y = tl.load(grad_y_ptr + own, mask=inside & known, other=0).to(STATE)
-        D = tl.load(parameters_ptr + parameter_rows * channels + d, mask=channel, other=0)[None, None, :]
+        D = tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
         grad_x = grad_y * D
         share = tl.sum(tl.sum(grad_y * x, 0), 0)
-        tl.store(shares_ptr + parameter_rows * channels + d, share, mask=channel)
+        tl.store(shares_ptr + d, share, mask=channel)
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
             rows = rows_ptr + (k * row_k + position * row_p)
-            parameters = parameters_ptr + k * (N + 1 + R) * channels + d
+            parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
             in_delta = (position * K + k) * channels
             delta, slope = step_sizes(
                 rows if LOW_RANK else delta_ptr + in_delta,
@@ -549,7 +548,7 @@ def gradient_kernel(
             )
             grad_delta = tl.zeros((TH, TW, BD), STATE)
             grad_rows = grad_rows_ptr + (position * K + k) * (R + 2 * N)
-            shares = shares_ptr + k * (N + 1 + R) * channels + d
+            shares = shares_ptr + (1 + k * (N + 1 + R)) * channels + d
             for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                 A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
                 B = tl.load(rows + R + n, mask=inside, other=0).to(STATE)
