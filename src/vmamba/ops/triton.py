@@ -164,12 +164,12 @@ class _Call:
         self.batch, self.height, self.width, self.channels = x.shape
         self.n_routes, self.n_state = len(routes), A.shape[2]
         self.rank = 0 if delta_weight is None else delta_weight.shape[2]
-        self.x = _addressed(x)
+        self.x = x.contiguous()
         self.rows = _addressed(_packed([B, C] if delta_weight is None else [delta, B, C]))
         self.delta = self.rows if delta_weight is not None else delta.contiguous()
         self.parameters = self._parameters(A, D, delta_bias, delta_weight)
         self.operands = (self.x, self.delta, self.rows, self.parameters)
-        self.strides = (_position_stride(self.x), _position_stride(self.rows), self.rows.stride(3))
+        self.strides = (_position_stride(self.rows), self.rows.stride(3))
         self.tile = tile_of(self.height, self.width, whole)
         self.segments = segments(self.height, self.width, whole)
         self.whole = not any(self.segments)
@@ -198,8 +198,8 @@ class _Call:
         """How a kernel with so many values in a tile is launched."""
         tall, wide = self.tile
         tiles = self.batch * -(-self.height // tall) * -(-self.width // wide)
-        values //= torch.finfo(self.dtype).bits // 32
-        block = min(max(8, values // (tall * wide)), 128, max(8, _power_of_two(self.channels)))
+        values //= torch.finfo(self.dtype).bits // 32 * (1 if self.n_state == 1 else 2)
+        block = min(max(8, values // (tall * wide)), 32, max(8, _power_of_two(self.channels)))
         blocks = -(-self.channels // block)
         each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, tiles)))))
         return Plan(tiles, -(-blocks // each), each, tall, wide, block, most_warps)
@@ -229,8 +229,7 @@ class _Call:
         plan = self.plan(*SUMMARY)
         kernels.summary_kernel[plan.grid](
             *(read, *self.operands[1:], elapsed, summand),
-            *(_position_stride(read), *self.strides[1:]),
-            *(*self.image, plan.blocks, places, *self.routes, self.rank),
+            *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
             **self.constants,
             **plan.constants,
             EVEN=self.channels % plan.channels == 0,

@@ -211,7 +211,6 @@ def summary_kernel(
     parameters_ptr,  # (1 + K·(N + 1 + R), D): the sum of D; of each route A, bias and delta's right factor
     elapsed_ptr,  # (B, K, segments, D)
     summand_ptr,  # (B, K, N, segments, D)
-    x_p,
     row_p,
     row_k,
     height,
@@ -240,7 +239,7 @@ def summary_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    x_ptr += image * height * width * x_p
+    x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
     elapsed_ptr += image * K * segments * channels
@@ -249,9 +248,8 @@ def summary_kernel(
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        x = tl.load(
-            x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
-        ).to(STATE)
+        own = position * channels + d[None, None, :]
+        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
             rows = rows_ptr + (k * row_k + position * row_p)
@@ -348,7 +346,6 @@ def output_kernel(
     carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
     y_ptr,  # (B, H, W, D)
     last_ptr,  # (B, K, N, D)
-    x_p,
     row_p,
     row_k,
     height,
@@ -374,7 +371,7 @@ def output_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    x_ptr += image * height * width * x_p
+    x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
     y_ptr += image * height * width * channels
@@ -387,9 +384,8 @@ def output_kernel(
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        x = tl.load(
-            x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
-        ).to(STATE)
+        own = position * channels + d[None, None, :]
+        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
         y = x * tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
@@ -414,7 +410,6 @@ def output_kernel(
                 if WHOLE:
                     final = at_end(q, h, w, height, width, route)
                     tl.store(last_ptr + ((k * N + n) * channels + d), final, mask=channel)
-        own = position * channels + d[None, None, :]
         tl.store(y_ptr + own, y, mask=inside & known)
 
 
@@ -483,7 +478,6 @@ def gradient_kernel(
     grad_rows_ptr,  # (B, groups, H, W, K, R + N + N), by groups of channels
     shares_ptr,  # (tiles, 1 + K·(N + 1 + R), D): of the parameters, by tiles
     grad_initial_ptr,  # (B, K, N, D), with WHOLE and HAS_CARRY
-    x_p,
     row_p,
     row_k,
     height,
@@ -510,7 +504,7 @@ def gradient_kernel(
     image, h, w = tile_of(height, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    x_ptr += image * height * width * x_p
+    x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
     grad_y_ptr += image * height * width * channels
@@ -528,10 +522,8 @@ def gradient_kernel(
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        x = tl.load(
-            x_ptr + (position * x_p + d[None, None, :]), mask=inside & known, other=0
-        ).to(STATE)
         own = position * channels + d[None, None, :]
+        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
         grad_y = tl.load(grad_y_ptr + own, mask=inside & known, other=0).to(STATE)
         D = tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
         grad_x = grad_y * D
