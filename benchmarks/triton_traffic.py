@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model vmamba_tiny] [--input 224] [--batch 128] [--out FILE]
 
-For each scan of a model it runs forward and backward on one image and on two, and extrapolates to the batch:
-bytes are linear in it. A lane that its mask turns off does not count, a value that several lanes take from one
+For each scan of a model it runs forward and backward on one image and on two (or two and three), and
+extrapolates to the batch: bytes are linear in it. A lane that its mask turns off does not count, a value that several lanes take from one
 address counts once an instruction. Two counts of loads:
 
 - issued: every load, also where a program loads again what it has loaded;
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vmamba.models  # noqa: F401  (registers them)
 from vmamba.analysis.operator_throughput import Shape, operands, shapes
@@ -64,7 +65,9 @@ class _Counter(TorchDispatchMode):
         """What was loaded, each address once, but each time where the program stored too."""
         if self.loaded:
             loaded = np.concatenate(self.loaded)
-            own = np.isin(loaded, np.concatenate(self.stored)) if self.stored else np.zeros(loaded.shape, bool)
+            own = (
+                np.isin(loaded, np.concatenate(self.stored)) if self.stored else np.zeros(loaded.shape, bool)
+            )
             fetched = np.concatenate((loaded[own], np.unique(loaded[~own])))
             self.found[self.kernel][1] += int((fetched & 15).sum())
         self.loaded, self.stored = [], []
@@ -73,7 +76,7 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not self.kernel and not func.is_view and "empty" not in str(func):
             entry = self.found[f"torch {func.__name__.split('.')[0].strip('_')}"]
-            read = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor))
+            read = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
             entry += [read, read, result.numel() * result.element_size()]
         return result
 
@@ -85,7 +88,12 @@ def counting() -> Iterator[Bytes]:
 
     counter = _Counter()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    originals = (builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx, executor.__call__)
+    originals = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.set_grid_idx,
+        executor.__call__,
+    )
 
     def touched(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
         on = np.broadcast_to(mask.data, pointers.data.shape)
@@ -115,7 +123,9 @@ def counting() -> Iterator[Bytes]:
         with counter:
             yield counter.found
     finally:
-        builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx, executor.__call__ = originals
+        builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx, executor.__call__ = (
+            originals
+        )
 
 
 def counted(shape: Shape, images: int, batch: int, half: torch.dtype | None) -> tuple[Bytes, Bytes]:
@@ -130,8 +140,9 @@ def counted(shape: Shape, images: int, batch: int, half: torch.dtype | None) -> 
     try:
         with counting() as forward:
             y, _, states = triton.forward(*arguments)
+        grad_y = torch.ones_like(y)
         with counting() as backward:
-            triton.backward(torch.ones_like(y), None, *arguments, states)
+            triton.backward(grad_y, None, *arguments, states)
     finally:
         triton.PROGRAMS = programs
     return forward, backward
@@ -166,16 +177,22 @@ def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, in
 
 def row(shape: Shape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
     """What was counted of one shape, as JSON holds it."""
-    one, two = counted(shape, 1, batch, half), counted(shape, 2, batch, half)
+    few = 2 if shape.height * shape.width <= triton.WHOLE else 1  # one tile has no sum over tiles
+    one, two = counted(shape, few, batch, half), counted(shape, few + 1, batch, half)
     found = []
     for i, direction in enumerate(("forward", "backward")):
-        kernels = {name: one[i][name] + (batch - 1) * (two[i][name] - one[i][name]) for name in two[i]}
+        kernels = {name: one[i][name] + (batch - few) * (two[i][name] - one[i][name]) for name in two[i]}
         issued = int(sum(k[0] + k[2] for k in kernels.values()))
         fetched = int(sum(k[1] + k[2] for k in kernels.values()))
         floor, chain = floors(shape, batch, half)[i], authors(shape, batch, half)[i]
         found.append(
             {
-                **{"height": shape.height, "width": shape.width, "channels": shape.channels, "rank": shape.rank},
+                **{
+                    "height": shape.height,
+                    "width": shape.width,
+                    "channels": shape.channels,
+                    "rank": shape.rank,
+                },
                 **{"n_state": shape.n_state, "batch": batch, "direction": direction, "floor": floor},
                 **{"authors": chain, "issued": issued, "fetched": fetched},
                 "kernels": {
@@ -188,11 +205,15 @@ def row(shape: Shape, batch: int, half: torch.dtype | None) -> list[dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vmamba_tiny")
     parser.add_argument("--input", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--half", action="store_true", help="x, delta, B and C in bfloat16, as under autocast")
+    parser.add_argument(
+        "--half", action="store_true", help="x, delta, B and C in bfloat16, as under autocast"
+    )
     parser.add_argument("--stage", type=int, nargs="*", help="only these shapes, from 0")
     parser.add_argument("--kernels", action="store_true", help="print each kernel too")
     parser.add_argument("--out", type=Path, help="a JSON file")

@@ -47,8 +47,8 @@ class Backend:
     why_not_here: Callable[[], str | None] = lambda: None
     why_not: Callable[[torch.device, int], str | None] = lambda device, n_state: None
     fast_on: tuple[str, ...] = ()
-    saved_states: Callable[[int, int, int], int] = lambda height, width, n_state: -(
-        -height * width // state_stride(n_state)
+    saved_states: Callable[[int, int, int], int] = lambda height, width, n_state: (
+        -(-height * width // state_stride(n_state))
     )
 
 
@@ -94,6 +94,13 @@ def backends() -> tuple[BackendStatus, ...]:
         BackendStatus(backend.name, backend.summary, reasons[backend.name] is None, reasons[backend.name])
         for backend in _BACKENDS.values()
     )
+
+
+def engine_of(device: str | torch.device, n_state: int = 1) -> str:
+    """The engine that serves a call on a device if none is named."""
+    device = torch.device(device)
+    fast = (backend for backend in _BACKENDS.values() if device.type in backend.fast_on)
+    return next((b.name for b in fast if _why_not(b, device, n_state) is None), FALLBACK)
 
 
 @contextmanager

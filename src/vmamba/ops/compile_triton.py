@@ -198,16 +198,17 @@ class _Scans(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def scans_of(models: list[str], size: int) -> list[Scan]:
-    """The different scans of models by name, on square images of a size."""
+def scans_of(models: list[str], size: int | None) -> list[Scan]:
+    """The different scans of models by name, on square images of a size; None: of each model's own."""
     import timm
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import_module("vmamba.models")  # registers them; by name, for the operator stands below the models
 
     with FakeTensorMode(), _Scans() as scans, torch.no_grad():
-        for model in models:
-            timm.create_model(model)(torch.empty(1, 3, size, size))
+        for name in models:
+            model = timm.create_model(name)
+            model(torch.empty(1, 3, *([size] * 2 if size else model.pretrained_cfg["input_size"][1:])))
     return list(scans.found)
 
 
@@ -243,9 +244,9 @@ def usage(kernel: Any, target: Target) -> Usage:
 _SHOWN = ("TH", "TW", "BD", "N", "ADJOINT", "WHOLE")
 
 
-def scans_of_family(models: list[str], sizes: list[int], types: list[torch.dtype]) -> list[Scan]:
-    """The different scans of models on images of some sizes, x and the rows of each type."""
-    found = dict.fromkeys(scan for size in sizes for scan in scans_of(models, size))
+def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype]) -> list[Scan]:
+    """The different scans of models, x and the rows of each type."""
+    found = scans_of(models, size)
     return [replace(scan, dtype=dtype, few_dtype=dtype) for scan in found for dtype in types]
 
 
@@ -296,10 +297,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET",
                         help=f"of {', '.join(TARGETS)}; default all")  # fmt: skip
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: the whole family")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 32], metavar="PIXELS",
-                        help="of the images; default 224 and 32")  # fmt: skip
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), metavar="TYPE",
-                        help=f"of x and the rows, of {', '.join(TYPES)}; default all")  # fmt: skip
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; default each model's own")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=["float32", "bfloat16"], metavar="TYPE",
+                        help=f"of x and the rows, of {', '.join(TYPES)}; default the first two")  # fmt: skip
     parser.add_argument("--forward", action="store_true", help="the forward alone")
     options = parser.parse_args(arguments)
     if engine.interpreted():
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in options.models or [] if name not in family]
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; expected of {', '.join(family)}")
-    scans = scans_of_family(options.models or family, options.sizes, [TYPES[name] for name in options.types])
+    scans = scans_of_family(options.models or family, options.size, [TYPES[name] for name in options.types])
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         jobs = [pool.submit(compile_for, name, scans, not options.forward) for name in options.targets]
         counts = [job.result() for job in jobs]

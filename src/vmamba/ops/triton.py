@@ -29,7 +29,7 @@ SUMMARY, FORWARD, BACKWARD = (4096, 8), (2048, 16), (2048, 8)
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
 
-PROGRAMS = 256
+PROGRAMS = 128
 """As many at least, by taking fewer blocks of channels each: enough for the multiprocessors of a GPU."""
 
 CHAIN = {"BS": 32, "BD": 32}
@@ -131,10 +131,11 @@ def _packed(parts: list[Tensor]) -> Tensor:
     first, *_, last = parts
     start = first.storage_offset()
     for part in parts:
-        if (
-            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or (part.dtype, part.stride(), part.storage_offset()) != (first.dtype, first.stride(), start)
-        ):
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or (
+            part.dtype,
+            part.stride(),
+            part.storage_offset(),
+        ) != (first.dtype, first.stride(), start):
             return torch.cat(parts, -1)
         start += part.shape[-1]
     width = start - first.storage_offset()
@@ -311,7 +312,13 @@ def backward(
     call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE_BACKWARD)
     grad_y = grad_y.contiguous()
     carry, adjoint = call.per_channel(initial_state), call.per_channel(grad_last)
-    batch, n_routes, n_state, rank, channels = *x.shape[:1], call.n_routes, call.n_state, call.rank, x.shape[3]
+    batch, n_routes, n_state, rank, channels = (
+        *x.shape[:1],
+        call.n_routes,
+        call.n_state,
+        call.rank,
+        x.shape[3],
+    )
     grad_initial = call.empty(batch, n_routes, n_state, channels)
     if not call.whole:
         carry = states if states.numel() else call.carry(carry)[0]

@@ -20,7 +20,16 @@ import triton.language as tl
 
 ANY = [
     *("height", "width", "blocks", "codes", "R", "segments", "row_segments", "column_segments"),
-    *("row_p", "row_k", "rows_ptr", "delta_ptr", "parameters_ptr", "elapsed_ptr", "summand_ptr", "initial_ptr"),
+    *(
+        "row_p",
+        "row_k",
+        "rows_ptr",
+        "delta_ptr",
+        "parameters_ptr",
+        "elapsed_ptr",
+        "summand_ptr",
+        "initial_ptr",
+    ),
     *("carry_ptr", "last_ptr", "adjoint_ptr", "grad_delta_ptr", "grad_rows_ptr", "shares_ptr"),
     "grad_initial_ptr",
 ]
@@ -183,9 +192,7 @@ def summed(delta, AXIS: tl.constexpr, REVERSED: tl.constexpr, ADJOINT: tl.conste
     if ADJOINT:
         total = tl.cumsum(delta, AXIS, reverse=REVERSED)
     else:
-        total, _ = tl.associative_scan(
-            (tl.zeros_like(delta), delta), AXIS, add_before, reverse=not REVERSED
-        )
+        total, _ = tl.associative_scan((tl.zeros_like(delta), delta), AXIS, add_before, reverse=not REVERSED)
     return total
 
 
@@ -554,7 +561,9 @@ def gradient_kernel(
                 else:
                     before = carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
                 decayed = decayed_states_of(a, a * before, b, route)
-                add_to(grad_rows + R + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), inside, block)
+                add_to(
+                    grad_rows + R + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), inside, block
+                )
                 c = C * grad_y
                 states = adjoint_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
                 if WHOLE:
@@ -578,10 +587,17 @@ def gradient_kernel(
             tl.store(shares + N * channels, share, mask=channel)
             if LOW_RANK:
                 for r in tl.range(R, disable_licm=True, loop_unroll_factor=1):
-                    share = tl.sum(tl.sum(grad_delta * tl.load(rows + r, mask=inside, other=0).to(STATE), 0), 0)
+                    share = tl.sum(
+                        tl.sum(grad_delta * tl.load(rows + r, mask=inside, other=0).to(STATE), 0), 0
+                    )
                     tl.store(shares + (N + 1 + r) * channels, share, mask=channel)
                     weight = tl.load(parameters + (N + 1 + r) * channels, mask=channel, other=0)
-                    add_to(grad_rows + r, tl.sum(grad_delta * weight[None, None, :], 2, keep_dims=True), inside, block)
+                    add_to(
+                        grad_rows + r,
+                        tl.sum(grad_delta * weight[None, None, :], 2, keep_dims=True),
+                        inside,
+                        block,
+                    )
             else:
                 tl.store(grad_delta_ptr + in_delta + d[None, None, :], grad_delta, mask=inside & known)
         tl.store(grad_x_ptr + own, grad_x, mask=inside & known)
