@@ -1,18 +1,18 @@
 """Bytes that the Triton engine's kernels load and store, counted while the interpreter runs them.
 
-    TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model vmamba_tiny] [--input 224] [--batch 128] [--out FILE]
+    TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model NAME] [--batch 128] [--out FILE]
 
 For each scan of a model it runs forward and backward on one image and on two (or two and three), and
-extrapolates to the batch: bytes are linear in it. A lane that its mask turns off does not count, a value that several lanes take from one
-address counts once an instruction. Two counts of loads:
+extrapolates to the batch: bytes are linear in it. A lane that its mask turns off does not count; what several
+lanes take from one address counts once an instruction where the kernel asks for it once. Two counts of loads:
 
 - issued: every load, also where a program loads again what it has loaded;
-- fetched: what a program loads again counts once, unless the program stored there. That is what leaves the
+- fetched: what a program loads again counts once, unless the program stored there. That is what leaves a
   multiprocessor if a program finds its own rows and weights in its L1 cache, and no other's anywhere.
 
-What PyTorch does around the kernels (sums over partial gradients, copies) is counted whole. The floor is every
-input read once and every output written once. The authors' chain is by formula: cross-scan, delta's projection,
-scan and cross-merge, each reading and writing whole tensors of device memory.
+What PyTorch does around the kernels (sums over partial gradients, copies) is counted whole. The floor is
+every input read once and every output written once. The authors' chain is by formula: cross-scan, delta's
+projection, scan and cross-merge, each reading and writing whole tensors of device memory.
 """
 
 import argparse
@@ -166,8 +166,8 @@ def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, in
     projection = routes * values * few + rows
     scan = routes * values * (2 * few + 4) + rows
     cross_merge = (routes + 1) * values * 4
-    # Backward: merge's is a cross-scan; the scan reads u, delta, dy and writes du, ddelta; the projection's two
-    # products read ddelta each; the cross-scan's is a merge.
+    # Backward: merge's is a cross-scan; the scan reads u, delta, dy and writes du, ddelta; the projection's
+    # two products read ddelta each; the cross-scan's is a merge.
     backward = (
         *((1 + routes) * values * 4, routes * values * (2 * few + 4 + 2 * few) + 2 * rows),
         *(2 * (routes * values * few + rows), (routes + 1) * values * few),
@@ -232,7 +232,8 @@ def main() -> None:
             mb = {key: found[key] / 1e6 for key in ("floor", "fetched", "issued", "authors")}
             print(
                 f"{shape.height}x{shape.width}x{shape.channels} R {shape.rank} {found['direction']:8}"
-                f" floor {mb['floor']:7.0f}  fetched {mb['fetched']:7.0f} ({mb['fetched'] / mb['floor']:.2f} x)"
+                f" floor {mb['floor']:7.0f}"
+                f"  fetched {mb['fetched']:7.0f} ({mb['fetched'] / mb['floor']:.2f} x)"
                 f"  issued {mb['issued']:7.0f} ({mb['issued'] / mb['floor']:.2f} x)"
                 f"  authors {mb['authors']:7.0f} ({mb['authors'] / mb['floor']:.2f} x)",
                 flush=True,

@@ -130,7 +130,7 @@ def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, routes = call["x"], call["routes"]
-    batch, height, width, _ = x.shape
+    _, height, width, _ = x.shape
     xs = cross_scan(x, routes)  # (B, K, L, D)
 
     def along(t: Tensor) -> Tensor:  # (B, H, W, K, F) -> (B, K, L, F)

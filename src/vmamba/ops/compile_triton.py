@@ -207,7 +207,7 @@ def scans_of(models: list[str], size: int | None) -> list[Scan]:
 
     with FakeTensorMode(), _Scans() as scans, torch.no_grad():
         for name in models:
-            model = timm.create_model(name)
+            model: Any = timm.create_model(name)
             model(torch.empty(1, 3, *([size] * 2 if size else model.pretrained_cfg["input_size"][1:])))
     return list(scans.found)
 
@@ -251,7 +251,7 @@ def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype
 
 
 def compile_for(name: str, scans: list[Scan], backward: bool) -> tuple[int, int]:
-    """Compile every kernel of scans for a target, a line each; how many, and how many are not as they should."""
+    """Compile every kernel of scans for a target, a line each; how many there are, and how many fail."""
     from triton.runtime import driver
 
     target = TARGETS[name]

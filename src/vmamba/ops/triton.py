@@ -24,7 +24,7 @@ MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
 SUMMARY, FORWARD, BACKWARD = (4096, 8), (2048, 16), (2048, 8)
-"""Float32 values in a tile, and most warps: what fits the registers (`python -m vmamba.ops.compile_triton`)."""
+"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`)."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
@@ -128,7 +128,7 @@ def _addressed(t: Tensor) -> Tensor:
 
 def _packed(parts: list[Tensor]) -> Tensor:
     """(…, n) of several operands as one; without a copy where they are neighbours in memory already."""
-    first, *_, last = parts
+    first = parts[0]
     start = first.storage_offset()
     for part in parts:
         if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or (

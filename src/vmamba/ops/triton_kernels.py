@@ -33,8 +33,8 @@ ANY = [
     *("carry_ptr", "last_ptr", "adjoint_ptr", "grad_delta_ptr", "grad_rows_ptr", "shares_ptr"),
     "grad_initial_ptr",
 ]
-"""Arguments of which no kernel has a variant for 1 or a multiple of 16, nor on AMD one for less than 2 GiB: the
-buffer instructions of that take four scalar registers a pointer."""
+"""Arguments of which no kernel has a variant for 1 or for a multiple of 16, nor on AMD for less than 2 GiB:
+buffer instructions, which that allows, take four scalar registers a pointer."""
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def adjoint_states_of(a, c, route):
 @triton.jit
 def within(d, channels, EVEN: tl.constexpr):
     """Which channels there are; EVEN: all."""
-    if EVEN:
+    if EVEN:  # noqa: SIM108  (the compiler takes one branch)
         known = tl.full(d.shape, 1, tl.int1)
     else:
         known = d < channels
