@@ -23,8 +23,9 @@ from vmamba.ops._validate import state_dtype
 MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
-SUMMARY, FORWARD, BACKWARD = (4096, 8), (2048, 16), (2048, 8)
-"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`)."""
+SUMMARY, FORWARD, BACKWARD, BACKWARD_OF_SEVERAL = (4096, 8), (2048, 16), (2048, 8), (1024, 8)
+"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`); the
+last for several states."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
@@ -72,7 +73,7 @@ class Plan:
     @property
     def warps(self) -> int:
         values = self.height * self.width * self.channels
-        return max(1, min(self.most_warps, 512 // _warp_size(), values // 128))
+        return max(1, min(self.most_warps, 512 // _warp_size(), values // 64))
 
 
 def _warp_size() -> int:
@@ -199,7 +200,7 @@ class _Call:
         """How a kernel with so many values in a tile is launched."""
         tall, wide = self.tile
         tiles = self.batch * -(-self.height // tall) * -(-self.width // wide)
-        values //= torch.finfo(self.dtype).bits // 32 * (1 if self.n_state == 1 else 2)
+        values //= torch.finfo(self.dtype).bits // 32
         block = min(max(8, values // (tall * wide)), 32, max(8, _power_of_two(self.channels)))
         blocks = -(-self.channels // block)
         each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, tiles)))))
@@ -323,7 +324,7 @@ def backward(
     if not call.whole:
         carry = states if states.numel() else call.carry(carry)[0]
         adjoint, grad_initial = call.carry(adjoint, grad_y)
-    plan = call.plan(*BACKWARD)
+    plan = call.plan(*(BACKWARD if n_state == 1 else BACKWARD_OF_SEVERAL))
     grad_x = x.new_empty(x.shape)
     grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
     rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
