@@ -2,17 +2,17 @@
 
     TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model NAME] [--batch 128] [--out FILE]
 
-For each scan of a model it runs forward and backward on one image and on two (or two and three), and
-extrapolates to the batch: bytes are linear in it. A lane that its mask turns off does not count; what several
-lanes take from one address counts once an instruction where the kernel asks for it once. Two counts of loads:
+For each scan of a model it runs forward and backward on one image, and multiplies by the batch: the kernels
+treat every image alike. A lane that its mask turns off does not count; what several lanes take from one
+address counts once an instruction where the kernel asks for it once. Two counts of loads:
 
 - issued: every load, also where a program loads again what it has loaded;
 - fetched: what a program loads again counts once, unless the program stored there. That is what leaves a
   multiprocessor if a program finds its own rows and weights in its L1 cache, and no other's anywhere.
 
-What PyTorch does around the kernels (sums over partial gradients, copies) is counted whole. The floor is
-every input read once and every output written once. The authors' chain is by formula: cross-scan, delta's
-projection, scan and cross-merge, each reading and writing whole tensors of device memory.
+What PyTorch does around the kernels (sums over partial gradients, copies) is counted of the whole batch. The
+floor is every input read once and every output written once. The authors' chain is by formula: cross-scan,
+delta's projection, scan and cross-merge, each reading and writing whole tensors of device memory.
 """
 
 import argparse
@@ -112,6 +112,8 @@ def counting() -> Iterator[Bytes]:
         originals[2](self, *index)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args[0].is_meta:
+            return
         counter.kernel = self.fn.__name__
         originals[3](self, *args, **kwargs)
         counter.end_of_program()
@@ -128,9 +130,11 @@ def counting() -> Iterator[Bytes]:
         )
 
 
-def counted(shape: Shape, images: int, batch: int, half: torch.dtype | None) -> tuple[Bytes, Bytes]:
-    """Forward and backward on some images, in the programs that a batch would have."""
-    call = operands(shape, images)
+def counted(
+    shape: Shape, images: int, batch: int, half: torch.dtype | None, device: str
+) -> tuple[Bytes, Bytes]:
+    """Forward and backward on some images, in a batch's programs; on "meta" PyTorch's part alone."""
+    call = operands(shape, images, device)
     if half is not None:
         call |= {name: call[name].to(half) for name in ("x", "delta", "B", "C")}
     tensors = [call[name] for name in ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")]
@@ -177,11 +181,10 @@ def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, in
 
 def row(shape: Shape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
     """What was counted of one shape, as JSON holds it."""
-    few = 2 if shape.height * shape.width <= triton.WHOLE else 1  # one tile has no sum over tiles
-    one, two = counted(shape, few, batch, half), counted(shape, few + 1, batch, half)
+    one, batched = counted(shape, 1, batch, half, "cpu"), counted(shape, batch, batch, half, "meta")
     found = []
     for i, direction in enumerate(("forward", "backward")):
-        kernels = {name: one[i][name] + (batch - few) * (two[i][name] - one[i][name]) for name in two[i]}
+        kernels = batched[i] | {name: k * batch for name, k in one[i].items() if name.endswith("_kernel")}
         issued = int(sum(k[0] + k[2] for k in kernels.values()))
         fetched = int(sum(k[1] + k[2] for k in kernels.values()))
         floor, chain = floors(shape, batch, half)[i], authors(shape, batch, half)[i]

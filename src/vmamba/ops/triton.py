@@ -33,6 +33,9 @@ WHOLE, WHOLE_BACKWARD = 256, 64
 PROGRAMS = 128
 """As many at least, by taking fewer blocks of channels each: enough for the multiprocessors of a GPU."""
 
+MOST_TILES = 4
+"""Of an image that a program takes where it can, so as to load the weights of its channels once for them."""
+
 CHAIN = {"BS": 32, "BD": 32}
 """Segments and channels that a program of `chain_kernel` takes at a time."""
 
@@ -45,8 +48,9 @@ class Plan:
     """How a kernel is launched.
 
     Attributes:
-        tiles: Of all images.
-        groups: Of channels; a program takes a tile and a group.
+        programs: For each group of channels.
+        tiles: Of a program.
+        groups: Of channels.
         blocks: Of channels in a group, one after the other.
         height: Of a tile.
         width: Of a tile.
@@ -54,6 +58,7 @@ class Plan:
         most_warps: Of a program.
     """
 
+    programs: int
     tiles: int
     groups: int
     blocks: int
@@ -64,7 +69,7 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.tiles, self.groups
+        return self.programs, self.groups
 
     @property
     def constants(self) -> dict[str, int]:
@@ -196,15 +201,18 @@ class _Call:
         skip = (zero if D is None else D.to(self.dtype)).sum(0, keepdim=True)
         return torch.cat((skip, torch.cat(of_routes, 1).flatten(0, 1)))
 
-    def plan(self, values: int, most_warps: int) -> "Plan":
+    def plan(self, values: int, most_warps: int, most_tiles: int = 1) -> "Plan":
         """How a kernel with so many values in a tile is launched."""
         tall, wide = self.tile
-        tiles = self.batch * -(-self.height // tall) * -(-self.width // wide)
+        of_image = -(-self.height // tall) * -(-self.width // wide)
         values //= torch.finfo(self.dtype).bits // 32
         block = min(max(8, values // (tall * wide)), 32, max(8, _power_of_two(self.channels)))
         blocks = -(-self.channels // block)
-        each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, tiles)))))
-        return Plan(tiles, -(-blocks // each), each, tall, wide, block, most_warps)
+        most = self.batch * of_image * blocks / PROGRAMS
+        tiles = max((n for n in range(2, most_tiles + 1) if n <= most and of_image % n == 0), default=1)
+        programs = self.batch * of_image // tiles
+        each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, programs)))))
+        return Plan(programs, tiles, -(-blocks // each), each, tall, wide, block, most_warps)
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -228,10 +236,10 @@ class _Call:
         )
         last = self.empty(self.batch, self.n_routes, self.n_state, self.channels)
         read = self.x if adjoint_of is None else adjoint_of
-        plan = self.plan(*SUMMARY)
+        plan = self.plan(*SUMMARY, MOST_TILES)
         kernels.summary_kernel[plan.grid](
             *(read, *self.operands[1:], elapsed, summand),
-            *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
+            *(*self.strides, *self.image, plan.blocks, plan.tiles, places, *self.routes, self.rank),
             **self.constants,
             **plan.constants,
             EVEN=self.channels % plan.channels == 0,
@@ -276,10 +284,11 @@ def forward(
     if not call.whole:
         carry, last = call.carry(carry)
         states = carry.view(states.shape[0], states.shape[1], -1, *states.shape[3:])
-    plan = call.plan(*FORWARD)
+    plan = call.plan(*FORWARD, MOST_TILES)
     kernels.output_kernel[plan.grid](
         *(*call.operands, y if carry is None else carry, y, last),
-        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
+        *(*call.strides, *call.image, plan.blocks, plan.tiles, max(1, *call.segments)),
+        *(*call.routes, call.rank),
         **call.constants,
         **plan.constants,
         EVEN=call.channels % plan.channels == 0,
@@ -328,7 +337,7 @@ def backward(
     grad_x = x.new_empty(x.shape)
     grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
     rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
-    shares = call.empty(plan.tiles, *call.parameters.shape)
+    shares = call.empty(plan.programs, *call.parameters.shape)
     kernels.gradient_kernel[plan.grid](
         *call.operands,
         *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),

@@ -2,7 +2,7 @@
 
 B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
 
-A program owns a tile of an image, TH × TW positions, and BD channels. It loads x once and walks all routes
+A program owns tiles of an image, TH × TW positions, and BD channels. It loads x once and walks all routes
 over it: within a tile a route is a scan along its rows or its columns, the *segments* of the route, and what
 a segment needs from outside is one state. So a first pass over the tiles, `summary_kernel`, stores what each
 segment does to a state (a factor and a summand), `chain_kernel` turns these into the state before each
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 ANY = [
-    *("height", "width", "blocks", "codes", "R", "segments", "row_segments", "column_segments"),
+    *("height", "width", "blocks", "tiles", "codes", "R", "segments", "row_segments", "column_segments"),
     *(
         "row_p",
         "row_k",
@@ -156,28 +156,31 @@ def step_sizes(
 
 
 @triton.jit
-def tile_of(height, width, TH: tl.constexpr, TW: tl.constexpr):
-    """The program's image, and its rows (TH, 1, 1) and columns (1, TW, 1)."""
-    tiles_w = tl.cdiv(width, TW)
-    tiles = tiles_w * tl.cdiv(height, TH)
-    program = tl.program_id(0)
-    h = program % tiles // tiles_w * TH + tl.arange(0, TH)[:, None, None]
-    w = program % tiles_w * TW + tl.arange(0, TW)[None, :, None]
-    return (program // tiles).to(tl.int64), h, w
+def first_tile(tiles, height, width, TH: tl.constexpr, TW: tl.constexpr):
+    """The program's image, and the first of its tiles there."""
+    first, of_image = tl.program_id(0) * tiles, tl.cdiv(width, TW) * tl.cdiv(height, TH)
+    return (first // of_image).to(tl.int64), first % of_image
 
 
 @triton.jit
-def row_segments(h, width, TW: tl.constexpr):
+def positions(tile, width, TH: tl.constexpr, TW: tl.constexpr):
+    """A tile's rows (TH, 1, 1) and columns (1, TW, 1)."""
+    across = tl.cdiv(width, TW)
+    h = tile // across * TH + tl.arange(0, TH)[:, None, None]
+    return h, tile % across * TW + tl.arange(0, TW)[None, :, None]
+
+
+@triton.jit
+def row_segments(tile, h, width, TW: tl.constexpr):
     """The places of the tile's rows among the segments of rows, (TH, 1, 1)."""
     across = tl.cdiv(width, TW)
-    return h * across + tl.program_id(0) % across
+    return h * across + tile % across
 
 
 @triton.jit
-def column_segments(w, height, width, TH: tl.constexpr, TW: tl.constexpr):
+def column_segments(tile, w, height, width, TH: tl.constexpr, TW: tl.constexpr):
     """The places of the tile's columns among the segments of columns, (1, TW, 1)."""
-    down = tl.cdiv(height, TH)
-    return w * down + tl.program_id(0) // tl.cdiv(width, TW) % down
+    return w * tl.cdiv(height, TH) + tile // tl.cdiv(width, TW)
 
 
 @triton.jit
@@ -224,6 +227,7 @@ def summary_kernel(
     width,
     channels,
     blocks,
+    tiles,
     segments,
     codes,
     K: tl.constexpr,
@@ -243,9 +247,7 @@ def summary_kernel(
     h ↦ exp(A s) h + q, s the sum of its step sizes, q = Σ exp(A s_t) δ_t B_t x_t with s_t the sum of those
     after t; for the adjoint q = Σ exp(A s_t) C_t dy_t with s_t the sum of those before t and of t.
     """
-    image, h, w = tile_of(height, width, TH, TW)
-    inside = (h < height) & (w < width)
-    position = h * width + w
+    image, first = first_tile(tiles, height, width, TH, TW)
     x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
@@ -255,38 +257,43 @@ def summary_kernel(
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        own = position * channels + d[None, None, :]
-        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
-        for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
-            route = (codes >> (2 * k)) & 3
-            rows = rows_ptr + (k * row_k + position * row_p)
-            parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
-            delta, _ = step_sizes(
-                rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
-                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
-            )
-            sums = sums_of(delta, route, ADJOINT)
-            row = row_segments(h, width, TW) * channels + d[None, None, :]
-            column = column_segments(w, height, width, TH, TW) * channels + d[None, None, :]
-            elapsed = elapsed_ptr + k * segments * channels
-            if route % 2 == 0:
-                row_elapsed = tl.sum(delta, 1, keep_dims=True)
-                tl.store(elapsed + row, row_elapsed, mask=(h < height) & known)
-            else:
-                column_elapsed = tl.sum(delta, 0, keep_dims=True)
-                tl.store(elapsed + column, column_elapsed, mask=(w < width) & known)
-            driven = x if ADJOINT else x * delta
-            for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
-                A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
-                B = tl.load(rows + R + (n + N if ADJOINT else n), mask=inside, other=0).to(STATE)
-                q = tl.exp(sums * A) * (B * driven)
-                summand = summand_ptr + (k * N + n) * segments * channels
+        for i in tl.range(tiles, disable_licm=True, loop_unroll_factor=1):
+            tile = first + i
+            h, w = positions(tile, width, TH, TW)
+            inside = (h < height) & (w < width)
+            position = h * width + w
+            own = position * channels + d[None, None, :]
+            x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+            for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
+                route = (codes >> (2 * k)) & 3
+                rows = rows_ptr + (k * row_k + position * row_p)
+                parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
+                delta, _ = step_sizes(
+                    rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
+                    *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                )
+                sums = sums_of(delta, route, ADJOINT)
+                row = row_segments(tile, h, width, TW) * channels + d[None, None, :]
+                column = column_segments(tile, w, height, width, TH, TW) * channels + d[None, None, :]
+                elapsed = elapsed_ptr + k * segments * channels
                 if route % 2 == 0:
-                    row_q = tl.sum(q, 1, keep_dims=True)
-                    tl.store(summand + row, row_q, mask=(h < height) & known)
+                    row_elapsed = tl.sum(delta, 1, keep_dims=True)
+                    tl.store(elapsed + row, row_elapsed, mask=(h < height) & known)
                 else:
-                    column_q = tl.sum(q, 0, keep_dims=True)
-                    tl.store(summand + column, column_q, mask=(w < width) & known)
+                    column_elapsed = tl.sum(delta, 0, keep_dims=True)
+                    tl.store(elapsed + column, column_elapsed, mask=(w < width) & known)
+                driven = x if ADJOINT else x * delta
+                for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
+                    A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
+                    B = tl.load(rows + R + (n + N if ADJOINT else n), mask=inside, other=0).to(STATE)
+                    q = tl.exp(sums * A) * (B * driven)
+                    summand = summand_ptr + (k * N + n) * segments * channels
+                    if route % 2 == 0:
+                        row_q = tl.sum(q, 1, keep_dims=True)
+                        tl.store(summand + row, row_q, mask=(h < height) & known)
+                    else:
+                        column_q = tl.sum(q, 0, keep_dims=True)
+                        tl.store(summand + column, column_q, mask=(w < width) & known)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -359,6 +366,7 @@ def output_kernel(
     width,
     channels,
     blocks,
+    tiles,
     segments,
     codes,
     K: tl.constexpr,
@@ -375,49 +383,52 @@ def output_kernel(
     BD: tl.constexpr,
 ):
     """y of the tile, and with WHOLE the last state."""
-    image, h, w = tile_of(height, width, TH, TW)
-    inside = (h < height) & (w < width)
-    position = h * width + w
+    image, first = first_tile(tiles, height, width, TH, TW)
     x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
     y_ptr += image * height * width * channels
     carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
     last_ptr += image * K * N * channels
-    # What is beyond the image takes any state: its step size is 0.
-    row = row_segments(tl.minimum(h, height - 1), width, TW) * channels
-    column = column_segments(tl.minimum(w, width - 1), height, width, TH, TW) * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        own = position * channels + d[None, None, :]
-        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
-        y = x * tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
-        for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
-            route = (codes >> (2 * k)) & 3
-            rows = rows_ptr + (k * row_k + position * row_p)
-            parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
-            delta, _ = step_sizes(
-                rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
-                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
-            )
-            for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
-                A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
-                a = tl.exp(delta * A)
-                b = delta * x * tl.load(rows + R + n, mask=inside, other=0).to(STATE)
-                states = carry_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
-                if WHOLE:
-                    sums = sums_of(delta, route, False)
-                    b += a * states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
-                else:
-                    b += a * carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
-                q = states_of(a, b, route)
-                y += q * tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
-                if WHOLE:
-                    final = at_end(q, h, w, height, width, route)
-                    tl.store(last_ptr + ((k * N + n) * channels + d), final, mask=channel)
-        tl.store(y_ptr + own, y, mask=inside & known)
+        for i in tl.range(1 if WHOLE else tiles, disable_licm=True, loop_unroll_factor=1):
+            tile = first + i
+            h, w = positions(tile, width, TH, TW)
+            inside = (h < height) & (w < width)
+            position = h * width + w
+            # What is beyond the image takes any state: its step size is 0.
+            row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
+            column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
+            own = position * channels + d[None, None, :]
+            x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+            y = x * tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
+            for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
+                route = (codes >> (2 * k)) & 3
+                rows = rows_ptr + (k * row_k + position * row_p)
+                parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
+                delta, _ = step_sizes(
+                    rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
+                    *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                )
+                for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
+                    A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
+                    a = tl.exp(delta * A)
+                    b = delta * x * tl.load(rows + R + n, mask=inside, other=0).to(STATE)
+                    states = carry_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
+                    if WHOLE:
+                        sums = sums_of(delta, route, False)
+                        b += a * states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
+                    else:
+                        b += a * carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
+                    q = states_of(a, b, route)
+                    y += q * tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
+                    if WHOLE:
+                        final = at_end(q, h, w, height, width, route)
+                        tl.store(last_ptr + ((k * N + n) * channels + d), final, mask=channel)
+            tl.store(y_ptr + own, y, mask=inside & known)
 
 
 @triton.jit
@@ -508,7 +519,8 @@ def gradient_kernel(
     BD: tl.constexpr,
 ):
     """The gradients of the tile; those that sum over channels or tiles as this program's share of the sum."""
-    image, h, w = tile_of(height, width, TH, TW)
+    image, tile = first_tile(1, height, width, TH, TW)
+    h, w = positions(tile, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
     x_ptr += image * height * width * channels
@@ -523,8 +535,8 @@ def gradient_kernel(
     adjoint_ptr += image * K * N * (1 if WHOLE else segments) * channels
     grad_initial_ptr += image * K * N * channels
     # What is beyond the image takes any state: its step size is 0.
-    row = row_segments(tl.minimum(h, height - 1), width, TW) * channels
-    column = column_segments(tl.minimum(w, width - 1), height, width, TH, TW) * channels
+    row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
+    column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
