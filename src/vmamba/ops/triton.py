@@ -34,7 +34,8 @@ PROGRAMS = 128
 """As many at least, by taking fewer blocks of channels each: enough for the multiprocessors of a GPU."""
 
 MOST_TILES = 4
-"""Of an image that a program takes where it can, so as to load the weights of its channels once for them."""
+"""Of an image that a program takes where it can, so as to load the weights of its channels once for them;
+with several states one alone, as fits the scalar registers of AMD."""
 
 CHAIN = {"BS": 32, "BD": 32}
 """Segments and channels that a program of `chain_kernel` takes at a time."""
@@ -73,12 +74,12 @@ class Plan:
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"TH": self.height, "TW": self.width, "BD": self.channels}
+        return {"TILES": self.tiles, "TH": self.height, "TW": self.width, "BD": self.channels}
 
     @property
     def warps(self) -> int:
         values = self.height * self.width * self.channels
-        return max(1, min(self.most_warps, 512 // _warp_size(), values // 64))
+        return max(1, min(self.most_warps, 512 // _warp_size(), values // 32))
 
 
 def _warp_size() -> int:
@@ -206,9 +207,10 @@ class _Call:
         tall, wide = self.tile
         of_image = -(-self.height // tall) * -(-self.width // wide)
         values //= torch.finfo(self.dtype).bits // 32
-        block = min(max(8, values // (tall * wide)), 32, max(8, _power_of_two(self.channels)))
+        widest = 32 if tall * wide > 16 else 16
+        block = min(max(8, values // (tall * wide)), widest, max(8, _power_of_two(self.channels)))
         blocks = -(-self.channels // block)
-        most = self.batch * of_image * blocks / PROGRAMS
+        most = self.batch * of_image * blocks / PROGRAMS if self.n_state == 1 else 1
         tiles = max((n for n in range(2, most_tiles + 1) if n <= most and of_image % n == 0), default=1)
         programs = self.batch * of_image // tiles
         each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, programs)))))
@@ -239,7 +241,7 @@ class _Call:
         plan = self.plan(*SUMMARY, MOST_TILES)
         kernels.summary_kernel[plan.grid](
             *(read, *self.operands[1:], elapsed, summand),
-            *(*self.strides, *self.image, plan.blocks, plan.tiles, places, *self.routes, self.rank),
+            *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
             **self.constants,
             **plan.constants,
             EVEN=self.channels % plan.channels == 0,
@@ -287,8 +289,7 @@ def forward(
     plan = call.plan(*FORWARD, MOST_TILES)
     kernels.output_kernel[plan.grid](
         *(*call.operands, y if carry is None else carry, y, last),
-        *(*call.strides, *call.image, plan.blocks, plan.tiles, max(1, *call.segments)),
-        *(*call.routes, call.rank),
+        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
         **call.constants,
         **plan.constants,
         EVEN=call.channels % plan.channels == 0,

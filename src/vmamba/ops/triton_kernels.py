@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 ANY = [
-    *("height", "width", "blocks", "tiles", "codes", "R", "segments", "row_segments", "column_segments"),
+    *("height", "width", "blocks", "codes", "R", "segments", "row_segments", "column_segments"),
     *(
         "row_p",
         "row_k",
@@ -156,9 +156,9 @@ def step_sizes(
 
 
 @triton.jit
-def first_tile(tiles, height, width, TH: tl.constexpr, TW: tl.constexpr):
+def first_tile(height, width, TILES: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
     """The program's image, and the first of its tiles there."""
-    first, of_image = tl.program_id(0) * tiles, tl.cdiv(width, TW) * tl.cdiv(height, TH)
+    first, of_image = tl.program_id(0) * TILES, tl.cdiv(width, TW) * tl.cdiv(height, TH)
     return (first // of_image).to(tl.int64), first % of_image
 
 
@@ -227,7 +227,6 @@ def summary_kernel(
     width,
     channels,
     blocks,
-    tiles,
     segments,
     codes,
     K: tl.constexpr,
@@ -238,6 +237,7 @@ def summary_kernel(
     ADJOINT: tl.constexpr,
     EVEN: tl.constexpr,
     STATE: tl.constexpr,
+    TILES: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BD: tl.constexpr,
@@ -247,7 +247,7 @@ def summary_kernel(
     h ↦ exp(A s) h + q, s the sum of its step sizes, q = Σ exp(A s_t) δ_t B_t x_t with s_t the sum of those
     after t; for the adjoint q = Σ exp(A s_t) C_t dy_t with s_t the sum of those before t and of t.
     """
-    image, first = first_tile(tiles, height, width, TH, TW)
+    image, first = first_tile(height, width, TILES, TH, TW)
     x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
@@ -257,7 +257,7 @@ def summary_kernel(
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        for i in tl.range(tiles, disable_licm=True, loop_unroll_factor=1):
+        for i in tl.range(TILES, disable_licm=True, loop_unroll_factor=1):
             tile = first + i
             h, w = positions(tile, width, TH, TW)
             inside = (h < height) & (w < width)
@@ -366,7 +366,6 @@ def output_kernel(
     width,
     channels,
     blocks,
-    tiles,
     segments,
     codes,
     K: tl.constexpr,
@@ -378,12 +377,13 @@ def output_kernel(
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
     STATE: tl.constexpr,
+    TILES: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BD: tl.constexpr,
 ):
     """y of the tile, and with WHOLE the last state."""
-    image, first = first_tile(tiles, height, width, TH, TW)
+    image, first = first_tile(height, width, TILES, TH, TW)
     x_ptr += image * height * width * channels
     rows_ptr += image * height * width * row_p
     delta_ptr += image * height * width * K * channels
@@ -394,7 +394,7 @@ def output_kernel(
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
         known = channel[None, None, :]
-        for i in tl.range(1 if WHOLE else tiles, disable_licm=True, loop_unroll_factor=1):
+        for i in tl.range(TILES, disable_licm=True, loop_unroll_factor=1):
             tile = first + i
             h, w = positions(tile, width, TH, TW)
             inside = (h < height) & (w < width)
@@ -514,12 +514,13 @@ def gradient_kernel(
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
     STATE: tl.constexpr,
+    TILES: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BD: tl.constexpr,
 ):
     """The gradients of the tile; those that sum over channels or tiles as this program's share of the sum."""
-    image, tile = first_tile(1, height, width, TH, TW)
+    image, tile = first_tile(height, width, TILES, TH, TW)
     h, w = positions(tile, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
