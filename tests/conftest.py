@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from interpreter import speed_up
+from vmamba.ops import triton
 from vmamba.ops.triton import interpreted
 
 # An interpreted kernel takes seconds: fewer examples there.
@@ -16,6 +17,13 @@ settings.load_profile("fixed")
 
 if interpreted():
     speed_up()
+    # Fewer programs of more channels; those of tests are few, and there is a test of several blocks.
+    triton.SUMMARY = triton.FORWARD = triton.BACKWARD = triton.BACKWARD_OF_SEVERAL = (2**14, 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Infinities and NaN are tested, and numpy warns of them where it interprets a kernel."""
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 @pytest.fixture(autouse=True)

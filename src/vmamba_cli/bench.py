@@ -28,17 +28,23 @@ def models(
     train: Annotated[bool, typer.Option("--train", help="A training step: forward and backward.")] = False,
     autocast: Annotated[str | None, typer.Option(help="bf16 or fp16; default float32.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure the peak memory of a call too.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="The scan's engine; default the device's engine of choice.")
+    ] = None,
     device: Device = "cpu",
     rounds: Rounds = 10,
     threads: Threads = None,
     out: Out = None,
 ) -> None:
     """Throughput of models, in turns in one process, after a check of what they compute."""
+    from contextlib import nullcontext
+
     import torch
     from rich.console import Console
     from rich.table import Table
 
     from vmamba.analysis import throughput
+    from vmamba.ops import use_backend
 
     if autocast not in (None, "bf16", "fp16"):
         raise typer.BadParameter(f"--autocast: expected bf16 or fp16, got {autocast!r}")
@@ -49,7 +55,7 @@ def models(
     for pixels in size:
         for images in batch:
             setting = throughput.Setting(pixels, images, train, autocast, device)
-            with console.status("…") as status:
+            with console.status("…") as status, use_backend(backend) if backend else nullcontext():
                 found = throughput.bench_models(names, setting, rounds, memory, status.update)
             mode = ("training step" if train else "inference") + (
                 f", {autocast} autocast" if autocast else ""

@@ -34,6 +34,7 @@ def _text(value: Any) -> str:
 
 def _machine() -> dict[str, Any]:
     import platform
+    import re
 
     import timm
     import torch
@@ -42,8 +43,10 @@ def _machine() -> dict[str, Any]:
 
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    devices += [f"xpu:{i} ({torch.xpu.get_device_name(i)})" for i in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():
         devices.append("mps")
+    kinds = dict.fromkeys(re.split(r"[: ]", device)[0] for device in devices)
     return {
         "vmamba": vmamba.__version__,
         "python": platform.python_version(),
@@ -54,6 +57,7 @@ def _machine() -> dict[str, Any]:
             status.name: f"available ({status.summary})" if status.available else f"no: {status.reason}"
             for status in vmamba.ops.backends()
         },
+        "engine of choice": {kind: vmamba.ops.engine_of(kind) for kind in kinds},
         "cpu kernel": vmamba.ops.cpu.instruction_set(),
     }
 

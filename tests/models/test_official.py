@@ -67,6 +67,25 @@ def test_parity(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", SETTINGS)
+def test_a_model_moves_between_engines(name: str, backend: str) -> None:
+    model = vmamba.load_official(micro(name), numbers(name, "param."))
+    x = numbers(name)["input"]
+    found = []
+    for engine in ("chunked", backend):
+        with use_backend(engine):
+            logits = model(x)
+            gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append((logits.detach(), gradients))
+    (expected, expected_gradients), (logits, gradients) = found
+    assert error(logits, expected) < 1e-5
+    for (key, _), gradient, other in zip(
+        model.named_parameters(), gradients, expected_gradients, strict=True
+    ):
+        assert error(gradient, other) < 1e-4, key
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_engines_agree_in_float64(name: str, backend: str) -> None:
     model = vmamba.load_official(micro(name), numbers(name, "param.")).double()
     x = numbers(name)["input"].double()

@@ -19,6 +19,7 @@ from vmamba.ops import ROUTES, backends, cpu, cross_merge, cross_scan, selective
 
 BARE_LOOP = "exp, log1p, exp"
 MAMBAPY = "mambapy"
+MAMBA_SSM = "mamba_ssm"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ScanMeasurement:
     """One engine at one shape.
 
     Attributes:
-        engine: Its name, `MAMBAPY`, or `BARE_LOOP`.
+        engine: Its name, `MAMBAPY`, `MAMBA_SSM`, or `BARE_LOOP`.
         shape: Of the scan.
         batch: B.
         backward: Whether the gradients are in it.
@@ -124,6 +125,27 @@ def by_mambapy(call: dict[str, Any]) -> Tensor:
     return cross_merge(ys, (height, width), routes)
 
 
+def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
+    """The operator around mamba's CUDA kernel, as the authors' chain has it: every route materialised."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, routes = call["x"], call["routes"]
+    _, height, width, _ = x.shape
+    xs = cross_scan(x, routes)  # (B, K, L, D)
+
+    def along(t: Tensor) -> Tensor:  # (B, H, W, K, F) -> (B, K, L, F)
+        return torch.stack([cross_scan(t[..., k, :], routes)[:, k] for k in range(len(routes))], 1)
+
+    delta = torch.einsum("bklr,kdr->bkdl", along(call["delta"]), call["delta_weight"])
+    ys = selective_scan_fn(
+        *(xs.mT.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), call["A"].flatten(0, 1)),
+        *(along(call["B"]).mT.contiguous(), along(call["C"]).mT.contiguous(), call["D"].flatten()),
+        delta_bias=call["delta_bias"].flatten(),
+        delta_softplus=True,
+    )
+    return cross_merge(ys.unflatten(1, (len(routes), -1)).mT, (height, width), routes)
+
+
 def _engines(device: str) -> dict[str, Callable[[dict[str, Any]], Tensor]]:
     """The engines that are for speed, the fastest first, and others that are installed."""
     found: dict[str, Callable[[dict[str, Any]], Tensor]] = {}
@@ -144,6 +166,13 @@ def _engines(device: str) -> dict[str, Callable[[dict[str, Any]], Tensor]]:
         pass
     else:
         found[MAMBAPY] = by_mambapy
+    if device.startswith("cuda"):
+        try:
+            import mamba_ssm.ops.selective_scan_interface  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            found[MAMBA_SSM] = by_mamba_ssm
     return found
 
 

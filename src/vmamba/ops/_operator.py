@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops import reference
-from vmamba.ops._registry import Gradients, resolve, state_stride
+from vmamba.ops._registry import Gradients, resolve
 from vmamba.ops._validate import state_dtype, validate
 
 _OPERANDS = """Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias,
@@ -73,8 +73,7 @@ def _forward_fake(
     validate(x, delta, A, B, C, D, delta_bias, delta_weight, routes, initial_state, out_dtype)
     batch, height, width, channels = x.shape
     n_routes, n_state, dtype = len(routes), A.shape[2], state_dtype(x)
-    stride = state_stride(n_state)
-    saved = (height * width + stride - 1) // stride if resolve(backend, x.device, n_state).saves_states else 0
+    saved = resolve(backend, x.device, n_state).saved_states(height, width, n_state)
     return (
         x.new_empty(x.shape, dtype=out_dtype or dtype),
         x.new_empty((batch, n_routes, channels, n_state), dtype=dtype),

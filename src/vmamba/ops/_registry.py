@@ -30,15 +30,14 @@ class Backend:
         name: As given to `backend=` and `use_backend`.
         summary: What it is, in a line.
         forward: The operator's operands up to `initial_state` → y (B, H, W, D), the last state (B, K, D, N)
-            and the saved states (B, K, ceil(L / state_stride(N)), N, D), all of the state's type. The saved
-            states are those before the first position of each stride, so that any engine's backward can
-            take over from any engine's forward that saves them.
+            and what it saves for its backward, states (B, K, `saved_states`, N, D), all of the state's type.
         backward: The gradients of y and of the last state (or None), the operands, the saved states →
             a gradient for each operand given, in the state's type or the operand's.
         why_not_here: Why it cannot run on this machine and how to make it run, or None if it can.
         why_not: Why it cannot serve a call on this device with this state size, or None if it can.
         fast_on: Device types on which it is the engine of choice.
-        saves_states: Whether forward saves states; where not there are none of them, and backward needs none.
+        saved_states: How many states of a route forward saves, from H, W and N; by default those before the
+            first position of each `state_stride(N)`.
     """
 
     name: str
@@ -48,7 +47,9 @@ class Backend:
     why_not_here: Callable[[], str | None] = lambda: None
     why_not: Callable[[torch.device, int], str | None] = lambda device, n_state: None
     fast_on: tuple[str, ...] = ()
-    saves_states: bool = True
+    saved_states: Callable[[int, int, int], int] = lambda height, width, n_state: (
+        -(-height * width // state_stride(n_state))
+    )
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ def backends() -> tuple[BackendStatus, ...]:
         BackendStatus(backend.name, backend.summary, reasons[backend.name] is None, reasons[backend.name])
         for backend in _BACKENDS.values()
     )
+
+
+def engine_of(device: str | torch.device, n_state: int = 1) -> str:
+    """The engine that serves a call on a device if none is named."""
+    device = torch.device(device)
+    fast = (backend for backend in _BACKENDS.values() if device.type in backend.fast_on)
+    return next((b.name for b in fast if _why_not(b, device, n_state) is None), FALLBACK)
 
 
 @contextmanager

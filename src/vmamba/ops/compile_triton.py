@@ -6,15 +6,18 @@ registers or needs more shared memory than the target has fails the command.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,9 @@ TARGETS = {
     "gfx90a": Target("hip", "gfx90a", 64, 64 * 1024, 4 * 512 * 64, 32),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 4 * 512 * 64, 32),
 }
+
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class Scan:
         with _captured() as found:
             _, _, states = engine.forward(*operands)
             if backward:
-                engine.backward(empty(*x.shape, dtype=self.dtype), None, *operands, states)
+                engine.backward(empty(*x.shape), None, *operands, states)
         return found
 
 
@@ -192,16 +198,17 @@ class _Scans(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def scans_of(models: list[str], size: int) -> list[Scan]:
-    """The different scans of models by name, on square images of a size."""
+def scans_of(models: list[str], size: int | None) -> list[Scan]:
+    """The different scans of models by name, on square images of a size; None: of each model's own."""
     import timm
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import_module("vmamba.models")  # registers them; by name, for the operator stands below the models
 
     with FakeTensorMode(), _Scans() as scans, torch.no_grad():
-        for model in models:
-            timm.create_model(model)(torch.empty(1, 3, size, size))
+        for name in models:
+            model: Any = timm.create_model(name)
+            model(torch.empty(1, 3, *([size] * 2 if size else model.pretrained_cfg["input_size"][1:])))
     return list(scans.found)
 
 
@@ -237,13 +244,62 @@ def usage(kernel: Any, target: Target) -> Usage:
 _SHOWN = ("TH", "TW", "BD", "N", "ADJOINT", "WHOLE")
 
 
+def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype]) -> list[Scan]:
+    """The different scans of models, x and the rows of each type."""
+    found = scans_of(models, size)
+    return [replace(scan, dtype=dtype, few_dtype=dtype) for scan in found for dtype in types]
+
+
+def compile_for(name: str, scans: list[Scan], backward: bool) -> tuple[int, int]:
+    """Compile every kernel of scans for a target, a line each; how many there are, and how many fail."""
+    from triton.runtime import driver
+
+    target = TARGETS[name]
+    driver.set_active(_Driver(target))
+    seen: set[int] = set()
+    count = failed = 0
+    for scan in scans:
+        for kernel_name, settings, compile_ in scan.launches(backward=backward):
+            start = time.perf_counter()
+            shown = " ".join(f"{k}={settings[k]}" for k in _SHOWN if k in settings)
+            title = f"{name} {kernel_name} {shown} {str(scan.dtype).removeprefix('torch.')}"
+            try:
+                kernel = compile_()
+                if id(kernel) in seen:  # Triton keeps what it compiled for the process
+                    continue
+                seen.add(id(kernel))
+                used = usage(kernel, target)
+            except Exception as error:  # whatever the compiler raises is a kernel that does not compile
+                count, failed = count + 1, failed + 1
+                print(f"{title}: FAILED: {error}", flush=True)
+                continue
+            faults = []
+            if used.spilled:
+                faults.append(f"SPILLS {used.spilled}")
+            if used.scalars_spilled:
+                faults.append(f"SPILLS {used.scalars_spilled} SCALARS")
+            if used.shared > target.shared:
+                faults.append(f"SHARED MEMORY BEYOND {target.shared}")
+            count, failed = count + 1, failed + bool(faults)
+            warps = settings["num_warps"]
+            print(
+                f"{title}: {used.registers} registers, {used.shared} bytes shared, {warps} warps, "
+                f"occupancy {used.occupancy(target, warps):.0%} ({time.perf_counter() - start:.1f} s) "
+                f"{', '.join(faults)}".rstrip(),
+                flush=True,
+            )
+    return count, failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print a line each, and return 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m vmamba.ops.compile_triton", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET",
                         help=f"of {', '.join(TARGETS)}; default all")  # fmt: skip
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: the whole family")
-    parser.add_argument("--size", type=int, default=224, help="of the images, in pixels; default 224")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; default each model's own")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=["float32", "bfloat16"], metavar="TYPE",
+                        help=f"of x and the rows, of {', '.join(TYPES)}; default the first two")  # fmt: skip
     parser.add_argument("--forward", action="store_true", help="the forward alone")
     options = parser.parse_args(arguments)
     if engine.interpreted():
@@ -256,44 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in options.models or [] if name not in family]
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; expected of {', '.join(family)}")
-    from triton.runtime import driver
-
-    scans = scans_of(options.models or family, options.size)
-    count = failed = 0
-    for name in options.targets:
-        target = TARGETS[name]
-        driver.set_active(_Driver(target))
-        seen: set[int] = set()
-        for scan in scans:
-            for kernel_name, settings, compile_ in scan.launches(backward=not options.forward):
-                start = time.perf_counter()
-                shown = " ".join(f"{k}={settings[k]}" for k in _SHOWN if k in settings)
-                title = f"{name} {kernel_name} {shown}"
-                try:
-                    kernel = compile_()
-                    if id(kernel) in seen:  # Triton keeps what it compiled for the process
-                        continue
-                    seen.add(id(kernel))
-                    used = usage(kernel, target)
-                except Exception as error:  # whatever the compiler raises is a kernel that does not compile
-                    count, failed = count + 1, failed + 1
-                    print(f"{title}: FAILED: {error}", flush=True)
-                    continue
-                faults = []
-                if used.spilled:
-                    faults.append(f"SPILLS {used.spilled}")
-                if used.scalars_spilled:
-                    faults.append(f"SPILLS {used.scalars_spilled} SCALARS")
-                if used.shared > target.shared:
-                    faults.append(f"SHARED MEMORY BEYOND {target.shared}")
-                count, failed = count + 1, failed + bool(faults)
-                warps = settings["num_warps"]
-                print(
-                    f"{title}: {used.registers} registers, {used.shared} bytes shared, {warps} warps, "
-                    f"occupancy {used.occupancy(target, warps):.0%} ({time.perf_counter() - start:.1f} s) "
-                    f"{', '.join(faults)}".rstrip(),
-                    flush=True,
-                )
+    scans = scans_of_family(options.models or family, options.size, [TYPES[name] for name in options.types])
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_for, name, scans, not options.forward) for name in options.targets]
+        counts = [job.result() for job in jobs]
+    count, failed = (sum(numbers) for numbers in zip(*counts, strict=True))
     print(f"{count} kernels, {failed} failed")
     return 1 if failed else 0
 

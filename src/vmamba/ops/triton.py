@@ -7,6 +7,7 @@ CPU tensors: slow, and the way to test it without a GPU.
 """
 
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -22,43 +23,92 @@ from vmamba.ops._validate import state_dtype
 MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
+SUMMARY, FORWARD, BACKWARD, BACKWARD_OF_SEVERAL = (4096, 8), (2048, 16), (2048, 8), (1024, 8)
+"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`); the
+last for several states."""
+
+WHOLE, WHOLE_BACKWARD = 256, 64
+"""Positions up to which an image is one tile, in forward and in backward."""
+
+PROGRAMS = 128
+"""As many at least, by taking fewer blocks of channels each: enough for the multiprocessors of a GPU."""
+
+MOST_TILES = 4
+"""Of an image that a program takes where it can, so as to load the weights of its channels once for them;
+with several states one alone, as fits the scalar registers of AMD."""
+
 CHAIN = {"BS": 32, "BD": 32}
 """Segments and channels that a program of `chain_kernel` takes at a time."""
-
 
 OLDEST = (3, 4)
 """The first Triton whose loops can be told not to hoist; without it kernels spill registers."""
 
 
 @dataclass(frozen=True)
-class Tile:
-    """What one program works on: `height` × `width` positions and `channels` channels, by `warps` warps."""
+class Plan:
+    """How a kernel is launched.
 
+    Attributes:
+        programs: For each group of channels.
+        tiles: Of a program.
+        groups: Of channels.
+        blocks: Of channels in a group, one after the other.
+        height: Of a tile.
+        width: Of a tile.
+        channels: In a block.
+        most_warps: Of a program.
+    """
+
+    programs: int
+    tiles: int
+    groups: int
+    blocks: int
     height: int
     width: int
     channels: int
-    warps: int
+    most_warps: int
 
-    def holds(self, height: int, width: int) -> bool:
-        """Whether an image is within one tile."""
-        return height <= self.height and width <= self.width
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.programs, self.groups
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"TILES": self.tiles, "TH": self.height, "TW": self.width, "BD": self.channels}
+
+    @property
+    def warps(self) -> int:
+        values = self.height * self.width * self.channels
+        return max(1, min(self.most_warps, 512 // _warp_size(), values // 32))
+
+
+def _warp_size() -> int:
+    """Threads in a warp: 64 on AMD's data-centre GPUs."""
+    if interpreted():
+        return 32
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().warp_size)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def tile_of(height: int, width: int, channels: int, dtype: torch.dtype, values: int = 2048) -> Tile:
-    """A tile of at most 64 positions, near a square, and of so many values for 8 warps.
-
-    More values do not fit the registers of every target (`python -m vmamba.ops.compile_triton`).
-    """
+def tile_of(height: int, width: int, whole: int) -> tuple[int, int]:
+    """Height and width of the tiles: the image if it has at most `whole` positions, else 128 positions."""
     tall, wide = _power_of_two(height), _power_of_two(width)
-    tall = min(tall, max(8, 64 // min(wide, 64)))
-    wide = min(wide, 64 // tall)
-    values //= torch.finfo(dtype).bits // 32
-    block = min(max(8, values // (tall * wide)), 64, max(8, _power_of_two(channels)))
-    return Tile(tall, wide, block, max(1, min(8, 8 * tall * wide * block // values)))
+    if tall * wide <= whole:
+        return tall, wide
+    tall = min(tall, max(8, 128 // wide))
+    return tall, 128 // tall
+
+
+def segments(height: int, width: int, whole: int) -> tuple[int, int]:
+    """How many a row's route and a column's route have; none where the image is one tile."""
+    tall, wide = tile_of(height, width, whole)
+    across, down = -(-width // wide), -(-height // tall)
+    return (0, 0) if across * down == 1 else (height * across, width * down)
 
 
 def interpreted() -> bool:
@@ -78,14 +128,25 @@ def _position_stride(t: Tensor) -> int:
     return int(found.pop()) if len(found) == 1 else 0
 
 
-def _rows(t: Tensor) -> Tensor:
+def _addressed(t: Tensor) -> Tensor:
     """An operand as the kernels address it: the last stride 1, one stride over all positions."""
     return t if t.stride(-1) == 1 and _position_stride(t) else t.contiguous()
 
 
-def _strides(t: Tensor) -> tuple[int, ...]:
-    """Over positions, and over routes where there are any."""
-    return (_position_stride(t), *t.stride()[3:-1])
+def _packed(parts: list[Tensor]) -> Tensor:
+    """(…, n) of several operands as one; without a copy where they are neighbours in memory already."""
+    first = parts[0]
+    start = first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or (
+            part.dtype,
+            part.stride(),
+            part.storage_offset(),
+        ) != (first.dtype, first.stride(), start):
+            return torch.cat(parts, -1)
+        start += part.shape[-1]
+    width = start - first.storage_offset()
+    return first.as_strided((*first.shape[:-1], width), first.stride(), first.storage_offset())
 
 
 class _Call:
@@ -103,42 +164,57 @@ class _Call:
         delta_weight: Tensor | None,  # (K, D, R)
         delta_softplus: bool,
         routes: list[int],
+        whole: int,
     ) -> None:
         import triton.language as tl
 
-        def parameter(t: Tensor | None) -> Tensor:
-            """(K, D, ·) → (K, ·, D), others as they are; x stands for one that is not given."""
-            return x if t is None else (t.mT if t.ndim == 3 else t).to(self.dtype).contiguous()
-
-        self.x, self.delta, self.B, self.C = map(_rows, (x, delta, B, C))
         self.dtype = state_dtype(x)
-        _, *size = x.shape
-        self.tile = tile = tile_of(size[0], size[1], size[2], self.dtype)
-        self.A, self.D, self.bias, self.weight = map(
-            parameter, (A, None if D is None else D.to(self.dtype).sum(0), delta_bias, delta_weight)
-        )
-        self.operands = (self.x, self.delta, self.A, self.B, self.C, self.D, self.bias, self.weight)
-        self.strides = tuple(n for t in (self.x, self.delta, self.B, self.C) for n in _strides(t))
         self.batch, self.height, self.width, self.channels = x.shape
         self.n_routes, self.n_state = len(routes), A.shape[2]
-        tiles_h, tiles_w = -(-self.height // tile.height), -(-self.width // tile.width)
-        self.tiles = self.batch * tiles_h * tiles_w
-        self.blocks = -(-self.channels // tile.channels)
-        self.segments = (self.height * tiles_w, self.width * tiles_h)  # of rows, of columns
-        self.whole = tile.holds(self.height, self.width)
         self.rank = 0 if delta_weight is None else delta_weight.shape[2]
-        self.sizes = (self.height, self.width, self.channels, 1 if self.whole else max(self.segments))
-        self.routes = (sum(code << (2 * k) for k, code in enumerate(routes)), len(routes), self.n_state)
+        self.x = x.contiguous()
+        self.rows = _addressed(_packed([B, C] if delta_weight is None else [delta, B, C]))
+        self.delta = self.rows if delta_weight is not None else delta.contiguous()
+        self.parameters = self._parameters(A, D, delta_bias, delta_weight)
+        self.operands = (self.x, self.delta, self.rows, self.parameters)
+        self.strides = (_position_stride(self.rows), self.rows.stride(3))
+        self.tile = tile_of(self.height, self.width, whole)
+        self.segments = segments(self.height, self.width, whole)
+        self.whole = not any(self.segments)
+        self.image = (self.height, self.width, self.channels)
+        self.routes = (sum(code << (2 * k) for k, code in enumerate(routes)), self.n_routes, self.n_state)
         self.constants = {
             "STATE": tl.float64 if self.dtype == torch.float64 else tl.float32,
-            "TH": tile.height,
-            "TW": tile.width,
-            "BD": tile.channels,
             "LOW_RANK": delta_weight is not None,
-            "HAS_BIAS": delta_bias is not None,
             "SOFTPLUS": delta_softplus,
         }
-        self.has_D = D is not None
+
+    def _parameters(
+        self, A: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_weight: Tensor | None
+    ) -> Tensor:
+        """D's sum over routes, then A, bias and delta_weight of each route: (1 + K·(N + 1 + R), D)."""
+        zero = self.empty(self.n_routes, self.channels).zero_()
+        # exp(0 · A) of the positions that pad a tile must be 1, for an infinite A too.
+        of_routes = [A.to(self.dtype).clamp(min=torch.finfo(self.dtype).min).mT]
+        of_routes.append((zero if delta_bias is None else delta_bias.to(self.dtype))[:, None])
+        if delta_weight is not None:
+            of_routes.append(delta_weight.to(self.dtype).mT)
+        skip = (zero if D is None else D.to(self.dtype)).sum(0, keepdim=True)
+        return torch.cat((skip, torch.cat(of_routes, 1).flatten(0, 1)))
+
+    def plan(self, values: int, most_warps: int, most_tiles: int = 1) -> "Plan":
+        """How a kernel with so many values in a tile is launched."""
+        tall, wide = self.tile
+        of_image = -(-self.height // tall) * -(-self.width // wide)
+        values //= torch.finfo(self.dtype).bits // 32
+        widest = 32 if tall * wide > 16 else 16
+        block = min(max(8, values // (tall * wide)), widest, max(8, _power_of_two(self.channels)))
+        blocks = -(-self.channels // block)
+        most = self.batch * of_image * blocks / PROGRAMS if self.n_state == 1 else 1
+        tiles = max((n for n in range(2, most_tiles + 1) if n <= most and of_image % n == 0), default=1)
+        programs = self.batch * of_image // tiles
+        each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, programs)))))
+        return Plan(programs, tiles, -(-blocks // each), each, tall, wide, block, most_warps)
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -148,40 +224,37 @@ class _Call:
         return None if t is None else t.mT.to(self.dtype).contiguous()
 
     def carry(self, first: Tensor | None, adjoint_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state before each segment, (B, K, segments, N, D), and the last one, (B, K, N, D).
+        """The state before each segment, (B, K, N, segments, D), and the last one, (B, K, N, D).
 
         first: the state before the first, (B, K, N, D); None: 0.
         adjoint_of: the gradient of y; the adjoint states along the reversed routes are meant then.
         """
         from vmamba.ops import triton_kernels as kernels
 
-        shape = (self.batch, self.n_routes, max(self.segments), self.n_state, self.channels)
-        factor, summand, carry = (self.empty(*shape) for _ in range(3))
-        last = self.empty(*shape[:2], *shape[3:])
-        read, weight = (self.x, self.B) if adjoint_of is None else (adjoint_of, self.C)
-        tile = tile_of(
-            self.height, self.width, self.channels, self.dtype, 4096
-        )  # the same positions as self.tile, and lighter on registers
-        kernels.summary_kernel[(self.tiles, -(-self.channels // tile.channels))](
-            *(read, self.delta, self.A, weight, self.bias, self.weight, factor, summand),
-            *(
-                *_strides(read),
-                *_strides(self.delta),
-                *_strides(weight),
-                *self.sizes,
-                *self.routes,
-                self.rank,
-            ),
-            **{**self.constants, "BD": tile.channels},
+        places = max(self.segments)
+        elapsed = self.empty(self.batch, self.n_routes, places, self.channels)
+        summand, carry = (
+            self.empty(self.batch, self.n_routes, self.n_state, places, self.channels) for _ in range(2)
+        )
+        last = self.empty(self.batch, self.n_routes, self.n_state, self.channels)
+        read = self.x if adjoint_of is None else adjoint_of
+        plan = self.plan(*SUMMARY, MOST_TILES)
+        kernels.summary_kernel[plan.grid](
+            *(read, *self.operands[1:], elapsed, summand),
+            *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
+            **self.constants,
+            **plan.constants,
+            EVEN=self.channels % plan.channels == 0,
             ADJOINT=adjoint_of is not None,
-            num_warps=tile.warps,
+            num_warps=plan.warps,
             enable_fp_fusion=True,
         )
         kernels.chain_kernel[(self.batch * self.n_routes, -(-self.channels // CHAIN["BD"]), self.n_state)](
-            *(factor, summand, carry if first is None else first, carry, last),
-            *(self.channels, shape[2], *self.segments, *self.routes),
+            *(elapsed, summand, self.parameters, carry if first is None else first, carry, last),
+            *(self.channels, places, *self.segments, *self.routes, self.rank),
             STATE=self.constants["STATE"],
             HAS_INITIAL=first is not None,
+            ADJOINT=adjoint_of is not None,
             **CHAIN,
             num_warps=4,
             enable_fp_fusion=True,
@@ -202,26 +275,30 @@ def forward(
     routes: list[int],
     initial_state: Tensor | None,  # (B, K, D, N)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `Backend.forward`; no state is saved."""
+    """As `Backend.forward`; the states saved are those before the segments of the tiles."""
     from vmamba.ops import triton_kernels as kernels
 
-    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes)
+    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE)
     y = call.empty(*x.shape)
     carry = call.per_channel(initial_state)
     last = call.empty(call.batch, call.n_routes, call.n_state, call.channels)
+    states = call.empty(call.batch, call.n_routes, 0, call.n_state, call.channels)
     if not call.whole:
         carry, last = call.carry(carry)
-    kernels.output_kernel[(call.tiles, call.blocks)](
+        states = carry.view(states.shape[0], states.shape[1], -1, *states.shape[3:])
+    plan = call.plan(*FORWARD, MOST_TILES)
+    kernels.output_kernel[plan.grid](
         *(*call.operands, y if carry is None else carry, y, last),
-        *(*call.strides, *call.sizes, *call.routes, call.rank),
+        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
         **call.constants,
-        HAS_D=call.has_D,
+        **plan.constants,
+        EVEN=call.channels % plan.channels == 0,
         HAS_CARRY=carry is not None,
         WHOLE=call.whole,
-        num_warps=call.tile.warps,
+        num_warps=plan.warps,
         enable_fp_fusion=True,
     )
-    return y, last.mT.contiguous(), call.empty(call.batch, call.n_routes, 0, call.n_state, call.channels)
+    return y, last.mT.contiguous(), states
 
 
 def backward(
@@ -243,51 +320,59 @@ def backward(
     """As `Backend.backward`."""
     from vmamba.ops import triton_kernels as kernels
 
-    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes)
+    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE_BACKWARD)
     grad_y = grad_y.contiguous()
     carry, adjoint = call.per_channel(initial_state), call.per_channel(grad_last)
-    batch, n_routes, n_state, channels = call.batch, call.n_routes, call.n_state, call.channels
+    batch, n_routes, n_state, rank, channels = (
+        *x.shape[:1],
+        call.n_routes,
+        call.n_state,
+        call.rank,
+        x.shape[3],
+    )
     grad_initial = call.empty(batch, n_routes, n_state, channels)
     if not call.whole:
-        carry, _ = call.carry(carry)
+        carry = states if states.numel() else call.carry(carry)[0]
         adjoint, grad_initial = call.carry(adjoint, grad_y)
-    rank = call.rank
+    plan = call.plan(*(BACKWARD if n_state == 1 else BACKWARD_OF_SEVERAL))
     grad_x = x.new_empty(x.shape)
     grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
-    rows = call.empty(call.blocks, *B.shape[:4], 2 * n_state + rank)
-    shares = call.empty(call.tiles, n_routes, n_state + 1 + rank, channels)
-    grad_D = call.empty(call.tiles, channels)
-    kernels.gradient_kernel[(call.tiles, call.blocks)](
+    rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
+    shares = call.empty(plan.programs, *call.parameters.shape)
+    kernels.gradient_kernel[plan.grid](
         *call.operands,
         *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
-        *(grad_x, grad_delta, rows, shares, grad_D, grad_initial),
-        *(*call.strides, batch, *call.sizes, *call.routes, call.rank),
+        *(grad_x, grad_delta, rows, shares, grad_initial),
+        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, rank),
         **call.constants,
-        HAS_D=call.has_D,
+        **plan.constants,
+        EVEN=call.channels % plan.channels == 0,
         HAS_CARRY=carry is not None,
         HAS_ADJOINT=adjoint is not None,
         WHOLE=call.whole,
-        num_warps=call.tile.warps,
+        num_warps=plan.warps,
         enable_fp_fusion=True,
     )
-    grad_B, grad_C, grad_low = total(rows).split((n_state, n_state, rank), -1)
-    grad_A, grad_bias, grad_weight = total(shares).split((n_state, 1, rank), 1)
+    grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
+    parameters = total(shares, 0)
+    of_routes = parameters[1:].unflatten(0, (n_routes, -1))
+    grad_A, grad_bias, grad_weight = of_routes.split((n_state, 1, rank), 1)
     return (
         grad_x,
         grad_delta if delta_weight is None else grad_low,
         grad_A.mT,
         grad_B,
         grad_C,
-        None if D is None else total(grad_D).expand(n_routes, -1),
+        None if D is None else parameters[0].expand(n_routes, -1),
         None if delta_bias is None else grad_bias[:, 0],
         None if delta_weight is None else grad_weight.mT,
         None if initial_state is None else grad_initial.mT,
     )
 
 
-def total(shares: Tensor) -> Tensor:
-    """The sum over the first dimension, in a fixed order."""
-    return shares[0] if len(shares) == 1 else shares.sum(0)
+def total(shares: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension, in a fixed order."""
+    return shares.squeeze(dim) if shares.shape[dim] == 1 else shares.sum(dim)
 
 
 _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "pytorch-triton", "triton-windows")
@@ -333,6 +418,6 @@ register(
         backward,
         _why_not_here,
         _why_not,
-        saves_states=False,
+        saved_states=lambda height, width, n_state: max(segments(height, width, WHOLE)),
     )
 )

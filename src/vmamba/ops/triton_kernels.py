@@ -2,7 +2,7 @@
 
 B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
 
-A program owns a tile of an image, TH × TW positions, and BD channels. It loads x once and walks all routes
+A program owns tiles of an image, TH × TW positions, and BD channels. It loads x once and walks all routes
 over it: within a tile a route is a scan along its rows or its columns, the *segments* of the route, and what
 a segment needs from outside is one state. So a first pass over the tiles, `summary_kernel`, stores what each
 segment does to a state (a factor and a summand), `chain_kernel` turns these into the state before each
@@ -18,14 +18,23 @@ int32, those of images int64.
 import triton
 import triton.language as tl
 
-SIZES = [
-    *("batch", "height", "width", "codes", "K", "N", "R", "segments", "row_segments", "column_segments"),
-    *("delta_p", "delta_k", "B_p", "B_k", "C_p", "C_k"),
+ANY = [
+    *("height", "width", "blocks", "codes", "R", "segments", "row_segments", "column_segments"),
+    *(
+        "row_p",
+        "row_k",
+        "rows_ptr",
+        "delta_ptr",
+        "parameters_ptr",
+        "elapsed_ptr",
+        "summand_ptr",
+        "initial_ptr",
+    ),
+    *("carry_ptr", "last_ptr", "adjoint_ptr", "grad_delta_ptr", "grad_rows_ptr", "shares_ptr"),
+    "grad_initial_ptr",
 ]
-"""Arguments of which no kernel has a variant for a multiple of 16, or for 1."""
-
-FEW = ["delta_ptr", "B_ptr", "C_ptr"]
-"""Pointers that may have any alignment: as a rule these are parts of one tensor."""
+"""Arguments of which no kernel has a variant for 1 or for a multiple of 16, nor on AMD for less than 2 GiB:
+buffer instructions, which that allows, take four scalar registers a pointer."""
 
 
 @triton.jit
@@ -47,342 +56,264 @@ def compose_adjoint(p1, q1, a1, p2, q2, a2):
 
 
 @triton.jit
+def compose_last(p1, q1, r1, s1, p2, q2, r2, s2):
+    """h ↦ p h + q, then h ↦ r h + s still to come, twice: a scan gives the state before each (r, s)."""
+    return p2 * (r1 * p1), p2 * (r1 * q1 + s1) + q2, r2, s2
+
+
+@triton.jit
 def softplus(z):
-    """log(1 + exp(z)) without overflow, to the last digits where exp(z) is small too; and its derivative."""
+    """log(1 + exp(z)) to the last digits, where exp(z) is small too, and its derivative."""
     e = tl.exp(-tl.abs(z))
-    u = 1 + e
-    # The rounding of u is taken out by the quotient: log(u)·e/(u - 1) is log(1 + e) to a few ulp.
-    small = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))
-    return tl.maximum(z, 0) + small, tl.where(z >= 0, 1, e) / u
+    # log(1 + e) = 2 artanh(s), s = e / (2 + e) at most 1/3: as many terms as the type's digits need.
+    s = e / (2 + e)
+    TERMS: tl.constexpr = 17 if z.dtype == tl.float64 else 8
+    series = tl.full(z.shape, 1 / (2 * TERMS - 1), z.dtype)
+    for i in tl.static_range(2, TERMS + 1):
+        series = series * (s * s) + 1 / (2 * (TERMS - i) + 1)
+    return tl.maximum(z, 0) + 2 * s * series, tl.where(z >= 0, 1, e) / (1 + e)
 
 
 @triton.jit
-def along(
-    t, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr
-):
-    """(TH, TW, BD) as it is, its segments along dimension 1 or 0; with WHOLE as one, (TH·TW, BD)."""
-    if WHOLE:
-        if COLUMNS:
-            t = tl.permute(t, (1, 0, 2))
-        t = tl.reshape(t, (TH * TW, BD))
-    return t
-
-
-@triton.jit
-def in_place(
-    t, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr
-):
-    """The inverse of `along`."""
-    if WHOLE:
-        if COLUMNS:  # noqa: SIM108  (the two are of different shapes between)
-            t = tl.permute(tl.reshape(t, (TW, TH, BD)), (1, 0, 2))
-        else:
-            t = tl.reshape(t, (TH, TW, BD))
-    return t
-
-
-@triton.jit
-def scan_states(
-    a,
-    b,
-    COLUMNS: tl.constexpr,
-    REVERSED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """`states_of` for one route."""
-    AXIS: tl.constexpr = 0 if WHOLE or COLUMNS else 1
-    elements = (
-        along(a, COLUMNS, WHOLE, TH, TW, BD),
-        along(b, COLUMNS, WHOLE, TH, TW, BD),
-    )
-    p, q = tl.associative_scan(elements, AXIS, compose, reverse=REVERSED)
-    return in_place(p, COLUMNS, WHOLE, TH, TW, BD), in_place(q, COLUMNS, WHOLE, TH, TW, BD)
-
-
-@triton.jit
-def states_of(
-    a,
-    b,
-    route,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """(p, q) of h_t = p h + q, h the state before the segment, from (a_t, b_t); all (TH, TW, BD)."""
+def states_of(a, b, route):
+    """h_t from a_t and b_t, (TH, TW, BD); the state before a segment is in b of its first position."""
     if route == 0:
-        p, q = scan_states(a, b, False, False, WHOLE, TH, TW, BD)
+        _, h = tl.associative_scan((a, b), 1, compose, reverse=False)
     elif route == 1:
-        p, q = scan_states(a, b, True, False, WHOLE, TH, TW, BD)
+        _, h = tl.associative_scan((a, b), 0, compose, reverse=False)
     elif route == 2:
-        p, q = scan_states(a, b, False, True, WHOLE, TH, TW, BD)
+        _, h = tl.associative_scan((a, b), 1, compose, reverse=True)
     else:
-        p, q = scan_states(a, b, True, True, WHOLE, TH, TW, BD)
-    return p, q
+        _, h = tl.associative_scan((a, b), 0, compose, reverse=True)
+    return h
 
 
 @triton.jit
-def scan_decayed_states(
-    a,
-    first,
-    b,
-    COLUMNS: tl.constexpr,
-    REVERSED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """`decayed_states_of` for one route."""
-    AXIS: tl.constexpr = 0 if WHOLE or COLUMNS else 1
-    elements = (
-        along(a, COLUMNS, WHOLE, TH, TW, BD),
-        along(first, COLUMNS, WHOLE, TH, TW, BD),
-        along(b, COLUMNS, WHOLE, TH, TW, BD),
-    )
-    _, q, _ = tl.associative_scan(elements, AXIS, compose_before, reverse=REVERSED)
-    return in_place(q, COLUMNS, WHOLE, TH, TW, BD)
-
-
-@triton.jit
-def decayed_states_of(
-    a,
-    first,
-    b,
-    route,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
+def decayed_states_of(a, first, b, route):
     """a_t h_{t-1} from a_t, that of the first position of each segment (else 0), and b_t."""
     if route == 0:
-        q = scan_decayed_states(a, first, b, False, False, WHOLE, TH, TW, BD)
+        _, h, _ = tl.associative_scan((a, first, b), 1, compose_before, reverse=False)
     elif route == 1:
-        q = scan_decayed_states(a, first, b, True, False, WHOLE, TH, TW, BD)
+        _, h, _ = tl.associative_scan((a, first, b), 0, compose_before, reverse=False)
     elif route == 2:
-        q = scan_decayed_states(a, first, b, False, True, WHOLE, TH, TW, BD)
+        _, h, _ = tl.associative_scan((a, first, b), 1, compose_before, reverse=True)
     else:
-        q = scan_decayed_states(a, first, b, True, True, WHOLE, TH, TW, BD)
-    return q
+        _, h, _ = tl.associative_scan((a, first, b), 0, compose_before, reverse=True)
+    return h
 
 
 @triton.jit
-def scan_adjoint_states(
-    a,
-    c,
-    COLUMNS: tl.constexpr,
-    REVERSED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """`adjoint_states_of` for one route."""
-    one = tl.full(a.shape, 1, a.dtype)
-    AXIS: tl.constexpr = 0 if WHOLE or COLUMNS else 1
-    elements = (
-        along(one, COLUMNS, WHOLE, TH, TW, BD),
-        along(c, COLUMNS, WHOLE, TH, TW, BD),
-        along(a, COLUMNS, WHOLE, TH, TW, BD),
-    )
-    _, q, _ = tl.associative_scan(elements, AXIS, compose_adjoint, reverse=not REVERSED)
-    return in_place(q, COLUMNS, WHOLE, TH, TW, BD)
-
-
-@triton.jit
-def adjoint_states_of(
-    a,
-    c,
-    route,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
+def adjoint_states_of(a, c, route):
     """c_t + u_{t+1} from a_t and c_t, to which the adjoint state after each segment is added."""
+    one = tl.full(a.shape, 1, a.dtype)
     if route == 0:
-        q = scan_adjoint_states(a, c, False, False, WHOLE, TH, TW, BD)
+        _, u, _ = tl.associative_scan((one, c, a), 1, compose_adjoint, reverse=True)
     elif route == 1:
-        q = scan_adjoint_states(a, c, True, False, WHOLE, TH, TW, BD)
+        _, u, _ = tl.associative_scan((one, c, a), 0, compose_adjoint, reverse=True)
     elif route == 2:
-        q = scan_adjoint_states(a, c, False, True, WHOLE, TH, TW, BD)
+        _, u, _ = tl.associative_scan((one, c, a), 1, compose_adjoint, reverse=False)
     else:
-        q = scan_adjoint_states(a, c, True, True, WHOLE, TH, TW, BD)
-    return q
+        _, u, _ = tl.associative_scan((one, c, a), 0, compose_adjoint, reverse=False)
+    return u
+
+
+@triton.jit
+def within(d, channels, EVEN: tl.constexpr):
+    """Which channels there are; EVEN: all."""
+    if EVEN:  # noqa: SIM108  (the compiler takes one branch)
+        known = tl.full(d.shape, 1, tl.int1)
+    else:
+        known = d < channels
+    return known
 
 
 @triton.jit
 def step_sizes(
-    rows,  # (TH, TW, 1) pointers to delta's rows
-    bias,  # (BD,) pointers
-    weight,  # (BD,) pointers
-    inside,  # (TH, TW, 1)
+    delta,  # (TH, TW, 1) pointers to the rows of delta, or LOW_RANK of its left factor
+    parameters,  # (BD,) pointers
+    d,  # (BD,)
     known,  # (BD,)
+    inside,  # (TH, TW, 1)
     channels,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STATE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
 ):
-    """softplus(delta + bias) and its derivative, (TH, TW, BD), 0 outside; LOW_RANK: from delta's factors."""
-    if not LOW_RANK:
-        d = tl.program_id(1) * BD + tl.arange(0, BD)
-        z = tl.load(rows + d[None, None, :], mask=inside & known[None, None, :], other=0).to(STATE)
-    else:
-        z = tl.zeros((TH, TW, BD), STATE)
+    """softplus(delta + bias) and its derivative, (TH, TW, BD), 0 outside."""
+    z = tl.load(parameters + N * channels, mask=known, other=0)[None, None, :] + tl.zeros(inside.shape, STATE)
+    if LOW_RANK:
         for r in tl.range(R, disable_licm=True, loop_unroll_factor=1):
-            low = tl.load(rows + r, mask=inside, other=0).to(STATE)
-            z += low * tl.load(weight + r * channels, mask=known, other=0)[None, None, :]
-    if HAS_BIAS:
-        z += tl.load(bias, mask=known, other=0)[None, None, :]
-    slope = tl.full((TH, TW, BD), 1, STATE)
+            weight = tl.load(parameters + (N + 1 + r) * channels, mask=known, other=0)[None, None, :]
+            z += tl.load(delta + r, mask=inside, other=0).to(STATE) * weight
+    else:
+        z += tl.load(delta + d[None, None, :], mask=inside & known[None, None, :], other=0).to(STATE)
+    slope = tl.full(z.shape, 1, STATE)
     if SOFTPLUS:
         z, slope = softplus(z)
     return tl.where(inside, z, 0), tl.where(inside, slope, 0)
 
 
 @triton.jit
-def tile_of(height, width, TH: tl.constexpr, TW: tl.constexpr):
-    """The program's image, and its rows (TH, 1, 1) and columns (1, TW, 1)."""
-    tiles_w = tl.cdiv(width, TW)
-    tiles = tiles_w * tl.cdiv(height, TH)
-    program = tl.program_id(0)
-    h = program % tiles // tiles_w * TH + tl.arange(0, TH)[:, None, None]
-    w = program % tiles_w * TW + tl.arange(0, TW)[None, :, None]
-    return (program // tiles).to(tl.int64), h, w
+def first_tile(height, width, TILES: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
+    """The program's image, and the first of its tiles there."""
+    first, of_image = tl.program_id(0) * TILES, tl.cdiv(width, TW) * tl.cdiv(height, TH)
+    return (first // of_image).to(tl.int64), first % of_image
 
 
 @triton.jit
-def last_of(t, end, AXIS: tl.constexpr):
-    """t at the one position along an axis where `end` is."""
-    return tl.sum(tl.where(end, t, 0), AXIS, keep_dims=True)
-
-
-@triton.jit
-def row_segments_of(h, height, width, route, TW: tl.constexpr):
-    """The place in the route of the tile's rows, (TH, 1, 1)."""
+def positions(tile, width, TH: tl.constexpr, TW: tl.constexpr):
+    """A tile's rows (TH, 1, 1) and columns (1, TW, 1)."""
     across = tl.cdiv(width, TW)
-    segment = h * across + tl.program_id(0) % across
-    return tl.where(route >= 2, height * across - 1 - segment, segment)
+    h = tile // across * TH + tl.arange(0, TH)[:, None, None]
+    return h, tile % across * TW + tl.arange(0, TW)[None, :, None]
 
 
 @triton.jit
-def column_segments_of(w, height, width, route, TH: tl.constexpr, TW: tl.constexpr):
-    """The place in the route of the tile's columns, (1, TW, 1)."""
-    down = tl.cdiv(height, TH)
-    segment = w * down + tl.program_id(0) // tl.cdiv(width, TW) % down
-    return tl.where(route >= 2, width * down - 1 - segment, segment)
+def row_segments(tile, h, width, TW: tl.constexpr):
+    """The places of the tile's rows among the segments of rows, (TH, 1, 1)."""
+    across = tl.cdiv(width, TW)
+    return h * across + tile % across
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=FEW)
+@triton.jit
+def column_segments(tile, w, height, width, TH: tl.constexpr, TW: tl.constexpr):
+    """The places of the tile's columns among the segments of columns, (1, TW, 1)."""
+    return w * tl.cdiv(height, TH) + tile // tl.cdiv(width, TW)
+
+
+@triton.jit
+def add_before(s1, d1, s2, d2):
+    """Sums with the last summand still to be added, joined: a scan of it sums what comes before."""
+    return s1 + d1 + s2, d2
+
+
+@triton.jit
+def summed(delta, AXIS: tl.constexpr, REVERSED: tl.constexpr, ADJOINT: tl.constexpr):
+    """The sum of the step sizes that a segment has after each position; ADJOINT: before it and there."""
+    if ADJOINT:
+        total = tl.cumsum(delta, AXIS, reverse=REVERSED)
+    else:
+        total, _ = tl.associative_scan((tl.zeros_like(delta), delta), AXIS, add_before, reverse=not REVERSED)
+    return total
+
+
+@triton.jit
+def sums_of(delta, route, ADJOINT: tl.constexpr):
+    """`summed` for any route."""
+    if route == 0:
+        sums = summed(delta, 1, False, ADJOINT)
+    elif route == 1:
+        sums = summed(delta, 0, False, ADJOINT)
+    elif route == 2:
+        sums = summed(delta, 1, True, ADJOINT)
+    else:
+        sums = summed(delta, 0, True, ADJOINT)
+    return sums
+
+
+@triton.jit(do_not_specialize=ANY)
 def summary_kernel(
     x_ptr,  # (B, H, W, D); ADJOINT: the gradient of y
-    delta_ptr,
-    A_ptr,  # (K, N, D)
-    B_ptr,  # (B, H, W, K, N); ADJOINT: C
-    bias_ptr,  # (K, D)
-    weight_ptr,  # (K, R, D)
-    factor_ptr,  # (B, K, segments, N, D)
-    summand_ptr,  # (B, K, segments, N, D)
-    x_p,
-    delta_p,
-    delta_k,
-    B_p,
-    B_k,
+    delta_ptr,  # (B, H, W, K, D), without LOW_RANK
+    rows_ptr,  # (B, H, W, K, R + N + N): LOW_RANK delta's left factor, then B and C
+    parameters_ptr,  # (1 + K·(N + 1 + R), D): the sum of D; of each route A, bias and delta's right factor
+    elapsed_ptr,  # (B, K, segments, D)
+    summand_ptr,  # (B, K, N, segments, D)
+    row_p,
+    row_k,
     height,
     width,
     channels,
+    blocks,
     segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     ADJOINT: tl.constexpr,
+    EVEN: tl.constexpr,
     STATE: tl.constexpr,
+    TILES: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """What each segment of the tile does to a state; ADJOINT: to an adjoint state, the route reversed."""
-    image, h, w = tile_of(height, width, TH, TW)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    channel = d < channels
-    known = channel[None, None, :]
-    inside = (h < height) & (w < width)
-    position = h * width + w
-    of_image = image * height * width
-    x = tl.load(
-        x_ptr + of_image * x_p + (position * x_p + d[None, None, :]), mask=inside & known, other=0
-    ).to(STATE)
-    for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
-        route = (codes >> (2 * k)) & 3
-        if ADJOINT:
-            route = route ^ 2
-        delta, _ = step_sizes(
-            delta_ptr + of_image * delta_p + k * delta_k + position * delta_p,
-            bias_ptr + k * channels + d,
-            weight_ptr + k * R * channels + d,
-            inside,
-            channel,
-            channels,
-            R,
-            LOW_RANK,
-            HAS_BIAS,
-            SOFTPLUS,
-            STATE,
-            TH,
-            TW,
-            BD,
-        )
-        of_route = (image * K + k) * segments * N * channels
-        for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
-            A = tl.load(A_ptr + (k * N + n) * channels + d, mask=channel, other=0)[None, None, :]
-            B_rows = B_ptr + of_image * B_p + k * B_k + n + position * B_p
-            B = tl.load(B_rows, mask=inside, other=0).to(STATE)
-            a = tl.exp(delta * A)
-            p, q = states_of(a, (a if ADJOINT else delta) * B * x, route, False, TH, TW, BD)
-            if route % 2 == 0:
-                row = (row_segments_of(h, height, width, route, TW) * N + n) * channels + d[None, None, :]
-                row_end = tl.arange(0, TW)[None, :, None] == tl.where(route == 0, TW - 1, 0)
-                there = (h < height) & known
-                tl.store(factor_ptr + of_route + row, last_of(p, row_end, 1), mask=there)
-                tl.store(summand_ptr + of_route + row, last_of(q, row_end, 1), mask=there)
-            else:
-                column = (column_segments_of(w, height, width, route, TH, TW) * N + n) * channels + d[
-                    None, None, :
-                ]
-                column_end = tl.arange(0, TH)[:, None, None] == tl.where(route == 1, TH - 1, 0)
-                here = (w < width) & known
-                tl.store(factor_ptr + of_route + column, last_of(p, column_end, 0), mask=here)
-                tl.store(summand_ptr + of_route + column, last_of(q, column_end, 0), mask=here)
+    """What each segment of the tile does to a state; ADJOINT: to an adjoint state, the route reversed.
+
+    h ↦ exp(A s) h + q, s the sum of its step sizes, q = Σ exp(A s_t) δ_t B_t x_t with s_t the sum of those
+    after t; for the adjoint q = Σ exp(A s_t) C_t dy_t with s_t the sum of those before t and of t.
+    """
+    image, first = first_tile(height, width, TILES, TH, TW)
+    x_ptr += image * height * width * channels
+    rows_ptr += image * height * width * row_p
+    delta_ptr += image * height * width * K * channels
+    elapsed_ptr += image * K * segments * channels
+    summand_ptr += image * K * N * segments * channels
+    for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
+        d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
+        channel = within(d, channels, EVEN)
+        known = channel[None, None, :]
+        for i in tl.range(TILES, disable_licm=True, loop_unroll_factor=1):
+            tile = first + i
+            h, w = positions(tile, width, TH, TW)
+            inside = (h < height) & (w < width)
+            position = h * width + w
+            own = position * channels + d[None, None, :]
+            x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+            for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
+                route = (codes >> (2 * k)) & 3
+                rows = rows_ptr + (k * row_k + position * row_p)
+                parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
+                delta, _ = step_sizes(
+                    rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
+                    *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                )
+                sums = sums_of(delta, route, ADJOINT)
+                row = row_segments(tile, h, width, TW) * channels + d[None, None, :]
+                column = column_segments(tile, w, height, width, TH, TW) * channels + d[None, None, :]
+                elapsed = elapsed_ptr + k * segments * channels
+                if route % 2 == 0:
+                    row_elapsed = tl.sum(delta, 1, keep_dims=True)
+                    tl.store(elapsed + row, row_elapsed, mask=(h < height) & known)
+                else:
+                    column_elapsed = tl.sum(delta, 0, keep_dims=True)
+                    tl.store(elapsed + column, column_elapsed, mask=(w < width) & known)
+                driven = x if ADJOINT else x * delta
+                for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
+                    A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
+                    B = tl.load(rows + R + (n + N if ADJOINT else n), mask=inside, other=0).to(STATE)
+                    q = tl.exp(sums * A) * (B * driven)
+                    summand = summand_ptr + (k * N + n) * segments * channels
+                    if route % 2 == 0:
+                        row_q = tl.sum(q, 1, keep_dims=True)
+                        tl.store(summand + row, row_q, mask=(h < height) & known)
+                    else:
+                        column_q = tl.sum(q, 0, keep_dims=True)
+                        tl.store(summand + column, column_q, mask=(w < width) & known)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=FEW)
+@triton.jit(do_not_specialize=ANY)
 def chain_kernel(
-    factor_ptr,  # (B, K, segments, N, D)
-    summand_ptr,  # (B, K, segments, N, D)
+    elapsed_ptr,  # (B, K, segments, D)
+    summand_ptr,  # (B, K, N, segments, D)
+    parameters_ptr,
     initial_ptr,  # (B, K, N, D)
-    carry_ptr,  # (B, K, segments, N, D)
+    carry_ptr,  # (B, K, N, segments, D)
     last_ptr,  # (B, K, N, D)
     channels,
     segments,
     row_segments,
     column_segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    R,
     HAS_INITIAL: tl.constexpr,
+    ADJOINT: tl.constexpr,
     STATE: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
@@ -391,159 +322,157 @@ def chain_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     n = tl.program_id(2)
     k = (sequence % K).to(tl.int32)
-    own = tl.where(((codes >> (2 * k)) & 1) == 1, column_segments, row_segments)
+    route = (codes >> (2 * k)) & 3
+    own = tl.where(route % 2 == 0, row_segments, column_segments)
+    first = tl.where((route >= 2) != ADJOINT, own - 1, 0)
+    step = tl.where((route >= 2) != ADJOINT, -1, 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     known = d < channels
-    base = sequence * segments * N * channels + n * channels
+    A = tl.load(parameters_ptr + ((1 + k * (N + 1 + R) + n) * channels + d), mask=known, other=0)
+    elapsed_ptr += sequence * segments * channels + d
+    summand_ptr += (sequence * N + n) * segments * channels + d
+    carry_ptr += (sequence * N + n) * segments * channels + d
     ends = (sequence * N + n) * channels + d
     state = tl.zeros((BD,), STATE)
     if HAS_INITIAL:
         state = tl.load(initial_ptr + ends, mask=known, other=0)
-    tl.store(carry_ptr + base + d, state, mask=known)
-    s = tl.arange(0, BS)
+    tl.store(carry_ptr + first * channels, state, mask=known)
+    s = tl.arange(0, BS)[:, None]
     for start in range(0, own, BS):
-        at = base + ((start + s) * N * channels)[:, None] + d[None, :]
-        exists = (start + s < own)[:, None] & known[None, :]
-        p = tl.load(factor_ptr + at, mask=exists, other=1)
-        q = tl.load(summand_ptr + at, mask=exists, other=0)
+        at = (first + step * (start + s)) * channels
+        exists = (start + s < own) & known[None, :]
+        p = tl.exp(tl.load(elapsed_ptr[None, :] + at, mask=exists, other=0) * A[None, :])
+        q = tl.load(summand_ptr[None, :] + at, mask=exists, other=0)
         p, q = tl.associative_scan((p, q), 0, compose)
         after = q + p * state[None, :]
-        tl.store(carry_ptr + at + N * channels, after, mask=(start + s + 1 < own)[:, None] & known[None, :])
-        state = tl.sum(tl.where((s == BS - 1)[:, None], after, 0), 0)
+        following = (start + s + 1 < own) & known[None, :]
+        tl.store(carry_ptr[None, :] + at + step * channels, after, mask=following)
+        state = tl.sum(tl.where(s == BS - 1, after, 0), 0)
     tl.store(last_ptr + ends, state, mask=known)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=FEW)
+@triton.jit(do_not_specialize=ANY)
 def output_kernel(
     x_ptr,  # (B, H, W, D)
     delta_ptr,
-    A_ptr,  # (K, N, D)
-    B_ptr,
-    C_ptr,
-    D_ptr,  # (D,), the sum over routes
-    bias_ptr,  # (K, D)
-    weight_ptr,  # (K, R, D)
-    carry_ptr,  # (B, K, segments, N, D); WHOLE: the initial state, (B, K, N, D)
+    rows_ptr,
+    parameters_ptr,
+    carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
     y_ptr,  # (B, H, W, D)
     last_ptr,  # (B, K, N, D)
-    x_p,
-    delta_p,
-    delta_k,
-    B_p,
-    B_k,
-    C_p,
-    C_k,
+    row_p,
+    row_k,
     height,
     width,
     channels,
+    blocks,
     segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_CARRY: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
     STATE: tl.constexpr,
+    TILES: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BD: tl.constexpr,
 ):
     """y of the tile, and with WHOLE the last state."""
-    image, h, w = tile_of(height, width, TH, TW)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    channel = d < channels
-    known = channel[None, None, :]
-    inside = (h < height) & (w < width)
-    position = h * width + w
-    of_image = image * height * width
-    x = tl.load(
-        x_ptr + of_image * x_p + (position * x_p + d[None, None, :]), mask=inside & known, other=0
-    ).to(STATE)
-    y = tl.zeros((TH, TW, BD), STATE)
-    for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
-        route = (codes >> (2 * k)) & 3
-        delta, _ = step_sizes(
-            delta_ptr + of_image * delta_p + k * delta_k + position * delta_p,
-            bias_ptr + k * channels + d,
-            weight_ptr + k * R * channels + d,
-            inside,
-            channel,
-            channels,
-            R,
-            LOW_RANK,
-            HAS_BIAS,
-            SOFTPLUS,
-            STATE,
-            TH,
-            TW,
-            BD,
-        )
-        of_route = image * K + k
-        for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
-            A = tl.load(A_ptr + (k * N + n) * channels + d, mask=channel, other=0)[None, None, :]
-            B_rows = B_ptr + of_image * B_p + k * B_k + n + position * B_p
-            B = tl.load(B_rows, mask=inside, other=0).to(STATE)
-            a = tl.exp(delta * A)
-            b = delta * B * x
-            if HAS_CARRY:
-                carry = carry_ptr + of_route * segments * N * channels
-                b += a * carry_in(
-                    carry, n, h, w, d, height, width, channels, route, N, STATE, WHOLE, TH, TW, BD
+    image, first = first_tile(height, width, TILES, TH, TW)
+    x_ptr += image * height * width * channels
+    rows_ptr += image * height * width * row_p
+    delta_ptr += image * height * width * K * channels
+    y_ptr += image * height * width * channels
+    carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
+    last_ptr += image * K * N * channels
+    for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
+        d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
+        channel = within(d, channels, EVEN)
+        known = channel[None, None, :]
+        for i in tl.range(TILES, disable_licm=True, loop_unroll_factor=1):
+            tile = first + i
+            h, w = positions(tile, width, TH, TW)
+            inside = (h < height) & (w < width)
+            position = h * width + w
+            # What is beyond the image takes any state: its step size is 0.
+            row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
+            column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
+            own = position * channels + d[None, None, :]
+            x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+            y = x * tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
+            for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
+                route = (codes >> (2 * k)) & 3
+                rows = rows_ptr + (k * row_k + position * row_p)
+                parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
+                delta, _ = step_sizes(
+                    rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
+                    *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
                 )
-            _, q = states_of(a, b, route, WHOLE, TH, TW, BD)
-            C_rows = C_ptr + of_image * C_p + k * C_k + n + position * C_p
-            y += tl.load(C_rows, mask=inside, other=0).to(STATE) * q
-            if WHOLE:
-                final = at_end(q, h, w, height, width, route)
-                tl.store(last_ptr + (of_route * N + n) * channels + d, final, mask=channel)
-    if HAS_D:
-        y += x * tl.load(D_ptr + d, mask=channel, other=0)[None, None, :]
-    tl.store(
-        y_ptr + of_image * channels + (position * channels + d[None, None, :]),
-        y,
-        mask=inside & known,
-    )
+                for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
+                    A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
+                    a = tl.exp(delta * A)
+                    b = delta * x * tl.load(rows + R + n, mask=inside, other=0).to(STATE)
+                    states = carry_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
+                    if WHOLE:
+                        sums = sums_of(delta, route, False)
+                        b += a * states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
+                    else:
+                        b += a * carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
+                    q = states_of(a, b, route)
+                    y += q * tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
+                    if WHOLE:
+                        final = at_end(q, h, w, height, width, route)
+                        tl.store(last_ptr + ((k * N + n) * channels + d), final, mask=channel)
+            tl.store(y_ptr + own, y, mask=inside & known)
 
 
 @triton.jit
-def carry_in(
-    carry_ptr,
-    n,
-    h,
-    w,
-    d,
-    height,
-    width,
-    channels,
-    route,
-    N,
-    STATE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BD: tl.constexpr,
-):
+def carry_in(states, row, column, known, route, TH: tl.constexpr, TW: tl.constexpr):
     """The state before each segment at the segment's first position, else 0; (TH, TW, BD)."""
-    known = (d < channels)[None, None, :]
-    i = tl.arange(0, TH)[:, None, None]
-    j = tl.arange(0, TW)[None, :, None]
-    if WHOLE:
-        first = (i == tl.where(route < 2, 0, TH - 1)) & (j == tl.where(route < 2, 0, TW - 1))
-        state = tl.load(carry_ptr + n * channels + d[None, None, :], mask=known, other=0)
-        states = tl.where(first, state, 0)
-    elif route % 2 == 0:
-        row = (row_segments_of(h, height, width, route, TW) * N + n) * channels + d[None, None, :]
-        row_state = tl.load(carry_ptr + row, mask=(h < height) & known, other=0)
-        states = tl.where(j == tl.where(route == 0, 0, TW - 1), row_state, 0)
+    if route % 2 == 0:
+        row_state = tl.load(states + row, mask=known, other=0)
+        found = tl.where(tl.arange(0, TW)[None, :, None] == tl.where(route == 0, 0, TW - 1), row_state, 0)
     else:
-        column = (column_segments_of(w, height, width, route, TH, TW) * N + n) * channels + d[None, None, :]
-        column_state = tl.load(carry_ptr + column, mask=(w < width) & known, other=0)
-        states = tl.where(i == tl.where(route == 1, 0, TH - 1), column_state, 0)
-    return states
+        column_state = tl.load(states + column, mask=known, other=0)
+        found = tl.where(tl.arange(0, TH)[:, None, None] == tl.where(route == 1, 0, TH - 1), column_state, 0)
+    return found
+
+
+@triton.jit
+def states_between(delta, b, A, initial, channel, sums, route, HAS_INITIAL: tl.constexpr):
+    """`carry_in` of an image that is one tile, from its own segments."""
+    b = tl.exp(sums * A) * b
+    first = tl.zeros((delta.shape[2],), delta.dtype)
+    if HAS_INITIAL:
+        first = tl.load(initial, mask=channel, other=0)
+    if route % 2 == 0:
+        found = along_segments(delta, b, A, first, route == 2, 1)
+    else:
+        found = along_segments(delta, b, A, first, route == 3, 0)
+    return found
+
+
+@triton.jit
+def along_segments(delta, b, A, first, reversed, AXIS: tl.constexpr):
+    """`states_between` for segments along an axis."""
+    ACROSS: tl.constexpr = 1 - AXIS
+    r = tl.exp(tl.sum(delta, AXIS, keep_dims=True) * A)
+    s = tl.sum(b, AXIS, keep_dims=True)
+    segment = tl.expand_dims(tl.expand_dims(tl.arange(0, delta.shape[ACROSS]), AXIS), 2)
+    step = tl.expand_dims(tl.expand_dims(tl.arange(0, delta.shape[AXIS]), ACROSS), 2)
+    p = tl.full(r.shape, 1, r.dtype)
+    q = tl.where(segment == tl.where(reversed, delta.shape[ACROSS] - 1, 0), first[None, None, :], 0)
+    q = tl.broadcast_to(q, r.shape)
+    if reversed:
+        _, q, _, _ = tl.associative_scan((p, q, r, s), ACROSS, compose_last, reverse=True)
+    else:
+        _, q, _, _ = tl.associative_scan((p, q, r, s), ACROSS, compose_last, reverse=False)
+    return tl.where(step == tl.where(reversed, delta.shape[AXIS] - 1, 0), q, 0)
 
 
 @triton.jit
@@ -553,144 +482,143 @@ def at_end(t, h, w, height, width, route):
     return tl.sum(tl.sum(tl.where(end, t, 0), 0), 0)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=FEW)
+@triton.jit(do_not_specialize=[*ANY, "x_ptr", "grad_y_ptr", "grad_x_ptr"])
 def gradient_kernel(
     x_ptr,  # (B, H, W, D)
     delta_ptr,
-    A_ptr,  # (K, N, D)
-    B_ptr,
-    C_ptr,
-    D_ptr,  # (D,), the sum over routes
-    bias_ptr,  # (K, D)
-    weight_ptr,  # (K, R, D)
-    carry_ptr,  # (B, K, segments, N, D); WHOLE: the initial state, (B, K, N, D)
-    adjoint_ptr,  # (B, K, segments, N, D); WHOLE: the gradient of the last state, (B, K, N, D)
+    rows_ptr,
+    parameters_ptr,
+    carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
+    adjoint_ptr,  # (B, K, N, segments, D); WHOLE: the gradient of the last state, (B, K, N, D)
     grad_y_ptr,  # (B, H, W, D), contiguous as all below
     grad_x_ptr,  # (B, H, W, D)
     grad_delta_ptr,  # (B, H, W, K, D), without LOW_RANK
-    rows_ptr,  # (blocks, B, H, W, K, N + N + R): of B, C and delta, by blocks of channels
-    shares_ptr,  # (tiles, K, N + 1 + R, D): of A, delta_bias and delta_weight, by tiles
-    grad_D_ptr,  # (tiles, D), of a route
-    grad_initial_ptr,  # (B, K, N, D)
-    x_p,
-    delta_p,
-    delta_k,
-    B_p,
-    B_k,
-    C_p,
-    C_k,
-    batch,
+    grad_rows_ptr,  # (B, groups, H, W, K, R + N + N), by groups of channels
+    shares_ptr,  # (tiles, 1 + K·(N + 1 + R), D): of the parameters, by tiles
+    grad_initial_ptr,  # (B, K, N, D), with WHOLE and HAS_CARRY
+    row_p,
+    row_k,
     height,
     width,
     channels,
+    blocks,
     segments,
     codes,
-    K,
-    N,
+    K: tl.constexpr,
+    N: tl.constexpr,
     R,
     LOW_RANK: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_CARRY: tl.constexpr,
     HAS_ADJOINT: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
     STATE: tl.constexpr,
+    TILES: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BD: tl.constexpr,
 ):
     """The gradients of the tile; those that sum over channels or tiles as this program's share of the sum."""
-    image, h, w = tile_of(height, width, TH, TW)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    channel = d < channels
-    known = channel[None, None, :]
+    image, tile = first_tile(height, width, TILES, TH, TW)
+    h, w = positions(tile, width, TH, TW)
     inside = (h < height) & (w < width)
     position = h * width + w
-    of_image = image * height * width
-    x = tl.load(
-        x_ptr + of_image * x_p + (position * x_p + d[None, None, :]), mask=inside & known, other=0
-    ).to(STATE)
-    own = position * channels + d[None, None, :]
-    grad_y = tl.load(grad_y_ptr + of_image * channels + own, mask=inside & known, other=0).to(STATE)
-    grad_x = tl.zeros((TH, TW, BD), STATE)
-    tile = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * batch * height * width + of_image  # in sums over blocks of channels
-    for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
-        route = (codes >> (2 * k)) & 3
-        delta_rows = delta_ptr + of_image * delta_p + k * delta_k + position * delta_p
-        delta, slope = step_sizes(
-            delta_rows,
-            bias_ptr + k * channels + d,
-            weight_ptr + k * R * channels + d,
-            inside,
-            channel,
-            channels,
-            R,
-            LOW_RANK,
-            HAS_BIAS,
-            SOFTPLUS,
-            STATE,
-            TH,
-            TW,
-            BD,
-        )
-        grad_delta = tl.zeros((TH, TW, BD), STATE)
-        of_route = image * K + k
-        of_states = of_route * segments * N * channels
-        rows = rows_ptr + row * K * (2 * N + R) + k * (2 * N + R) + position * (K * (2 * N + R))
-        shares = shares_ptr + (tile * K + k) * (N + 1 + R) * channels + d
-        for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
-            A = tl.load(A_ptr + (k * N + n) * channels + d, mask=channel, other=0)[None, None, :]
-            B_rows = B_ptr + of_image * B_p + k * B_k + n + position * B_p
-            C_rows = C_ptr + of_image * C_p + k * C_k + n + position * C_p
-            B = tl.load(B_rows, mask=inside, other=0).to(STATE)
-            C = tl.load(C_rows, mask=inside, other=0).to(STATE)
-            a = tl.exp(delta * A)
-            b = delta * B * x
-            before = tl.zeros((TH, TW, BD), STATE)
-            if HAS_CARRY:
-                carry = carry_ptr + of_states
-                before = carry_in(
-                    carry, n, h, w, d, height, width, channels, route, N, STATE, WHOLE, TH, TW, BD
+    x_ptr += image * height * width * channels
+    rows_ptr += image * height * width * row_p
+    delta_ptr += image * height * width * K * channels
+    grad_y_ptr += image * height * width * channels
+    grad_x_ptr += image * height * width * channels
+    grad_delta_ptr += image * height * width * K * channels
+    grad_rows_ptr += (image * tl.num_programs(1) + tl.program_id(1)) * (height * width * K * (R + 2 * N))
+    shares_ptr += tl.program_id(0).to(tl.int64) * (1 + K * (N + 1 + R)) * channels
+    carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
+    adjoint_ptr += image * K * N * (1 if WHOLE else segments) * channels
+    grad_initial_ptr += image * K * N * channels
+    # What is beyond the image takes any state: its step size is 0.
+    row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
+    column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
+    for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
+        d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
+        channel = within(d, channels, EVEN)
+        known = channel[None, None, :]
+        own = position * channels + d[None, None, :]
+        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+        grad_y = tl.load(grad_y_ptr + own, mask=inside & known, other=0).to(STATE)
+        D = tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
+        grad_x = grad_y * D
+        share = tl.sum(tl.sum(grad_y * x, 0), 0)
+        tl.store(shares_ptr + d, share, mask=channel)
+        for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
+            route = (codes >> (2 * k)) & 3
+            rows = rows_ptr + (k * row_k + position * row_p)
+            parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
+            in_delta = (position * K + k) * channels
+            delta, slope = step_sizes(
+                rows if LOW_RANK else delta_ptr + in_delta,
+                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+            )
+            grad_delta = tl.zeros((TH, TW, BD), STATE)
+            grad_rows = grad_rows_ptr + (position * K + k) * (R + 2 * N)
+            shares = shares_ptr + (1 + k * (N + 1 + R)) * channels + d
+            for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
+                A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
+                B = tl.load(rows + R + n, mask=inside, other=0).to(STATE)
+                C = tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
+                a = tl.exp(delta * A)
+                b = delta * B * x
+                states = carry_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
+                if WHOLE:
+                    sums = sums_of(delta, route, False)
+                    before = states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
+                else:
+                    before = carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
+                decayed = decayed_states_of(a, a * before, b, route)
+                add_to(
+                    grad_rows + R + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), inside, block
                 )
-            decayed = decayed_states_of(a, a * before, b, route, WHOLE, TH, TW, BD)
-            tl.store(rows + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), mask=inside)
-            c = C * grad_y
-            if HAS_ADJOINT:
-                after = adjoint_ptr + of_states
-                c += carry_in(
-                    after, n, h, w, d, height, width, channels, route ^ 2, N, STATE, WHOLE, TH, TW, BD
-                )
-            g = adjoint_states_of(a, c, route, WHOLE, TH, TW, BD)
-            tl.store(rows + n, tl.sum(g * delta * x, 2, keep_dims=True), mask=inside)
-            if WHOLE:
-                first = at_end(a * g, h, w, height, width, route ^ 2)
-                tl.store(grad_initial_ptr + (of_route * N + n) * channels + d, first, mask=channel)
-            grad_x += g * delta * B
-            decayed *= g
-            share = tl.sum(tl.sum(decayed * delta, 0), 0)
-            tl.store(shares + n * channels, share, mask=channel)
-            grad_delta += decayed * A + g * B * x
-        grad_delta *= slope
-        if HAS_BIAS:
+                c = C * grad_y
+                states = adjoint_ptr + (k * N + n) * (1 if WHOLE else segments) * channels
+                if WHOLE:
+                    sums = sums_of(delta, route, True)
+                    c += states_between(delta, c, A, states + d, channel, sums, route ^ 2, HAS_ADJOINT)
+                else:
+                    c += carry_in(states + d[None, None, :], row, column, known, route ^ 2, TH, TW)
+                g = adjoint_states_of(a, c, route)
+                if WHOLE and HAS_CARRY:
+                    first = at_end(a * g, h, w, height, width, route ^ 2)
+                    tl.store(grad_initial_ptr + ((k * N + n) * channels + d), first, mask=channel)
+                decayed *= g
+                share = tl.sum(tl.sum(decayed * delta, 0), 0)
+                tl.store(shares + n * channels, share, mask=channel)
+                grad_delta += decayed * A + g * (B * x)
+                g *= delta
+                grad_x += g * B
+                add_to(grad_rows + R + n, tl.sum(g * x, 2, keep_dims=True), inside, block)
+            grad_delta *= slope
             share = tl.sum(tl.sum(grad_delta, 0), 0)
             tl.store(shares + N * channels, share, mask=channel)
-        if LOW_RANK:
-            for r in tl.range(R, disable_licm=True, loop_unroll_factor=1):
-                low = tl.load(delta_rows + r, mask=inside, other=0).to(STATE)
-                of_weight = tl.sum(tl.sum(grad_delta * low, 0), 0)
-                tl.store(shares + (N + 1 + r) * channels, of_weight, mask=channel)
-                weight = tl.load(weight_ptr + (k * R + r) * channels + d, mask=channel, other=0)[
-                    None, None, :
-                ]
-                of_low = tl.sum(grad_delta * weight, 2, keep_dims=True)
-                tl.store(rows + 2 * N + r, of_low, mask=inside)
-        else:
-            at = ((of_image + position) * K + k) * channels + d[None, None, :]
-            tl.store(grad_delta_ptr + at, grad_delta, mask=inside & known)
-    if HAS_D:
-        grad_x += grad_y * tl.load(D_ptr + d, mask=channel, other=0)[None, None, :]
-        share = tl.sum(tl.sum(grad_y * x, 0), 0)
-        tl.store(grad_D_ptr + tile * channels + d, share, mask=channel)
-    tl.store(grad_x_ptr + of_image * channels + own, grad_x, mask=inside & known)
+            if LOW_RANK:
+                for r in tl.range(R, disable_licm=True, loop_unroll_factor=1):
+                    share = tl.sum(
+                        tl.sum(grad_delta * tl.load(rows + r, mask=inside, other=0).to(STATE), 0), 0
+                    )
+                    tl.store(shares + (N + 1 + r) * channels, share, mask=channel)
+                    weight = tl.load(parameters + (N + 1 + r) * channels, mask=channel, other=0)
+                    add_to(
+                        grad_rows + r,
+                        tl.sum(grad_delta * weight[None, None, :], 2, keep_dims=True),
+                        inside,
+                        block,
+                    )
+            else:
+                tl.store(grad_delta_ptr + in_delta + d[None, None, :], grad_delta, mask=inside & known)
+        tl.store(grad_x_ptr + own, grad_x, mask=inside & known)
+        tl.debug_barrier()  # the next block of channels adds to the rows stored here
+
+
+@triton.jit
+def add_to(pointers, value, mask, block):
+    """Store a value, from the second block on added to what is there."""
+    there = tl.load(pointers, mask=mask & (block > 0), other=0)
+    tl.store(pointers, there + value, mask=mask)
