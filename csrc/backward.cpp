@@ -144,11 +144,7 @@ template <class F> struct Backward {
     take_rows(s.x, b, k, start, n, x.get());
     take_rows(g.y, b, k, start, n, dy.get());
     each_run(s, s.routes[k], start, n, [&](const Run &run) {
-      const int64_t at = b * s.delta.stride[0] + k * s.delta.stride[3];
-      if (s.rank)
-        rows_of(s.delta, at, run, s.rank, s.rank, delta_copies.get(), delta_row.get());
-      else
-        rows_of(s.delta, at + p.first, run, p.count, p.pitch, delta_copies.get(), delta_row.get());
+      delta_rows(p, b, k, run, delta_copies.get(), delta_row.get());
       read_few(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
       read_few(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
       const int64_t position = b * length + run.flat(s.width), step = run.flat_step(s.width);

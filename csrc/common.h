@@ -197,6 +197,18 @@ template <class F> struct Parameters {
   }
 };
 
+// The rows of delta, or of its factors, of image b and route k.
+template <class F>
+VMAMBA_INLINE void delta_rows(const Parameters<F> &p, int64_t b, int64_t k, const Run &run, F *copies,
+                              const F **rows) {
+  const vmamba_image &delta = p.s.delta;
+  const int64_t at = b * delta.stride[0] + k * delta.stride[3], rank = p.s.rank;
+  if (rank)
+    rows_of(delta, at, run, rank, rank, copies, rows);
+  else
+    rows_of(delta, at + p.first, run, p.count, p.pitch, copies, rows);
+}
+
 // Where the vector of position t and of channels j·lanes on lies in a buffer: at t·of_position + j·of_vector.
 struct Layout {
   int64_t of_position, of_vector;

@@ -55,11 +55,7 @@ template <class F> struct Forward {
     const bool whole = p.pitch == p.count;
     each_run(s, s.routes[k], start, n, [&](const Run &run) {
       rows_of(s.x, b * s.x.stride[0] + p.first, run, p.count, p.pitch, x_copies, x_row);
-      const int64_t delta = b * s.delta.stride[0] + k * s.delta.stride[3];
-      if (s.rank)
-        rows_of(s.delta, delta, run, s.rank, s.rank, delta_copies.get(), delta_row);
-      else
-        rows_of(s.delta, delta + p.first, run, p.count, p.pitch, delta_copies.get(), delta_row);
+      delta_rows(p, b, k, run, delta_copies.get(), delta_row);
       read_few(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
       read_few(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
       F *const home = y + (b * s.height * s.width + run.flat(s.width)) * s.channels + p.first;
