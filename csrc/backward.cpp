@@ -172,12 +172,10 @@ template <class F> struct Backward {
     write_sums(dC, s.rank + s.n_state, n);
     if (s.rank) {
       outer_product(n, &sum_W[k * s.rank * p.pitch]);
-      in_pieces<4>(s.rank, [&](int64_t r, auto R) {
-        if constexpr ((R & (R - 1)) == 0)
-          inner_product<R>(n, r, p.w(k));
-        else
-          inner_product<2>(n, r, p.w(k)), inner_product<1>(n, r + 2, p.w(k));
-      });
+      int64_t r = 0;
+      for (; r + 4 <= s.rank; r += 4) inner_product<4>(n, r, p.w(k));
+      for (; r + 2 <= s.rank; r += 2) inner_product<2>(n, r, p.w(k));
+      for (; r < s.rank; ++r) inner_product<1>(n, r, p.w(k));
     } else {
       for (int t = 0; t < n; ++t)
         for (int64_t i = 0; i < p.count; ++i)
