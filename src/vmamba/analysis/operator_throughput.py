@@ -105,6 +105,11 @@ def operands(shape: Shape, batch: int, device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def _along(t: Tensor, routes: tuple[str, ...]) -> Tensor:
+    """(B, H, W, K, F) → (B, K, L, F), each route's own along that route."""
+    return torch.stack([cross_scan(t[..., k, :], routes)[:, k] for k in range(len(routes))], 1)
+
+
 def by_mambapy(call: dict[str, Any]) -> Tensor:
     """The operator around mambapy's parallel scan, its operands formed as by its Mamba block."""
     from mambapy.pscan import pscan
@@ -113,15 +118,12 @@ def by_mambapy(call: dict[str, Any]) -> Tensor:
     batch, height, width, _ = x.shape
     xs = cross_scan(x, routes)  # (B, K, L, D)
 
-    def along(t: Tensor) -> Tensor:  # (B, H, W, K, F) -> (B, K, L, F)
-        return torch.stack([cross_scan(t[..., k, :], routes)[:, k] for k in range(len(routes))], 1)
-
-    delta = torch.einsum("bklr,kdr->bkld", along(call["delta"]), call["delta_weight"])
+    delta = torch.einsum("bklr,kdr->bkld", _along(call["delta"], routes), call["delta_weight"])
     delta = F.softplus(delta + call["delta_bias"][:, None])
     decay = torch.exp(delta[..., None] * call["A"][:, None])  # (B, K, L, D, N)
-    driven = (delta * xs)[..., None] * along(call["B"])[..., None, :]
+    driven = (delta * xs)[..., None] * _along(call["B"], routes)[..., None, :]
     states = pscan(decay.flatten(0, 1), driven.flatten(0, 1)).unflatten(0, (batch, -1))
-    ys = (states @ along(call["C"])[..., None]).squeeze(-1) + call["D"][:, None] * xs
+    ys = (states @ _along(call["C"], routes)[..., None]).squeeze(-1) + call["D"][:, None] * xs
     return cross_merge(ys, (height, width), routes)
 
 
@@ -133,13 +135,11 @@ def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
     _, height, width, _ = x.shape
     xs = cross_scan(x, routes)  # (B, K, L, D)
 
-    def along(t: Tensor) -> Tensor:  # (B, H, W, K, F) -> (B, K, L, F)
-        return torch.stack([cross_scan(t[..., k, :], routes)[:, k] for k in range(len(routes))], 1)
-
-    delta = torch.einsum("bklr,kdr->bkdl", along(call["delta"]), call["delta_weight"])
+    delta = torch.einsum("bklr,kdr->bkdl", _along(call["delta"], routes), call["delta_weight"])
+    B, C = (_along(call[name], routes).mT.contiguous() for name in ("B", "C"))
     ys = selective_scan_fn(
         *(xs.mT.flatten(1, 2).contiguous(), delta.flatten(1, 2).contiguous(), call["A"].flatten(0, 1)),
-        *(along(call["B"]).mT.contiguous(), along(call["C"]).mT.contiguous(), call["D"].flatten()),
+        *(B, C, call["D"].flatten()),
         delta_bias=call["delta_bias"].flatten(),
         delta_softplus=True,
     )
