@@ -36,20 +36,30 @@ def test_going_on_is_the_same_order(length: int, seed: int, epoch: int, data: st
     assert list(rest) == list(whole)
 
 
-@given(LENGTHS, WORLDS, SEEDS, st.booleans(), st.booleans())
+@given(LENGTHS, WORLDS, SEEDS, st.booleans(), st.integers(1, 4), st.integers(0, 3))
 def test_ranks_partition_the_samples(
-    length: int, world_size: int, seed: int, shuffle: bool, even: bool
+    length: int, world_size: int, seed: int, shuffle: bool, chunk: int, rounds: int
 ) -> None:
+    step = max(1, rounds * chunk * world_size)
+
     def rank(number: int) -> EpochSampler:
-        return EpochSampler(length, seed=seed, shuffle=shuffle, rank=number, world_size=world_size, even=even)
+        return EpochSampler(
+            length, seed=seed, shuffle=shuffle, rank=number, world_size=world_size, chunk=chunk, step=step
+        )
 
     one = list(EpochSampler(length, seed=seed, shuffle=shuffle))
     ranks = [list(rank(number)) for number in range(world_size)]
     assert [len(rank(number)) for number in range(world_size)] == [len(keys) for keys in ranks]
-    dealt = [keys[turn] for turn in range(max(map(len, ranks))) for keys in ranks if turn < len(keys)]
-    assert dealt == (one[: length - length % world_size] if even else one)
-    if even:
+    turns = range(0, max(map(len, ranks)), chunk)
+    dealt = [key for turn in turns for keys in ranks for key in keys[turn : turn + chunk]]
+    assert dealt == one[: length - length % step]
+    if rounds:
         assert len({len(keys) for keys in ranks}) == 1
+
+
+def test_a_step_that_the_ranks_cannot_share() -> None:
+    with pytest.raises(ValueError, match=r"multiple of chunk \* world_size, 6, got 8"):
+        EpochSampler(20, world_size=2, chunk=3, step=8)
 
 
 def test_order_depends_on_seed_and_epoch() -> None:

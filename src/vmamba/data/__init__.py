@@ -7,7 +7,7 @@ from vmamba.data.classification import (
     MnistSubset,
     read_image,
 )
-from vmamba.data.loading import ResumableLoader
+from vmamba.data.loading import Loaded, ResumableLoader
 from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.data.seeding import draw_seed, seeded
 
@@ -16,6 +16,7 @@ __all__ = [
     "EpochSampler",
     "ImageFolder",
     "ImageSource",
+    "Loaded",
     "MnistSubset",
     "ResumableLoader",
     "SampleKey",

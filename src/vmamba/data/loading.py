@@ -2,29 +2,45 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vmamba.data.sampling import EpochSampler
+from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.errors import DataError
+
+TRIES = 100
+"""So many damaged samples in a row are not a blemish of the data any more."""
+
+
+class Loaded(NamedTuple):
+    """A batch, and where it comes from."""
+
+    batch: Any
+    indices: list[int]  # of its samples in the data set, in order
+    skipped: list[str]  # what was wrong with those left out
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over an `EpochSampler`, with a state.
+    """A `DataLoader` over an `EpochSampler`, with a state; it yields `Loaded`.
 
     A `DataError` comes out of it as it was raised, also from a worker, where PyTorch would wrap a traceback
-    into its message. Workers leave Ctrl-C to the process that runs the steps.
+    into its message; so does a worker that died or hangs. Workers leave signals to the process that runs the
+    steps.
 
     Args:
         dataset: Indexed by `SampleKey`.
         sampler: The order, and where in it to go on.
         collate_fn: How samples become a batch; None for PyTorch's default.
+        on_error: What to do about a sample that raises `DataError`: "raise" it, "replace" it by the next
+            readable one (training: batches keep their size), or "drop" it from the batch (evaluation).
+        timeout: Seconds to wait for a worker's batch.
         kwargs: `DataLoader`'s.
 
     Attributes:
         consumed: Samples of the epoch, over all ranks, whose step is done. Whoever runs the steps sets it:
             the loader itself has read ahead.
+        skipped: What was wrong with the samples left out so far, each once.
     """
 
     sampler: EpochSampler
@@ -34,22 +50,58 @@ class ResumableLoader(DataLoader[Any]):
         dataset: Dataset[Any],
         sampler: EpochSampler,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        on_error: Literal["raise", "replace", "drop"] = "raise",
+        timeout: float = 60,
+        num_workers: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            _ErrorsAsSamples(dataset),
+            _ErrorsAsSamples(dataset, on_error),
             sampler=sampler,
-            collate_fn=_CollateUnlessError(collate_fn or default_collate),
-            worker_init_fn=_ignore_interrupt,
+            collate_fn=_Collate(collate_fn or default_collate, on_error),
+            worker_init_fn=_leave_signals,
+            num_workers=num_workers,
+            timeout=timeout if num_workers else 0,
             **kwargs,
         )
         self.consumed = 0
+        self.skipped: dict[str, None] = {}
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+    def __iter__(self) -> Iterator[Loaded]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            try:
+                loaded = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._explain(error, getattr(batches, "_workers", [])) from error
+            if isinstance(loaded, DataError):
+                raise loaded
+            self.skipped.update(dict.fromkeys(loaded.skipped))
+            if loaded.indices:  # else all of it was dropped
+                yield loaded
+
+    def _explain(self, error: RuntimeError, workers: list[Any]) -> Exception:
+        """A worker's death or silence as the user's to mend, with what is left of the workers put away."""
+        text = str(error)
+        if "timed out" not in text and "DataLoader worker" not in text:
+            return error
+        ended = [worker for worker in workers if worker.exitcode is not None]
+        dead = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
+        for worker in workers:
+            worker.kill()
+        self._iterator = None  # the next one starts new workers
+        if "timed out" in text:
+            return DataError(
+                f"no batch from the data workers within {self.timeout:g} s: a worker hangs or the storage "
+                "does not answer; raise train.loader_timeout if the data are that slow"
+            )
+        return DataError(
+            f"a data worker died: {dead or text}; if it was killed (exit code -9), memory ran out: lower "
+            "train.workers"
+        )
 
     def state_dict(self) -> dict[str, int]:
         """(epoch, samples consumed): all there is to the order and the augmentation."""
@@ -62,27 +114,45 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class _ErrorsAsSamples(Dataset[Any]):
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    """Yields (index, sample or error, errors on the way to it)."""
+
+    def __init__(self, dataset: Dataset[Any], on_error: str) -> None:
+        self.dataset, self.on_error = dataset, on_error
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.dataset[key]
-        except DataError as error:
-            return error
+    def __getitem__(self, key: SampleKey) -> tuple[int, Any, list[str]]:
+        skipped: list[str] = []
+        for shift in range(TRIES if self.on_error == "replace" else 1):
+            index = (key.index + shift) % len(self)
+            try:
+                return index, self.dataset[SampleKey(key.epoch, index)], skipped
+            except DataError as error:
+                last = error
+                skipped.append(str(error))
+        if self.on_error == "replace":
+            last = DataError(f"{TRIES} damaged samples in a row, the last: {last}")
+        return key.index, last, skipped
 
 
-class _CollateUnlessError:
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+class _Collate:
+    def __init__(self, collate: Callable[[list[Any]], Any], on_error: str) -> None:
+        self.collate, self.on_error = collate, on_error
 
-    def __call__(self, samples: list[Any]) -> Any:
-        errors = [sample for sample in samples if isinstance(sample, DataError)]
-        return errors[0] if errors else self.collate(samples)
+    def __call__(self, samples: list[tuple[int, Any, list[str]]]) -> Loaded | DataError:
+        errors = [sample for _, sample, _ in samples if isinstance(sample, DataError)]
+        if errors and self.on_error != "drop":
+            return errors[0]
+        good = [(index, sample) for index, sample, _ in samples if not isinstance(sample, DataError)]
+        return Loaded(
+            self.collate([sample for _, sample in good]) if good else None,
+            [index for index, _ in good],
+            [message for _, _, skipped in samples for message in skipped],
+        )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(worker: int) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

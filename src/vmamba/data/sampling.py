@@ -17,7 +17,10 @@ class SampleKey(NamedTuple):
 
 
 class EpochSampler(Sampler[SampleKey]):
-    """Every sample once an epoch, dealt to the ranks in turn.
+    """Every sample once an epoch, dealt to the ranks in chunks, in turn.
+
+    With a chunk as large as a rank's batch, the batches of all ranks together are what one process would read
+    in a batch of their size: the number of processes changes nothing in what a step sees.
 
     Args:
         length: Samples in the data set.
@@ -25,8 +28,9 @@ class EpochSampler(Sampler[SampleKey]):
         shuffle: Draw the order anew for each epoch; else it is that of the data set.
         rank: This process.
         world_size: Processes.
-        even: Give every rank as many samples, by leaving out up to `world_size - 1` of them (training);
-            without it the last may have one less (evaluation).
+        chunk: Consecutive samples that go to the same rank.
+        step: Samples of a step over all ranks, a multiple of `chunk * world_size`: those at the end that fill
+            none are left out (training). Without it none is, and ranks may differ by a chunk (evaluation).
 
     Attributes:
         epoch: The epoch that an iteration reads.
@@ -41,10 +45,15 @@ class EpochSampler(Sampler[SampleKey]):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        even: bool = True,
+        chunk: int = 1,
+        step: int = 1,
     ) -> None:
-        self.length, self.seed, self.shuffle = length, seed, shuffle
-        self.rank, self.world_size, self.even = rank, world_size, even
+        if step > 1 and step % (chunk * world_size):
+            share = chunk * world_size
+            raise ValueError(f"step: expected a multiple of chunk * world_size, {share}, got {step}")
+        self.seed, self.shuffle = seed, shuffle
+        self.rank, self.world_size, self.chunk = rank, world_size, chunk
+        self.length, self.total = length, length - length % step
         self.epoch = 0
         self.done = (0, 0)
 
@@ -52,9 +61,12 @@ class EpochSampler(Sampler[SampleKey]):
         """Go to an epoch; Lightning calls it, in a resumed run with other epochs first."""
         self.epoch = epoch
 
+    def _mine(self) -> Iterator[int]:
+        for start in range(self.rank * self.chunk, self.total, self.world_size * self.chunk):
+            yield from range(start, min(start + self.chunk, self.total))
+
     def __len__(self) -> int:
-        total = self.length - self.length % self.world_size if self.even else self.length
-        return len(range(self.rank, total, self.world_size))
+        return sum(1 for _ in self._mine())
 
     def __iter__(self) -> Iterator[SampleKey]:
         if self.shuffle:
@@ -62,9 +74,8 @@ class EpochSampler(Sampler[SampleKey]):
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))
-        if self.even:
-            order = order[: self.length - self.length % self.world_size]
         epoch, consumed = self.done
         skipped = consumed if epoch == self.epoch else 0
-        for index in order[skipped + self.rank :: self.world_size]:
-            yield SampleKey(self.epoch, index)
+        for position in self._mine():
+            if position >= skipped:
+                yield SampleKey(self.epoch, order[position])

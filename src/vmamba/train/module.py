@@ -43,7 +43,7 @@ class TaskModule(lightning.LightningModule):
         with seeded(*counters):
             if self.device.type != "cpu":
                 torch.manual_seed(draw_seed(*counters))
-            losses = self.task.loss(self.model, batch)
+            losses = self.task.loss(self.model, batch.batch)
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in losses.items()},
             prog_bar=True,
@@ -54,7 +54,7 @@ class TaskModule(lightning.LightningModule):
         return losses["loss"]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.task.evaluate(self.model, batch, self.val_metrics)
+        self.task.evaluate(self.model, batch.batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_metrics.compute().items():

@@ -168,26 +168,26 @@ def predict(images: Sequence[str | Path], checkpoint: str | Path) -> list[Any]:
 def _loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) -> ResumableLoader:
     training = split == "train"
     dataset: Any = task.dataset(split)
+    batch_size, workers = recipe.train.batch_size, recipe.train.workers
     sampler = EpochSampler(
         len(dataset),
         seed=recipe.train.seed,
         shuffle=training,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
-        even=training,
+        chunk=batch_size if training else 1,
+        step=batch_size * trainer.world_size if training else 1,
     )
-    batch_size, workers = recipe.train.batch_size, recipe.train.workers
     if training and len(sampler) < batch_size:
         raise DataError(
             f"{len(dataset)} training samples on {trainer.world_size} processes do not fill one batch: set "
-            f"train.batch_size, which is {batch_size}, to at most {len(sampler)}"
+            f"train.batch_size, which is {batch_size}, to at most {len(dataset) // trainer.world_size}"
         )
     return ResumableLoader(
         dataset,
         sampler,
         task.collate(),
         batch_size=batch_size,
-        drop_last=training,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -1,0 +1,84 @@
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from vmamba.data import EpochSampler, ResumableLoader, SampleKey
+from vmamba.errors import DataError
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    """0 to 7, some of them damaged."""
+
+    def __init__(self, *damaged: int) -> None:
+        self.damaged = damaged
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        if key.index in self.damaged:
+            raise DataError(f"number {key.index} is damaged")
+        return torch.tensor(key.index)
+
+
+def loader(data: Any, **kwargs: Any) -> ResumableLoader:
+    return ResumableLoader(data, EpochSampler(8, shuffle=False), batch_size=2, **kwargs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_is_told_as_it_was_raised(workers: int) -> None:
+    batches = iter(loader(Numbers(5), num_workers=workers))
+    assert next(batches).batch.tolist() == [0, 1]
+    assert next(batches).batch.tolist() == [2, 3]
+    with pytest.raises(DataError) as raised:
+        next(batches)
+    assert str(raised.value) == "number 5 is damaged"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_is_replaced_by_the_next(workers: int) -> None:
+    damaged = loader(Numbers(3, 4, 7), on_error="replace", num_workers=workers)
+    found = list(damaged)
+    assert [loaded.batch.tolist() for loaded in found] == [[0, 1], [2, 5], [5, 5], [6, 0]]
+    assert [loaded.indices for loaded in found] == [[0, 1], [2, 5], [5, 5], [6, 0]]
+    assert list(damaged.skipped) == [f"number {index} is damaged" for index in (3, 4, 7)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_is_dropped(workers: int) -> None:
+    damaged = loader(Numbers(1, 4, 5), on_error="drop", num_workers=workers)
+    assert [loaded.batch.tolist() for loaded in damaged] == [[0], [2, 3], [6, 7]]
+    assert list(damaged.skipped) == [f"number {index} is damaged" for index in (1, 4, 5)]
+
+
+def test_damaged_throughout() -> None:
+    with pytest.raises(DataError, match="100 damaged samples in a row, the last: number 3 is damaged"):
+        list(loader(Numbers(*range(8)), on_error="replace"))
+
+
+class Dying(Numbers):
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        if key.index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+class Hanging(Numbers):
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        if key.index == 5:
+            time.sleep(1000)
+        return super().__getitem__(key)
+
+
+def test_a_dead_worker_is_told() -> None:
+    with pytest.raises(DataError, match=r"a data worker died: \d+ \(exit code -9\); if it was killed"):
+        list(loader(Dying(), num_workers=2, persistent_workers=True))
+
+
+def test_a_hanging_worker_is_told_and_put_away() -> None:
+    with pytest.raises(DataError, match=r"no batch .* within 1 s: .* train.loader_timeout"):
+        list(loader(Hanging(), num_workers=1, timeout=1))
