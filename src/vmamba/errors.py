@@ -15,3 +15,7 @@ class DataError(UserError, ValueError):
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint does not fit, or cannot be read safely."""
+
+
+class ProcessError(UserError, RuntimeError):
+    """Another process of a run died or hangs."""

@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
-    done = vmamba(place, "train", "recipe.yaml", "--out", "run", "schedule.epochs=8", "optim.lr=5e-3")
+    done = vmamba(place, "train", "recipe.yaml", "--out", "run", "schedule.epochs=12", "optim.lr=5e-3")
     assert done.status == 0, done.stderr
     assert "next: vmamba eval run/checkpoints/best.ckpt" in done.stdout
     return place / "run" / "checkpoints" / "best.ckpt"

@@ -78,6 +78,8 @@ def test_run_folder(whole: Path, folder: Path) -> None:
         "best.ckpt.sha256",
         "last.ckpt",
         "last.ckpt.sha256",
+        "step-000000008.ckpt",
+        "step-000000008.ckpt.sha256",
     ]
 
 

@@ -168,6 +168,10 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int) -> str:
+        """What to call a sample in a message."""
+        return self.source.name(index)
+
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
         epoch, index = key
         image, label = self.source.load(index)

@@ -2,12 +2,15 @@
 
 import csv
 import io
+import logging
 import math
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,75 +24,143 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from vmamba.errors import UserError
-from vmamba.train.checkpoint import replacing, write_atomically
+from vmamba.train.checkpoint import (
+    earlier_checkpoints,
+    keep_as,
+    remove_checkpoint,
+    replacing,
+    step_path,
+    write_atomically,
+)
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(UserError):  # noqa: N818  (named as KeyboardInterrupt is)
     """The run was stopped by a signal, behind a whole step and with a checkpoint."""
 
 
-class StopOnInterrupt(Callback):
-    """At the first Ctrl-C finish the step, write last.ckpt, raise `Interrupted`; at the second, stop at once.
+class StopOnSignal(Callback):
+    """At Ctrl-C, SIGTERM or SIGUSR1 finish the step, write last.ckpt, raise `Interrupted`.
 
-    To an epoch's last step belongs its evaluation. Outside the main thread Ctrl-C is left alone.
+    At a second Ctrl-C stop at once. Any process of the run may get the signal. To an epoch's last step
+    belongs its evaluation. A job of SLURM that is told to go (SIGTERM, or SIGUSR1 by `--signal`) is put into
+    the queue again. Outside the main thread signals are left alone.
 
     Args:
         folder: Of the run.
+        save: Writes last.ckpt.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked = False
+    SIGNALS = tuple(
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    )
+
+    def __init__(self, folder: Path, save: Callable[[lightning.Trainer], None]) -> None:
+        self.folder, self.save = folder, save
+        self.asked: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch Ctrl-C within a block."""
+        """Catch the signals within a block."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self._ask)
+        before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self._listen()
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, self._ask)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        # Lightning's handlers, set since, talk to other processes in the middle of a step.
+        if signal.getsignal(signal.SIGINT) == self._ask:
+            self._listen()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nfinishing the step, then writing a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+        self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print(
+                "\nfinishing the step, then writing a checkpoint; Ctrl-C again stops at once", file=sys.stderr
+            )
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if self.asked and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        if at_step(trainer) and not trainer.is_last_batch and self._any_asked(trainer):
+            self.save(trainer)
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if self.asked and trainer.current_epoch + 1 < pl_module.recipe.schedule.epochs:
+        if trainer.current_epoch + 1 < pl_module.recipe.schedule.epochs and self._any_asked(trainer):
             self._stop(trainer)  # `Checkpoints` has written one
 
+    def _any_asked(self, trainer: lightning.Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False)
+
     def _stop(self, trainer: lightning.Trainer) -> None:
-        raise Interrupted(
-            f"interrupted after step {trainer.global_step}; to go on: vmamba train --resume {self.folder}"
-        )
+        job = os.environ.get("SLURM_JOB_ID")
+        again = f"to go on: vmamba train --resume {self.folder}"
+        if job is not None and self.asked != signal.SIGINT and trainer.is_global_zero:
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                again = f"job {job} is in the queue again"
+            else:
+                log.warning("SLURM does not queue job %s again: %s", job, done.stderr.strip())
+        raise Interrupted(f"interrupted after step {trainer.global_step}; {again}")
+
+
+def at_step(trainer: lightning.Trainer) -> bool:
+    """Whether the batch just read was the last of a step."""
+    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class Checkpoints(Callback):
-    """`last.ckpt` behind every epoch, and before it `best.ckpt` where the score is above all before.
+    """`last.ckpt` behind every epoch and every so many steps, `best.ckpt` where the score is the best so far.
 
-    Lightning's own callback writes the last one only together with the best.
+    Those that were the last before are kept under their step's number: one may be damaged. Lightning's own
+    callback writes the last one only together with the best.
 
     Args:
         folder: Of the run.
         monitor: The metric that is the score.
+        every: Steps between checkpoints within an epoch.
+        keep: Newest to keep.
 
     Attributes:
         scores: Of the last evaluation, be it before the run was resumed.
     """
 
-    def __init__(self, folder: Path, monitor: str) -> None:
-        self.folder, self.monitor = folder / "checkpoints", monitor
+    def __init__(self, folder: Path, monitor: str, every: int | None, keep: int) -> None:
+        self.folder, self.monitor, self.every, self.keep = folder / "checkpoints", monitor, every, keep
         self.best = -math.inf
         self.scores: dict[str, float] = {}
+        self.resumed_from: Path | None = None
+        self._at: int | None = None  # the step of last.ckpt, if it is whole
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Write last.ckpt."""
+        last = self.folder / "last.ckpt"
+        if trainer.is_global_zero and self._at is not None and self._at != trainer.global_step:
+            keep_as(last, step_path(last, self._at))
+            for path in earlier_checkpoints(self.folder)[self.keep - 1 :]:
+                remove_checkpoint(path)
+        trainer.save_checkpoint(last)
+        self._at = trainer.global_step
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if self.resumed_from == self.folder / "last.ckpt":
+            self._at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        due = self.every is not None and trainer.global_step % self.every == 0
+        if due and at_step(trainer) and not trainer.is_last_batch:
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         found = trainer.callback_metrics.items()
@@ -98,7 +169,7 @@ class Checkpoints(Callback):
         if not score <= self.best:
             self.best = score
             trainer.save_checkpoint(self.folder / "best.ckpt")
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self.save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "scores": self.scores}
@@ -119,7 +190,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._seen += pl_module.recipe.train.batch_size * trainer.world_size
+        self._seen += len(batch.indices) * trainer.world_size
         pl_module.log(
             "images/s",
             self._seen / (time.perf_counter() - self._start),
@@ -128,6 +199,32 @@ class Throughput(Callback):
             on_epoch=False,
             batch_size=1,
         )
+
+
+class Blemishes(Callback):
+    """Tells of every sample that was left out once, and of steps left out, and counts both in the metrics."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, None] = {}
+
+    def _tell(self, loader: Any) -> None:
+        for message in loader.skipped:
+            if message not in self._told:
+                self._told[message] = None
+                log.warning("left out: %s", message)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self._tell(trainer.train_dataloader)
+
+    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self._tell(trainer.val_dataloaders)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        train = pl_module.recipe.train
+        if train.on_error == "skip":
+            pl_module.log("skipped/samples", float(len(self._told)), reduce_fx="sum", sync_dist=True)
+        if train.on_nonfinite == "skip":
+            pl_module.log("skipped/steps", float(pl_module.skipped_steps))
 
 
 class MetricsFile(Callback):
@@ -159,7 +256,10 @@ class MetricsFile(Callback):
         writer.writerows(rows)
         write_atomically(self.path, table.getvalue())
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+    def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.on_fit_end(trainer)
+
+    def on_fit_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.is_global_zero and self.path.exists():
             draw_curves(read_metrics(self.path), self.picture)
 

@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, and read without running code."""
 
 import hashlib
+import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import nn
 
 from vmamba.errors import CheckpointError
 from vmamba.models.official import load_official, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 CONTENTS = "vmamba"
 """Where a checkpoint keeps what makes it self-sufficient: recipe, classes, version."""
@@ -72,14 +76,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: The disk is full or does not take it; the file of that name is as it was.
+        """
         path = Path(path)
         sums = checksum_path(path)
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
-            line = f"{_digest(temporary)}  {path.name}\n"
-            # Until the rename the old checkpoint stands, after it the new: a crash leaves a line for either.
-            write_atomically(sums, (sums.read_text() if path.exists() and sums.exists() else "") + line)
-        write_atomically(sums, line)
+        try:
+            with replacing(path) as temporary:
+                torch.save(checkpoint, temporary)
+                line = f"{_digest(temporary)}  {path.name}\n"
+                # Until the rename the old one stands, after it the new: a crash leaves a line for either.
+                old = sums.read_text() if path.exists() and sums.exists() else ""
+                write_atomically(sums, old + line)
+            write_atomically(sums, line)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
+            raise CheckpointError(
+                f"{path}: could not be written ({error}); what it held before is intact. Make room on the "
+                "disk, then resume the run"
+            ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -87,8 +103,55 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
-        checksum_path(path).unlink(missing_ok=True)
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint and its checksum."""
+    Path(path).unlink(missing_ok=True)
+    checksum_path(path).unlink(missing_ok=True)
+
+
+def step_path(last: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept beside the last one."""
+    return last.with_name(f"step-{step:09d}.ckpt")
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Give a checkpoint a second name, which stays when the first is written anew."""
+    for old, new in ((checksum_path(path), checksum_path(name)), (path, name)):
+        if old.exists():
+            with replacing(new) as temporary:
+                try:
+                    os.link(old, temporary)
+                except OSError:  # not every file system has links
+                    shutil.copyfile(old, temporary)
+
+
+def earlier_checkpoints(folder: Path) -> list[Path]:
+    """Those kept under their step's number, the newest first."""
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint in a run's `checkpoints`; damaged ones are passed over, with a warning.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    problems: list[str] = []
+    for path in (folder / "last.ckpt", *earlier_checkpoints(folder)):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            log.warning("%s", problem)
+        if problems:
+            log.warning("going on from %s", path)
+        return path
+    raise CheckpointError("\n  ".join(problems))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -142,6 +142,7 @@ class ClassificationTask(Task):
                 label_smoothing=augment.label_smoothing,
                 num_classes=len(self.classes),
             )
+        self.pairs = self.mixup is not None
 
     def _source(self, split: str) -> ImageSource:
         if split not in self._sources:
@@ -199,13 +200,23 @@ class ClassificationTask(Task):
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
         return create_model(recipe.model, num_classes=len(self.classes), in_chans=recipe.data.channels)
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def mix(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mixup or CutMix of neighbours (2k, 2k + 1), drawn once; labels become (B, classes), smoothed."""
+        if self.mixup is None:
+            return batch
         images, labels = batch
-        targets, smoothing = labels, self.recipe.augment.label_smoothing
-        if self.mixup is not None:
-            images, targets = self.mixup(images, labels)  # (B, classes), smoothed already
-            labels, smoothing = targets.argmax(1), 0.0
-        logits = model(images).float()
+        # timm pairs the first with the last, the second with the last but one, …
+        pairs = torch.arange(len(labels), device=labels.device).unflatten(0, (-1, 2)).unbind(1)
+        order = torch.cat([pairs[0], pairs[1].flip(0)])
+        return self.mixup(images[order], labels[order])
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        images, targets = batch
+        logits = model(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labels, smoothing = targets, self.recipe.augment.label_smoothing
+        if targets.ndim == 2:  # mixed, and smoothed already
+            labels, targets, smoothing = targets.argmax(1), targets.to(logits), 0.0
         return {
             "loss": F.cross_entropy(logits, targets, label_smoothing=smoothing),
             "accuracy": (logits.argmax(1) == labels).float().mean(),

@@ -1,25 +1,37 @@
 """The one Lightning module: it trains and evaluates any task."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import vmamba
-from vmamba.data import draw_seed, seeded
+from vmamba.data import Loaded, SampleKey, draw_seed, seeded
 from vmamba.train.checkpoint import CONTENTS
+from vmamba.train.guard import NonFiniteError, first_nonfinite
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task
+
+MOST_SKIPPED = 10
+"""So many steps in a row without a finite gradient are not an accident any more."""
+
+log = logging.getLogger(__name__)
 
 
 class TaskModule(lightning.LightningModule):
     """A task, its recipe and its model, in Lightning's loop.
 
-    What a step draws (Mixup, drop path) is a function of (seed, step, rank), so that a checkpoint needs no
-    random state.
+    What a step draws for its batch (Mixup) is a function of (seed, epoch, step), the same on every process,
+    and what the model draws (drop path) of (seed, step, rank): a checkpoint needs no random state.
 
     Args:
         task: What is trained.
@@ -27,49 +39,174 @@ class TaskModule(lightning.LightningModule):
         model: From the task.
         steps: Of the whole run, for the schedule. Lightning's own estimate would set up the data before the
             checkpoint is read, and leave the loader's state in it unread.
+
+    Attributes:
+        ema: The average of the model's weights, where the recipe asks for one.
+        skipped_steps: Of this process' run, those left out for a gradient that was not finite.
     """
 
     def __init__(self, task: Task, recipe: Recipe, model: nn.Module, steps: int = 1) -> None:
         super().__init__()
         self.task, self.recipe, self.model, self.steps = task, recipe, model, steps
-        self.val_metrics = task.metrics()
+        self.val_metrics: Any = nn.ModuleDict({"raw": task.metrics()})
+        self.ema: ModelEmaV3 | None = None
+        if recipe.train.ema_decay is not None:
+            self.ema = ModelEmaV3(model, recipe.train.ema_decay, use_warmup=recipe.train.ema_warmup)
+            self.val_metrics["ema"] = task.metrics()
+        if recipe.train.compile:
+            self.model.compile()
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._step_parts: list[tuple[int, list[int]]] = []  # batch number and samples of the step so far
+        self._finite: Tensor | None = None
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        train = self.recipe.train
+    def training_step(self, loaded: Loaded, batch_idx: int) -> Tensor:
         # A checkpoint is taken between steps: there, what this step reads is done.
         loader: Any = self.trainer.train_dataloader
-        loader.consumed = (batch_idx + 1) * train.batch_size * self.trainer.world_size
-        counters = ("step", train.seed, self.global_step, batch_idx, self.global_rank)
-        with seeded(*counters):
-            if self.device.type != "cpu":
-                torch.manual_seed(draw_seed(*counters))
-            losses = self.task.loss(self.model, batch.batch)
-        self.log_dict(
-            {f"train/{name}": value.detach() for name, value in losses.items()},
-            prog_bar=True,
-            on_step=True,
-            on_epoch=True,
-            batch_size=train.batch_size,
-        )
-        return losses["loss"]
+        loader.consumed = (batch_idx + 1) * loader.batch_size * self.trainer.world_size
+        self._step_parts.append((batch_idx, loaded.indices))
+        losses = self._losses(loaded.batch, batch_idx)
+        loss = losses["loss"]
+        finite = loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+        for name, value in losses.items():
+            self.log(
+                f"train/{name}_step",
+                value.detach(),
+                prog_bar=True,
+                on_step=True,
+                batch_size=loader.batch_size,
+            )
+            self.log(
+                *(f"train/{name}", value.detach()),
+                on_step=False,
+                on_epoch=True,
+                sync_dist=self.trainer.world_size > 1,
+                batch_size=loader.batch_size,
+            )
+        return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.task.evaluate(self.model, batch.batch, self.val_metrics)
+    def _losses(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        seed = self.recipe.train.seed
+        with self._drawing(
+            "mix", seed, self.current_epoch, batch_idx // self.trainer.accumulate_grad_batches
+        ):
+            batch = self.task.mix(batch)
+        with self._drawing("step", seed, self.global_step, batch_idx, self.global_rank):
+            return self.task.loss(self.model, batch)
+
+    def _loss(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._losses(batch, batch_idx)["loss"]
+
+    @contextmanager
+    def _drawing(self, purpose: str, *counters: int) -> Iterator[None]:
+        with seeded(purpose, *counters):
+            if self.device.type != "cpu":
+                torch.manual_seed(draw_seed(purpose, *counters))
+            yield
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip the gradient's norm; a step without a finite one is left out, or ends the run."""
+        parameters = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        assert self._finite is not None
+        # A gradient is the same on every process after the reduction, a loss is not.
+        loss_finite = self.trainer.strategy.reduce_boolean_decision(bool(self._finite), all=True)
+        gradient_finite = bool(norm.isfinite())
+        scaled = (
+            self.recipe.train.precision == "16-mixed"
+        )  # its scaler overflows on purpose, and skips the step
+        if loss_finite and (gradient_finite or scaled):
+            if gradient_clip_val is not None and gradient_finite:
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            self._skipped_in_a_row = 0 if gradient_finite else self._skipped_in_a_row + 1
+            self.skipped_steps += not gradient_finite
+        else:
+            optimizer.zero_grad()  # before the diagnosis, which needs the memory; without gradients no step
+            self._report_nonfinite("gradient" if loss_finite else "loss")
+            self._skipped_in_a_row += 1
+            self.skipped_steps += 1
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise NonFiniteError(
+                f"{MOST_SKIPPED} steps in a row without a finite gradient, till step {self.global_step + 1}: "
+                "lower optim.lr, or train in a wider precision"
+            )
+
+    def _report_nonfinite(self, what: str) -> None:
+        loader: Any = self.trainer.train_dataloader
+        data = loader.dataset.dataset
+        source, names = "nothing on this process", []
+        for batch_idx, indices in self._step_parts:
+            keys = [SampleKey(self.current_epoch, index) for index in indices]
+            batch = self.trainer.strategy.batch_to_device(
+                loader.collate_fn.collate([data[key] for key in keys])
+            )
+            with torch.compiler.set_stance("force_eager"), self.trainer.precision_plugin.forward_context():
+                found = first_nonfinite(self.model, batch, partial(self._loss, batch, batch_idx))
+            names = [data.name(index) for index in indices]
+            source = found
+            if not found.startswith("nothing"):
+                break
+        message = (
+            f"the {what} of step {self.global_step + 1} (epoch {self.current_epoch + 1}) is not finite; "
+            f"first so: {source}; samples of the batch: {', '.join(names)}"
+        )
+        if self.recipe.train.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"{message}; lower optim.lr, train in a wider precision, or leave such steps out with "
+                "train.on_nonfinite=skip"
+            )
+        log.warning("%s; the step is left out", message)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._step_parts, self._finite = [], None
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step)
+
+    def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
+        self.task.evaluate(self.model, loaded.batch, self.val_metrics["raw"])
+        if self.ema is not None:
+            self.task.evaluate(self.ema.module, loaded.batch, self.val_metrics["ema"])
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.val_metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == self.task.monitor)
-        self.val_metrics.reset()
+        for weights, metrics in self.val_metrics.items():
+            prefix = "" if weights == "raw" else f"{weights}_"
+            for name, value in metrics.compute().items():
+                self.log(f"val/{prefix}{name}", value, prog_bar=f"{prefix}{name}" == self.monitor)
+            metrics.reset()
+
+    @property
+    def monitor(self) -> str:
+        """The score by which the best checkpoint is chosen: of the average where there is one."""
+        return self.task.monitor if self.ema is None else f"ema_{self.task.monitor}"
 
     def configure_optimizers(self) -> Any:
         optim, schedule = self.recipe.optim, self.recipe.schedule
+        free: set[str] = set(getattr(self.model, "no_weight_decay", set)())
+        if optim.decay == "paper":  # it decays what is of two dimensions with the authors: all but D
+            free = {name for name in free if name.rpartition(".")[2] not in ("A_log", "dt_bias")}
+        groups: Any = partial(param_groups_weight_decay, no_weight_decay_list=free)
+        if optim.layer_decay is not None:
+            groups = partial(
+                param_groups_layer_decay, no_weight_decay_list=free, layer_decay=optim.layer_decay
+            )
         optimizer = create_optimizer_v2(
             self.model,
             opt=optim.name,
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             betas=optim.betas,
-            layer_decay=optim.layer_decay,
+            param_group_fn=partial(groups, weight_decay=optim.weight_decay),
         )
         warmup = min(self.steps - 1, round(self.steps * schedule.warmup_epochs / schedule.epochs))
         scheduler = CosineLRScheduler(

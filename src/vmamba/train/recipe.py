@@ -38,8 +38,10 @@ class OptimRecipe(Section):
 
     name: str = "adamw"
     lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(
-        default=0.05, ge=0, description="of all but biases, norms and the scan's A, D and δ bias"
+    weight_decay: float = Field(default=0.05, ge=0)
+    decay: Literal["clean", "paper"] = Field(
+        default="clean",
+        description="free of it are biases, norms and the scan's D, and in 'clean' its A and δ bias too",
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
     clip_grad: float | None = Field(default=5.0, gt=0, description="largest norm of the gradient")
@@ -71,16 +73,71 @@ class ScheduleRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """How the loop runs."""
+    """How the loop runs. What is learnt depends on `batch_size`, not on how many processes share it."""
 
-    batch_size: int = Field(default=128, ge=1, description="samples of a step in one process")
+    batch_size: int = Field(
+        default=128, ge=1, description="samples of an optimiser's step, over all processes"
+    )
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples of one pass through the model in one process; a step accumulates as many as it "
+        "needs; null for all of a process's share",
+    )
     seed: int = Field(default=0, ge=0)
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
-    workers: int = Field(default=4, ge=0)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(
+        default="32-true", description="the scan's state is float32 (or float64) in each"
+    )
+    ema_decay: float | None = Field(
+        default=None, ge=0, lt=1, description="keep an exponential moving average of the weights too"
+    )
+    ema_warmup: bool = Field(default=False, description="let the average follow faster at first")
+    workers: int = Field(default=4, ge=0, description="of the data, in each process")
     threads: int | None = Field(
         default=None, ge=1, description="threads of PyTorch on the CPU; null for its default"
     )
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
+    compile: bool = Field(default=False, description="run the model through torch.compile")
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | None = Field(
+        default=None,
+        ge=1,
+        description="processes on this node; null for those that torchrun or SLURM started, else one for "
+        "every GPU, or one on a CPU",
+    )
+    nodes: int | None = Field(default=None, ge=1, description="null for those of torchrun or SLURM, else 1")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="of several processes: a copy of the model each, or shards of it"
+    )
+    collective_timeout: float = Field(
+        default=600, gt=0, description="seconds after which a process that does not answer is held for hung"
+    )
+    checkpoint_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between checkpoints within an epoch; one follows each epoch anyway",
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="the newest, to fall back on if one is damaged"
+    )
+    on_nonfinite: Literal["raise", "skip"] = Field(
+        default="raise",
+        description="after a loss or gradient that is not finite: stop, or leave out the step",
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        default="raise", description="at a damaged sample: stop, or leave it out and count it"
+    )
+    loader_timeout: float = Field(default=60, gt=0, description="seconds to wait for a batch of the workers")
+    log_every: int = Field(default=20, ge=1, description="steps between the points of a loss curve")
+    loggers: list[Literal["wandb", "mlflow"]] = Field(
+        default_factory=list, description="beside metrics.csv and TensorBoard"
+    )
+
+    @model_validator(mode="after")
+    def _warmup_of_what(self) -> "TrainRecipe":
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup: there is no average without ema_decay")
+        return self
 
 
 class Recipe(Section):

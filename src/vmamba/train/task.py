@@ -46,10 +46,12 @@ class Task(ABC):
     def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...
 
     classes: list[str]
+    pairs = False
+    """`mix` needs batches of an even size."""
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[Any]:
-        """ "train" or "val", indexed by `vmamba.data.SampleKey`.
+        """ "train" or "val", indexed by `vmamba.data.SampleKey`; its `name(index)` is for messages.
 
         Raises:
             DataError: The data are missing or damaged.
@@ -62,6 +64,14 @@ class Task(ABC):
     def collate(self) -> Callable[[list[Any]], Any] | None:
         """How samples become a batch; None for PyTorch's default."""
         return None
+
+    def mix(self, batch: Any) -> Any:
+        """Augment a training batch as a whole, on its device.
+
+        Every part of a step's batch is mixed with the same draws, and neighbours lie in the same part: what
+        depends on these alone is the same on any number of processes.
+        """
+        return batch
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:

@@ -1,0 +1,87 @@
+"""Where a number that is not finite comes from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vmamba.errors import UserError
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """A loss or gradient is NaN or infinite; the message names step, samples and layer."""
+
+
+def first_nonfinite(module: nn.Module, batch: Any, loss: Callable[[], Tensor]) -> str:
+    """Name the first thing in a forward and backward pass that is not finite.
+
+    Args:
+        module: Whose weights and submodules are looked at.
+        batch: What goes in.
+        loss: Runs the forward pass of `module` on `batch`, as in the step in question. Gradients are left as
+            they were.
+
+    Returns:
+        A phrase, such as "the output of stages.0.blocks.1.op".
+    """
+    for tensor in tree_leaves(batch):
+        if isinstance(tensor, Tensor) and not _finite(tensor):
+            return "the batch itself"
+    for name, parameter in module.named_parameters():
+        if not _finite(parameter):
+            return f"the weight {name}, before the step"
+    found: list[str] = []
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with _watching(module, found):
+        value = loss()
+        if found:
+            return found[0]
+        if not _finite(value):
+            return "the loss itself, of a finite output"
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    if found:
+        return found[0]
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None and not _finite(gradient):
+            return f"the gradient of {names[id(parameter)]}"
+    return "nothing: the same samples give finite values now"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+@contextmanager
+def _watching(module: nn.Module, found: list[str]) -> Iterator[None]:
+    """Note the outputs that are not finite, and the gradients that come back to them, as they arise."""
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, inputs: Any, outputs: Any) -> None:
+            for tensor in tree_leaves(outputs):
+                if not isinstance(tensor, Tensor):
+                    continue
+                if not _finite(tensor):
+                    found.append(f"the output of {name}")
+                if tensor.requires_grad:
+                    tensor.register_hook(
+                        lambda gradient: (
+                            None
+                            if _finite(gradient)
+                            else found.append(f"the gradient at the output of {name}")
+                        )
+                    )
+
+        return hook
+
+    handles = [
+        child.register_forward_hook(watch(name or "the model")) for name, child in module.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
