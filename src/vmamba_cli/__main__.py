@@ -1,6 +1,7 @@
 """Entry point of the `vmamba` command."""
 
 import importlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -35,8 +36,11 @@ class _Verbs(TyperGroup):
             errors = sys.modules.get("vmamba.errors")
             if errors is None or not isinstance(error, errors.UserError) or ctx.params["debug"]:
                 raise
+            interrupted = type(error).__name__ == "Interrupted"
+            if interrupted and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
+                raise typer.Exit(0) from error  # the first process speaks for all
             typer.secho(f"vmamba: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(130 if type(error).__name__ == "Interrupted" else 2) from error
+            raise typer.Exit(130 if interrupted else 2) from error
 
 
 app = typer.Typer(

@@ -52,6 +52,7 @@ class TaskModule(lightning.LightningModule):
         self.ema: ModelEmaV3 | None = None
         if recipe.train.ema_decay is not None:
             self.ema = ModelEmaV3(model, recipe.train.ema_decay, use_warmup=recipe.train.ema_warmup)
+            self.ema.requires_grad_(False)
             self.val_metrics["ema"] = task.metrics()
         if recipe.train.compile:
             self.model.compile()

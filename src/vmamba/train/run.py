@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from vmamba.data import EpochSampler, ResumableLoader, read_image, seeded
@@ -33,6 +34,7 @@ from vmamba.train.callbacks import (
 from vmamba.train.checkpoint import (
     AtomicCheckpointIO,
     contents,
+    earlier_checkpoints,
     load_checkpoint,
     model_weights,
     newest_checkpoint,
@@ -45,6 +47,9 @@ from vmamba.train.task import Task, task_type
 _NOISE = [
     ".*does not have many workers.*",  # for small sets none is fastest
     ".*is smaller than the logging interval.*",  # the epoch's mean is there all the same
+    r".*module\(s\) in eval mode at the start of training.*",  # the average's
+    ".*It is recommended to use .self.log.*sync_dist=True.*",  # torchmetrics has done it
+    ".*Grad strides do not match bucket view strides.*",  # of depthwise kernels: a few kilobytes
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # Lightning's use of PyTorch
 ]
 """Warnings of Lightning that say nothing to the user."""
@@ -88,7 +93,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
         Interrupted: A signal came; last.ckpt is written.
     """
     folder = Path(folder)
-    if resume_from is None and (folder / "checkpoints" / "last.ckpt").exists():
+    if resume_from is None and holds_run(folder):
         raise RecipeError(f"{folder}: holds a run already; resume it with --resume, or name another folder")
     with _settings(recipe):
         task = task_type(recipe.task)(recipe)
@@ -124,6 +129,17 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
         with stop.listening(), _log_file(folder, trainer), _deaths_told(folder, trainer):
             trainer.fit(module, training, validation, ckpt_path=resume_from)
     return checkpoints.scores
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether there is a checkpoint to go on from, be it damaged."""
+    checkpoints = Path(folder) / "checkpoints"
+    return (checkpoints / "last.ckpt").exists() or bool(earlier_checkpoints(checkpoints))
+
+
+def is_first_process() -> bool:
+    """Whether it is this process' turn to speak for all of a run."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 RESUMABLE = {
