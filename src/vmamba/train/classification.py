@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset, TarImages
+from vmamba.data.augment import keep_a_bit
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe, Section
 from vmamba.train.task import Prediction, Task, create_model, register_task
@@ -172,16 +173,18 @@ class ClassificationTask(Task):
         }
         if not training:
             return create_transform(**common, is_training=False, crop_pct=data.crop_pct)
-        transform = create_transform(
-            **common,
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.random_erasing,
-            re_mode="pixel",
+        transform = keep_a_bit(
+            create_transform(
+                **common,
+                is_training=True,
+                scale=augment.scale,
+                ratio=augment.ratio,
+                hflip=augment.hflip,
+                color_jitter=augment.color_jitter,
+                auto_augment=augment.auto_augment,
+                re_prob=augment.random_erasing,
+                re_mode="pixel",
+            )
         )
         if augment.rotate or augment.shear:
             affine = RandomAffine(
