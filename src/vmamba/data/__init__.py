@@ -10,6 +10,7 @@ from vmamba.data.classification import (
 from vmamba.data.loading import Loaded, ResumableLoader
 from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.data.seeding import draw_seed, seeded
+from vmamba.data.tar import TarImages
 
 __all__ = [
     "ClassificationDataset",
@@ -20,6 +21,7 @@ __all__ = [
     "MnistSubset",
     "ResumableLoader",
     "SampleKey",
+    "TarImages",
     "draw_seed",
     "read_image",
     "seeded",

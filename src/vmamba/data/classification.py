@@ -5,7 +5,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -24,28 +24,30 @@ _DECODING_ERRORS = (
 )
 
 
-def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Decode an image file in full.
+def read_image(file: str | Path | BinaryIO, mode: str = "RGB", name: str | None = None) -> Image.Image:
+    """Decode an image in full.
 
     Args:
-        path: Any format that Pillow reads.
+        file: Of any format that Pillow reads; a path, or open.
         mode: "RGB" or "L".
+        name: What to call it in a message; default its path.
 
     Raises:
         DataError: There is no such file, or it is no image, a damaged one, or one of more than 8 bits a
             channel; the message names it.
     """
+    name = str(file) if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path}: more than 8 bits a channel (mode {image.mode}); convert it to 8")
+                raise DataError(f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8")
             return image.convert(mode)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
+        raise DataError(f"{name}: no such image") from None
     except DataError:
         raise
     except _DECODING_ERRORS as error:
-        raise DataError(f"{path}: not an image, or a damaged one ({error})") from error
+        raise DataError(f"{name}: not an image, or a damaged one ({error})") from error
 
 
 class ImageSource(ABC):

@@ -15,7 +15,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset
+from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset, TarImages
+from vmamba.data.augment import keep_a_bit
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe, Section
 from vmamba.train.task import Prediction, Task, create_model, register_task
@@ -24,8 +25,10 @@ from vmamba.train.task import Prediction, Task, create_model, register_task
 class DataRecipe(Section):
     """Where the images come from and what the model sees of them."""
 
-    source: Literal["folder", "mnist"] = Field(
-        default="folder", description="'folder': root/<split>/<class>/<image>; 'mnist': built in"
+    source: Literal["folder", "tar", "mnist"] = Field(
+        default="folder",
+        description="'folder': root/<split>/<class>/<image>; 'tar': such a folder in the tar root/<split>; "
+        "'mnist': built in",
     )
     root: str | None = None
     train_split: str = "train"
@@ -156,7 +159,8 @@ class ClassificationTask(Task):
             return MnistSubset(split, mode)
         if data.root is None:
             raise RecipeError("data.root: missing; set it to the folder that holds the splits")
-        return ImageFolder(Path(data.root) / (data.train_split if split == "train" else data.val_split), mode)
+        path = Path(data.root) / (data.train_split if split == "train" else data.val_split)
+        return TarImages(path, mode) if data.source == "tar" else ImageFolder(path, mode)
 
     def transform(self, training: bool) -> Any:
         """From a PIL image to a normed tensor (channels, image_size, image_size)."""
@@ -169,16 +173,18 @@ class ClassificationTask(Task):
         }
         if not training:
             return create_transform(**common, is_training=False, crop_pct=data.crop_pct)
-        transform = create_transform(
-            **common,
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.random_erasing,
-            re_mode="pixel",
+        transform = keep_a_bit(
+            create_transform(
+                **common,
+                is_training=True,
+                scale=augment.scale,
+                ratio=augment.ratio,
+                hflip=augment.hflip,
+                color_jitter=augment.color_jitter,
+                auto_augment=augment.auto_augment,
+                re_prob=augment.random_erasing,
+                re_mode="pixel",
+            )
         )
         if augment.rotate or augment.shear:
             affine = RandomAffine(
