@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vmamba.data import EpochSampler, ResumableLoader, SampleKey
+from vmamba.data.loading import ShardError
 from vmamba.errors import DataError
 
 
@@ -58,6 +59,27 @@ def test_a_damaged_sample_is_dropped(workers: int) -> None:
 def test_damaged_throughout() -> None:
     with pytest.raises(DataError, match="100 damaged samples in a row, the last: number 3 is damaged"):
         list(loader(Numbers(*range(8)), on_error="replace"))
+
+
+class Sharded(Numbers):
+    """Four shards of two samples each."""
+
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        if key.index // 2 in self.damaged:
+            raise ShardError(f"shard {key.index // 2} is damaged", 2)
+        return torch.tensor(key.index)
+
+
+def test_samples_of_a_damaged_shard_are_replaced_by_those_of_the_next() -> None:
+    damaged = loader(Sharded(1, 3), on_error="replace")
+    assert [loaded.batch.tolist() for loaded in damaged] == [[0, 1], [4, 5], [4, 5], [0, 1]]
+    assert list(damaged.skipped) == ["shard 1 is damaged", "shard 3 is damaged"]
+
+
+def test_a_damaged_shard_is_told_from_a_worker() -> None:
+    with pytest.raises(ShardError, match="shard 0 is damaged") as raised:
+        list(loader(Sharded(0), num_workers=1))
+    assert raised.value.samples == 2
 
 
 class Dying(Numbers):

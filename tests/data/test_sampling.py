@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmamba.data import EpochSampler, SampleKey
+from vmamba.data import EpochSampler, Groups, SampleKey
 
 LENGTHS, SEEDS, EPOCHS, WORLDS = (
     st.integers(1, 50),
@@ -55,6 +55,51 @@ def test_ranks_partition_the_samples(
     assert dealt == one[: length - length % step]
     if rounds:
         assert len({len(keys) for keys in ranks}) == 1
+
+
+GROUPS, WINDOWS = st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 5)
+
+
+@given(GROUPS, WINDOWS, SEEDS, EPOCHS, WORLDS, st.data())
+def test_grouped_samples_are_read_together(
+    groups: list[int], window: int, seed: int, epoch: int, world_size: int, data: st.DataObject
+) -> None:
+    """Every sample once, no window before the last is done; ranks and a resume leave the order as it is."""
+
+    def sampler(**kwargs: int) -> EpochSampler:
+        made = EpochSampler(sum(groups), seed=seed, groups=Groups(groups, window), **kwargs)
+        made.set_epoch(epoch)
+        return made
+
+    whole = [key.index for key in sampler()]
+    assert sorted(whole) == list(range(sum(groups)))
+    of = [group for group, size in enumerate(groups) for _ in range(size)]
+    seen = list(dict.fromkeys(of[index] for index in whole))
+    lasts = {group: max(i for i, index in enumerate(whole) if of[index] == group) for group in seen}
+    for place, index in enumerate(whole):
+        assert sum(lasts[group] >= place for group in seen[: seen.index(of[index]) + 1]) <= window
+    ranks = [[key.index for key in sampler(rank=rank, world_size=world_size)] for rank in range(world_size)]
+    assert [ranks[i % world_size][i // world_size] for i in range(len(whole))] == whole
+    rest = sampler()
+    consumed = data.draw(st.integers(0, len(whole)))
+    rest.done = (epoch, consumed)
+    assert [key.index for key in rest] == whole[consumed:]
+
+
+def test_groups_that_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match="add up to 20, got 9"):
+        EpochSampler(20, groups=Groups([4, 5], 2))
+
+
+def test_the_order_within_a_window_is_drawn_for_each_epoch() -> None:
+    sampler = EpochSampler(200, groups=Groups([10] * 20, 4))
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append([key.index for key in sampler])
+    assert orders[0] != orders[1]
+    assert len({index // 10 for index in orders[0][:40]}) == 4
+    assert len({index // 10 for index in orders[0][:8]}) > 1
 
 
 def test_a_step_that_the_ranks_cannot_share() -> None:

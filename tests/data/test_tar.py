@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from images import COLOURS, make_folder
-from vmamba.data import ImageFolder, TarImages, tar
+from vmamba.data import ImageFolder, TarImages, tar, write_tar
 from vmamba.errors import DataError
 
 
@@ -200,3 +200,23 @@ def test_a_tar_that_ends_in_an_image(root: Path) -> None:
     source.reader.index.sizes[:] = 2**20
     with pytest.raises(DataError, match=r"red/.*\.png: the tar ends in it"):
         source.load(17)
+
+
+def test_a_written_tar_is_the_folder(root: Path) -> None:
+    assert write_tar(root / "train", root / "packed.tar") == 18
+    before = (root / "packed.tar").read_bytes()
+    folder, packed = ImageFolder(root / "train"), TarImages(root / "packed.tar")
+    assert packed.classes == folder.classes
+    for index in range(18):
+        assert packed.load(index)[0].tobytes() == folder.load(index)[0].tobytes()
+    for path, _ in folder.samples:
+        os.utime(path, (1, 1))
+    write_tar(root / "train", root / "packed.tar")
+    assert (root / "packed.tar").read_bytes() == before
+    with pytest.raises(DataError, match=r"cannot write .*none/packed\.tar"):
+        write_tar(root / "train", root / "none" / "packed.tar")
+    folder.samples[0][0].unlink()
+    folder.samples[0][0].symlink_to(root / "nowhere")
+    with pytest.raises(DataError, match=r"0\.png: cannot write"):
+        write_tar(root / "train", root / "new.tar")
+    assert not list(root.glob("new.tar*"))

@@ -7,22 +7,35 @@ from vmamba.data.classification import (
     MnistSubset,
     read_image,
 )
-from vmamba.data.loading import Loaded, ResumableLoader
-from vmamba.data.sampling import EpochSampler, SampleKey
+from vmamba.data.huggingface import HuggingFaceImages
+from vmamba.data.loading import Loaded, ResumableLoader, ShardError
+from vmamba.data.pack import write_shards, write_tar
+from vmamba.data.sampling import EpochSampler, Groups, SampleKey
 from vmamba.data.seeding import draw_seed, seeded
+from vmamba.data.shards import RemoteShards, Shards, find_shards, is_url, read_classes
 from vmamba.data.tar import TarImages
 
 __all__ = [
     "ClassificationDataset",
     "EpochSampler",
+    "Groups",
+    "HuggingFaceImages",
     "ImageFolder",
     "ImageSource",
     "Loaded",
     "MnistSubset",
+    "RemoteShards",
     "ResumableLoader",
     "SampleKey",
+    "ShardError",
+    "Shards",
     "TarImages",
     "draw_seed",
+    "find_shards",
+    "is_url",
+    "read_classes",
     "read_image",
     "seeded",
+    "write_shards",
+    "write_tar",
 ]

@@ -8,8 +8,8 @@ from PIL import Image, ImageOps
 def keep_a_bit(transform: Any) -> Any:
     """Let the posterising of timm's policies leave at least one bit a channel.
 
-    At the greatest magnitude they ask for none, as for one image in 650 with the paper's policy: older Pillows
-    made it black, those of today raise.
+    At the greatest magnitude they ask for none, as for one image in 650 with the paper's policy: Pillow made
+    it black once, and raises today.
 
     Args:
         transform: From `timm.data.create_transform`; it is changed, and returned.

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vmamba.data.sampling import SampleKey
+from vmamba.data.sampling import Groups, SampleKey
 from vmamba.data.seeding import seeded
 from vmamba.errors import DataError
 
@@ -54,6 +54,8 @@ class ImageSource(ABC):
     """Images and their classes, by number; `str` of one says where it is, for messages."""
 
     classes: list[str]
+    groups: Groups | None = None
+    """Where samples should be read together."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -166,6 +168,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.groups = source.groups
 
     def __len__(self) -> int:
         return len(self.source)

@@ -13,6 +13,19 @@ TRIES = 100
 """So many damaged samples in a row are not a blemish of the data any more."""
 
 
+class ShardError(DataError):
+    """A file that holds many samples cannot be read.
+
+    Args:
+        message: Names it.
+        samples: How many it holds: from a sample in it, so far on is one of another file.
+    """
+
+    def __init__(self, message: str, samples: int = 1) -> None:
+        super().__init__(message)
+        self.samples = samples
+
+
 class Loaded(NamedTuple):
     """A batch, and where it comes from."""
 
@@ -124,13 +137,14 @@ class _ErrorsAsSamples(Dataset[Any]):
 
     def __getitem__(self, key: SampleKey) -> tuple[int, Any, list[str]]:
         skipped: list[str] = []
-        for shift in range(TRIES if self.on_error == "replace" else 1):
-            index = (key.index + shift) % len(self)
+        index = key.index
+        for _ in range(TRIES if self.on_error == "replace" else 1):
             try:
                 return index, self.dataset[SampleKey(key.epoch, index)], skipped
             except DataError as error:
                 last = error
                 skipped.append(str(error))
+                index = (index + (error.samples if isinstance(error, ShardError) else 1)) % len(self)
         if self.on_error == "replace":
             last = DataError(f"{TRIES} damaged samples in a row, the last: {last}")
         return key.index, last, skipped

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from vmamba.data.seeding import draw_seed
@@ -14,6 +15,18 @@ class SampleKey(NamedTuple):
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which a key has no use for
+
+
+class Groups(NamedTuple):
+    """Samples that should be read together, such as those of a shard.
+
+    Attributes:
+        sizes: Of groups of consecutive samples.
+        window: Groups whose samples an epoch mixes.
+    """
+
+    sizes: list[int]
+    window: int
 
 
 class EpochSampler(Sampler[SampleKey]):
@@ -31,6 +44,7 @@ class EpochSampler(Sampler[SampleKey]):
         chunk: Consecutive samples that go to the same rank.
         step: Samples of a step over all ranks, a multiple of `chunk * world_size`: those at the end that fill
             none are left out (training). Without it none is, and ranks may differ by a chunk (evaluation).
+        groups: If any, the groups are shuffled, and the samples within each window of them.
 
     Attributes:
         epoch: The epoch that an iteration reads.
@@ -47,11 +61,15 @@ class EpochSampler(Sampler[SampleKey]):
         world_size: int = 1,
         chunk: int = 1,
         step: int = 1,
+        groups: Groups | None = None,
     ) -> None:
         if step > 1 and step % (chunk * world_size):
             share = chunk * world_size
             raise ValueError(f"step: expected a multiple of chunk * world_size, {share}, got {step}")
+        if groups is not None and sum(groups.sizes) != length:
+            raise ValueError(f"groups: expected sizes that add up to {length}, got {sum(groups.sizes)}")
         self.seed, self.shuffle = seed, shuffle
+        self.groups = groups
         self.rank, self.world_size, self.chunk = rank, world_size, chunk
         self.length, self.total = length, length - length % step
         self.epoch = 0
@@ -68,12 +86,20 @@ class EpochSampler(Sampler[SampleKey]):
     def __len__(self) -> int:
         return sum(1 for _ in self._mine())
 
+    def _order(self) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.length)
+        generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
+        if self.groups is None:
+            return torch.randperm(self.length, generator=generator)
+        sizes, window = self.groups
+        groups = torch.arange(self.length).split(sizes)
+        shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+        windows = [torch.cat(shuffled[start : start + window]) for start in range(0, len(groups), window)]
+        return torch.cat([own[torch.randperm(len(own), generator=generator)] for own in windows])
+
     def __iter__(self) -> Iterator[SampleKey]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-        else:
-            order = list(range(self.length))
+        order = self._order().tolist()
         epoch, consumed = self.done
         skipped = consumed if epoch == self.epoch else 0
         for position in self._mine():

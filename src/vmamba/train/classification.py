@@ -15,7 +15,19 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from vmamba.data import ClassificationDataset, ImageFolder, ImageSource, MnistSubset, TarImages
+from vmamba.data import (
+    ClassificationDataset,
+    HuggingFaceImages,
+    ImageFolder,
+    ImageSource,
+    MnistSubset,
+    RemoteShards,
+    Shards,
+    TarImages,
+    find_shards,
+    is_url,
+    read_classes,
+)
 from vmamba.data.augment import keep_a_bit
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe, Section
@@ -25,14 +37,33 @@ from vmamba.train.task import Prediction, Task, create_model, register_task
 class DataRecipe(Section):
     """Where the images come from and what the model sees of them."""
 
-    source: Literal["folder", "tar", "mnist"] = Field(
+    source: Literal["folder", "tar", "webdataset", "huggingface", "mnist"] = Field(
         default="folder",
         description="'folder': root/<split>/<class>/<image>; 'tar': such a folder in the tar root/<split>; "
-        "'mnist': built in",
+        "'webdataset': shards root/<split>; 'huggingface': what load_from_disk or load_dataset of the "
+        "package datasets take as root; 'mnist': built in",
     )
-    root: str | None = None
-    train_split: str = "train"
-    val_split: str = "val"
+    root: str | None = Field(
+        default=None, description="a folder; for 'webdataset' also an address such as s3://bucket/folder"
+    )
+    train_split: str | list[str] = Field(
+        default="train", description="for 'webdataset' patterns of shards, such as train-{000000..001023}.tar"
+    )
+    val_split: str | list[str] = "val"
+    classes: str | int | None = Field(
+        default=None,
+        description="for 'webdataset', and 'huggingface' without names: a text file with a name a line, or "
+        "the number of classes",
+    )
+    image_column: str = Field(default="image", description="of 'huggingface'")
+    label_column: str = Field(default="label", description="of 'huggingface'")
+    shuffle_shards: int = Field(
+        default=16, ge=1, description="shards in object storage whose samples an epoch mixes"
+    )
+    cache_dir: str | None = Field(
+        default=None, description="folder for shards from object storage, on a local disk"
+    )
+    cache_gb: float = Field(default=100, gt=0, description="size in 10⁹ bytes that it is kept below")
     channels: Literal[1, 3] = 3
     image_size: int = Field(default=224, ge=8)
     crop_pct: float = Field(
@@ -49,6 +80,24 @@ class DataRecipe(Section):
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
         if min(self.std) <= 0:
             raise ValueError(f"std {self.std} is not above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_source(self) -> "DataRecipe":
+        if self.source != "webdataset":
+            for name in ("train_split", "val_split"):
+                if not isinstance(getattr(self, name), str):
+                    raise ValueError(
+                        f"{name}: a list is for source 'webdataset', and this is {self.source!r}"
+                    )
+            if self.classes is not None and self.source != "huggingface":
+                raise ValueError(f"classes: source {self.source!r} names them itself; leave it out")
+        elif self.classes is None:
+            raise ValueError("classes: missing; a text file with a name a line, or the number of classes")
+        elif self.root is not None and is_url(self.root) and self.cache_dir is None:
+            raise ValueError(f"cache_dir: missing; shards from {self.root} are kept there")
+        if isinstance(self.classes, int) and self.classes < 1:
+            raise ValueError(f"classes: expected at least 1, got {self.classes}")
         return self
 
 
@@ -159,8 +208,30 @@ class ClassificationTask(Task):
             return MnistSubset(split, mode)
         if data.root is None:
             raise RecipeError("data.root: missing; set it to the folder that holds the splits")
-        path = Path(data.root) / (data.train_split if split == "train" else data.val_split)
-        return TarImages(path, mode) if data.source == "tar" else ImageFolder(path, mode)
+        chosen = data.train_split if split == "train" else data.val_split
+        classes = None if data.classes is None else read_classes(data.classes)
+        if isinstance(chosen, str) and data.source == "huggingface":
+            return HuggingFaceImages(
+                *(data.root, chosen),
+                image_column=data.image_column,
+                label_column=data.label_column,
+                classes=classes,
+                mode=mode,
+            )
+        if isinstance(chosen, str) and data.source != "webdataset":
+            path = Path(data.root) / chosen
+            return TarImages(path, mode) if data.source == "tar" else ImageFolder(path, mode)
+        assert classes is not None  # by the recipe's validator
+        shards = find_shards(data.root, [chosen] if isinstance(chosen, str) else chosen)
+        if not is_url(data.root):
+            return Shards(shards, classes, mode)
+        assert data.cache_dir is not None
+        return RemoteShards(
+            *(shards, classes, mode),
+            cache_dir=data.cache_dir,
+            cache_gb=data.cache_gb,
+            window=data.shuffle_shards,
+        )
 
     def transform(self, training: bool) -> Any:
         """From a PIL image to a normed tensor (channels, image_size, image_size)."""

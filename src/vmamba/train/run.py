@@ -280,6 +280,7 @@ def _loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) 
         world_size=trainer.world_size,
         chunk=part if training else 1,
         step=train.batch_size if training else 1,
+        groups=getattr(dataset, "groups", None),
     )
     if training and not len(sampler):
         raise DataError(

@@ -1,0 +1,102 @@
+"""From an image folder to one tar, or to WebDataset shards; the same input gives the same bytes."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import torch
+
+from vmamba.data.classification import ImageFolder
+from vmamba.data.seeding import draw_seed
+from vmamba.data.shards import SIZES, read_sizes
+from vmamba.errors import DataError
+
+
+def write_tar(folder: str | Path, path: str | Path) -> int:
+    """Pack `folder/<class>/…/<image>` for `TarImages`.
+
+    Returns:
+        Images in it.
+
+    Raises:
+        DataError: The folder is none of images, or the tar cannot be written; then there is none.
+    """
+    source = ImageFolder(folder)
+    with _writing(Path(path)) as tar:
+        for file, _ in source.samples:
+            _add(tar, file.relative_to(source.root).as_posix(), file.read_bytes())
+    return len(source)
+
+
+def write_shards(
+    folder: str | Path, out: str | Path, split: str = "train", samples: int = 1000, seed: int = 0
+) -> int:
+    """Pack an image folder into `out/<split>-000000.tar` …, in a shuffled order, with sizes and class names.
+
+    Shuffled, since an epoch mixes the samples of some shards, and each should hold all classes.
+
+    Args:
+        folder: `folder/<class>/…/<image>`.
+        out: A folder; its `sizes.json` keeps the entries of other splits, `classes.txt` holds a name a line.
+        split: What the shards are called.
+        samples: In each but the last.
+        seed: Of the order.
+
+    Returns:
+        Shards written.
+
+    Raises:
+        DataError: The folder is none of images, another split has other classes, or a file cannot be written.
+    """
+    source, out = ImageFolder(folder), Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = "".join(f"{name}\n" for name in source.classes)
+        classes = out / "classes.txt"
+        if classes.exists() and classes.read_text(encoding="utf-8") != names:
+            raise DataError(f"{classes}: holds other classes than {folder}")
+        sizes = read_sizes(str(out / SIZES))
+        generator = torch.Generator().manual_seed(draw_seed("shards", seed))
+        order = torch.randperm(len(source), generator=generator).split(samples)
+        for number, own in enumerate(order):
+            name = f"{split}-{number:06}.tar"
+            with _writing(out / name) as tar:
+                for index in own.tolist():
+                    file, label = source.samples[index]
+                    _add(tar, f"{index:08}{file.suffix.lower()}", file.read_bytes())
+                    _add(tar, f"{index:08}.cls", str(label).encode())
+            sizes[name] = len(own)
+        _write_text(classes, names)
+        _write_text(out / SIZES, json.dumps(sizes, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: cannot write the shards ({error.strerror})") from error
+    return len(order)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[tarfile.TarFile]:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
+            yield tar
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot write {path} ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, BytesIO(content))
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
