@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,21 +60,18 @@ def _finite(tensor: Tensor) -> bool:
 def _watching(module: nn.Module, found: list[str]) -> Iterator[None]:
     """Note the outputs that are not finite, and the gradients that come back to them, as they arise."""
 
+    def note(tensor: Tensor, what: str) -> None:
+        if not _finite(tensor):
+            found.append(what)
+
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, inputs: Any, outputs: Any) -> None:
             for tensor in tree_leaves(outputs):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if not _finite(tensor):
-                    found.append(f"the output of {name}")
-                if tensor.requires_grad:
-                    tensor.register_hook(
-                        lambda gradient: (
-                            None
-                            if _finite(gradient)
-                            else found.append(f"the gradient at the output of {name}")
-                        )
-                    )
+                if isinstance(tensor, Tensor):
+                    note(tensor, f"the output of {name}")
+                    if tensor.requires_grad:
+                        back = f"the gradient that comes back to the output of {name}"
+                        tensor.register_hook(partial(note, what=back))
 
         return hook
 

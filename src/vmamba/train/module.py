@@ -172,7 +172,8 @@ class TaskModule(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self._step_parts, self._finite = [], None
         if self.ema is not None:
-            self.ema.update(self.model, step=self.global_step)
+            # Given the step, timm starts with a copy of the weights behind the first one.
+            self.ema.update(self.model, step=self.global_step if self.recipe.train.ema_warmup else None)
 
     def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
         self.task.evaluate(self.model, loaded.batch, self.val_metrics["raw"])
