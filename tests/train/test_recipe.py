@@ -7,7 +7,8 @@ from vmamba.train.classification import ClassificationRecipe
 from vmamba.train.recipe import check, override_values
 from vmamba.train.run import load_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 GOOD = """\
 task: classification
@@ -30,7 +31,7 @@ def write(folder: Path, text: str) -> Path:
 def test_recipes_of_the_repository(path: Path) -> None:
     recipe = load_recipe(path)
     assert check(type(recipe), recipe.model_dump(mode="json"), "again") == recipe
-    assert f"vmamba train recipes/{path.name}" in path.read_text().partition("task:")[0]
+    assert f"vmamba train {path.relative_to(ROOT).as_posix()}" in path.read_text().partition("task:")[0]
 
 
 def test_defaults_are_written_out_and_read_back(tmp_path: Path) -> None:

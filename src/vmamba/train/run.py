@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
@@ -307,12 +308,16 @@ def _trainer(
     if train.accelerator == "gpu" and not torch.accelerator.is_available():
         raise RecipeError("train.accelerator: there is no GPU here, or this PyTorch is built without one")
     on_cpu = train.accelerator == "cpu" or not torch.accelerator.is_available()
-    if train.precision == "16-mixed" and (on_cpu or train.strategy == "fsdp"):
+    if train.precision in ("16-mixed", "64-true") and train.strategy == "fsdp":
         raise RecipeError(
-            "train.precision: 16-mixed needs a GPU, and train.strategy ddp; else there is bf16-mixed"
+            f"train.precision: {train.precision} does not go with train.strategy fsdp; use bf16-mixed"
         )
     devices, nodes = _processes(recipe, on_cpu)
     plugins: list[Any] = [AtomicCheckpointIO()]
+    precision: Any = train.precision
+    if precision == "16-mixed" and on_cpu:  # by its name Lightning takes bfloat16 there
+        plugins.append(MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu")))
+        precision = None
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `StopOnSignal` does it
     return lightning.Trainer(
@@ -321,7 +326,7 @@ def _trainer(
         num_nodes=nodes,
         strategy=_strategy(recipe, devices, nodes),
         max_epochs=recipe.schedule.epochs,
-        precision=train.precision,
+        precision=precision,
         gradient_clip_val=recipe.optim.clip_grad,
         callbacks=[*callbacks, ProgressLine()],
         plugins=plugins,
