@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from vmamba.analysis.receptive_field import draw, receptive_field
 from vmamba.data import MnistSubset, SampleKey
-from vmamba.train.run import evaluate, load_recipe, load_run, train
+from vmamba.train.evaluation import evaluate, load_run
+from vmamba.train.run import load_recipe, train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "mnist_pico.yaml"
 
@@ -80,12 +81,12 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     checkpoint = out / "checkpoints" / "best.ckpt"
-    scores = evaluate(checkpoint)
+    scores = evaluate(checkpoint).scores
     mistakes = draw_predictions(checkpoint, out / "predictions.png")
     draw_receptive_field(checkpoint, out / "receptive_field.png")
     print(f"""
 Trained in {seconds / 60:.1f} minutes.
-Top-1 on the 1,000 digits held back: {scores["val/top1"]:.1%}, {mistakes} mistakes.
+Top-1 on the 1,000 digits held back: {scores["top1"]:.1%}, {mistakes} mistakes.
 
   {checkpoint}
   {out / "metrics.csv"} and {out / "curves.png"}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("train", "eval", "predict", "info", "list", "bench")
+VERBS = ("train", "eval", "predict", "runs", "info", "list", "bench")
 
 
 class _Verbs(TyperGroup):

@@ -1,27 +1,95 @@
 """`vmamba eval`."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
+class Weights(str, Enum):
+    auto = "auto"
+    raw = "raw"
+    ema = "ema"
+    both = "both"
+
+
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoints/best.ckpt or last.ckpt of a run.")],
+    what: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder (its best.ckpt), a checkpoint, or a recipe whose model.weights to judge."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="section.key=value, laid over the checkpoint's recipe.", show_default=False),
+        typer.Argument(help="section.key=value, laid over the recipe.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help="Of a run's checkpoint: as trained, their average, or the average where there is one."
+        ),
+    ] = Weights.auto,
+    flip: Annotated[bool, typer.Option("--flip", help="Average over mirror images too.")] = False,
+    scales: Annotated[
+        str, typer.Option(help="Average over views of these sizes, over the recipe's, such as 0.9,1,1.1.")
+    ] = "1",
+    per_class: Annotated[bool, typer.Option("--per-class", help="Show a row for each class.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results.json, per_class.csv, confusion.csv and confusion.png.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Judge a checkpoint on the evaluation split of its recipe's data."""
+    """Judge weights on the evaluation split of their recipe's data.
+
+    By the paper's protocol: resize to 256/224 of the size, centre crop.
+    """
     import json
 
     from vmamba_cli._extra import load
 
-    scores = load("vmamba.train.run", "train").evaluate(checkpoint, overrides or [])
+    try:
+        sizes = [float(scale) for scale in scales.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--scales: expected numbers with commas between, got {scales!r}") from None
+    evaluation = load("vmamba.train.evaluation", "train")
+    kinds = ["raw", "ema"] if weights is Weights.both else [weights.value]
+    found = [
+        evaluation.evaluate(what, overrides or [], weights=kind, flip=flip, scales=sizes) for kind in kinds
+    ]
+    for each in found:
+        if out is not None:
+            evaluation.write_evaluation(each, out / each.weights if len(found) > 1 else out)
     if as_json:
-        typer.echo(json.dumps(scores))
+        values = [
+            {"weights": each.weights, "samples": each.samples, "skipped": len(each.skipped), **each.scores}
+            for each in found
+        ]
+        typer.echo(json.dumps(values if len(values) > 1 else values[0]))
         return
-    for name, value in scores.items():
-        typer.echo(f"{name} {value:.4f}")
+    for each in found:
+        left_out = f", {len(each.skipped)} left out" if each.skipped else ""
+        typer.echo(f"{each.source}, {each.weights} weights, {each.samples} samples{left_out}")
+        for name, value in each.scores.items():
+            typer.echo(f"{name} {value:.4f}")
+        if per_class and "confusion" in each.tables:
+            _show_classes(each)
+
+
+def _show_classes(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vmamba.train.confusion import per_class
+
+    table = Table("class", box=None, pad_edge=False)
+    for name in ("samples", "accuracy"):
+        table.add_column(name, justify="right")
+    for name, samples, accuracy in per_class(found.tables["confusion"], found.classes):
+        table.add_row(name, str(samples), f"{accuracy:.4f}")
+    Console().print(table)

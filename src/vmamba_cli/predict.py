@@ -8,7 +8,7 @@ import typer
 
 def command(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[Path, typer.Option(help="checkpoints/best.ckpt or last.ckpt of a run.")],
+    checkpoint: Annotated[Path, typer.Option(help="A run's folder (its best.ckpt), or a checkpoint.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every class.")] = False,
 ) -> None:
@@ -18,7 +18,7 @@ def command(
 
     from vmamba_cli._extra import load
 
-    predictions = load("vmamba.train.run", "train").predict(images, checkpoint)
+    predictions = load("vmamba.train.evaluation", "train").predict(images, checkpoint)
     if as_json:
         found = [
             {"image": str(image), **asdict(prediction)}

@@ -16,7 +16,7 @@ from vmamba.train.checkpoint import (
     load_weights,
     replacing,
 )
-from vmamba.train.run import load_run
+from vmamba.train.evaluation import load_run
 
 
 @pytest.fixture

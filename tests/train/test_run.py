@@ -14,6 +14,7 @@ from vmamba.train import run
 from vmamba.train.callbacks import Interrupted
 from vmamba.train.checkpoint import load_checkpoint, model_weights
 from vmamba.train.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.evaluation import evaluate, predict
 from vmamba.train.recipe import check, override_values
 
 STEPS = 4  # of an epoch: 18 images in batches of 4
@@ -174,14 +175,14 @@ def test_a_folder_that_holds_a_run_is_not_written_over(folder: Path, whole: Path
 def test_evaluate_needs_the_checkpoint_alone(whole: Path, folder: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "moved.ckpt"
     checkpoint.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
-    scores = run.evaluate(checkpoint)
-    assert scores["val/top1"] == pytest.approx(float(rows(whole)[-1]["val/top1"]), abs=1e-5)
-    assert scores == run.evaluate(checkpoint, ["train.batch_size=6"])
+    scores = evaluate(checkpoint).scores
+    assert scores["top1"] == pytest.approx(float(rows(whole)[-1]["val/top1"]), abs=1e-5)
+    assert scores == evaluate(checkpoint, ["train.batch_size=6"]).scores
 
 
 def test_predict(whole: Path, folder: Path) -> None:
     images = sorted((folder / "val").glob("*/0.png"))
-    predictions = run.predict(images, whole / "checkpoints" / "last.ckpt")
+    predictions = predict(images, whole / "checkpoints" / "last.ckpt")
     assert len(predictions) == len(images)
     for prediction in predictions:
         scores = [found.score for found in prediction.classes]
@@ -197,7 +198,7 @@ def test_other_classes_than_the_models(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"val: not the model's 3 classes; missing \['red'\], extra \['purple'\]"
     ):
-        run.evaluate(whole / "checkpoints" / "last.ckpt", [f"data.root={root}"])
+        evaluate(whole / "checkpoints" / "last.ckpt", [f"data.root={root}"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

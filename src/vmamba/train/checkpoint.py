@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from vmamba.errors import CheckpointError
-from vmamba.models.official import load_official, read_checkpoint
+from vmamba.models.official import checkpoint_filter_fn, load_official, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -181,9 +181,36 @@ def contents(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> tup
     raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
 
 
-def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own weights in a run's checkpoint."""
-    prefix = "model."
+_PREFIXES = {"raw": "model.", "ema": "ema.module."}
+
+
+def weights_kinds(checkpoint: Mapping[str, Any]) -> list[str]:
+    """ "raw", and "ema" where a run's checkpoint has the average of its weights too."""
+    return [
+        kind
+        for kind, prefix in _PREFIXES.items()
+        if any(name.startswith(prefix) for name in checkpoint["state_dict"])
+    ]
+
+
+def model_weights(
+    checkpoint: Mapping[str, Any], kind: str = "raw", path: str | os.PathLike[str] = "checkpoint"
+) -> dict[str, Any]:
+    """The model's weights in a run's checkpoint.
+
+    Args:
+        checkpoint: Of a run.
+        kind: "raw", "ema", or "auto" for the average where there is one.
+        path: For messages.
+
+    Raises:
+        CheckpointError: It has no such weights.
+    """
+    kinds = weights_kinds(checkpoint)
+    kind = kinds[-1] if kind == "auto" and kinds else kind
+    if kind not in kinds:
+        raise CheckpointError(f"{path}: has no {kind!r} weights; it has {', '.join(map(repr, kinds))}")
+    prefix = _PREFIXES[kind]
     return {
         name.removeprefix(prefix): weight
         for name, weight in checkpoint["state_dict"].items()
@@ -191,20 +218,48 @@ def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str, kind: str = "auto") -> None:
     """Load a run's checkpoint, the authors' `.pth` file, or a safetensors file into a model.
 
+    A classifier of another number of classes stays as it is, which a warning says.
+
+    Args:
+        model: Of timm's registry.
+        path: Of the file.
+        kind: Of a run's checkpoint: "raw", "ema", or "auto" for the average where there is one.
+
     Raises:
-        CheckpointError: It cannot be read safely, or does not fit in every name and shape.
+        CheckpointError: It cannot be read safely, or all else does not fit in every name and shape.
     """
     if Path(path).suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            load_official(model, load_file(path))
+            weights: Mapping[str, Any] = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: no safetensors file, or a damaged one ({error})") from error
-        return
-    checkpoint = load_checkpoint(path)
-    load_official(model, model_weights(checkpoint) if CONTENTS in checkpoint else checkpoint)
+    else:
+        weights = load_checkpoint(path)
+        if CONTENTS in weights:
+            weights = model_weights(weights, kind, path)
+    weights = checkpoint_filter_fn(weights, model)
+    load_official(model, weights | _other_classifier(model, weights, path))
+
+
+def _other_classifier(model: nn.Module, weights: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The model's own classifier, if that in `weights` has another number of classes."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    own = model.state_dict()
+    other: dict[str, Any] = {}
+    for name in (names,) if isinstance(names, str) else names:
+        mine, theirs = own.get(f"{name}.weight"), weights.get(f"{name}.weight")
+        if mine is None or not isinstance(theirs, torch.Tensor) or mine.shape[1:] != theirs.shape[1:]:
+            continue
+        if len(mine) != len(theirs):
+            log.warning(
+                "%s: its classifier is for %d classes, the model's for %d: it starts anew",
+                *(path, len(theirs), len(mine)),
+            )
+            other |= {key: own[key] for key in (f"{name}.weight", f"{name}.bias") if key in own}
+    return other

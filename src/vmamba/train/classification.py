@@ -1,6 +1,6 @@
 """Image classification."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,11 @@ from timm.data import Mixup, create_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+)
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from vmamba.data import (
@@ -30,6 +34,8 @@ from vmamba.data import (
 )
 from vmamba.data.augment import keep_a_bit
 from vmamba.errors import DataError, RecipeError
+from vmamba.train.averaging import AveragedViews
+from vmamba.train.confusion import draw_confusion, per_class, write_csv
 from vmamba.train.recipe import Recipe, Section
 from vmamba.train.task import Prediction, Task, create_model, register_task
 
@@ -307,6 +313,30 @@ class ClassificationTask(Task):
                 "top5": MulticlassAccuracy(number, top_k=min(5, number), average="micro"),
             }
         )
+
+    def report_metrics(self) -> MetricCollection:
+        """top1, top5, the expected calibration error over 15 bins of confidence, and the confusion matrix."""
+        number = len(self.classes)
+        metrics = self.metrics()
+        metrics.add_metrics(
+            {
+                "calibration_error": MulticlassCalibrationError(number, n_bins=15, norm="l1"),
+                "confusion": MulticlassConfusionMatrix(number),  # a row for each true class
+            }
+        )
+        return metrics
+
+    @classmethod
+    def write_tables(cls, tables: Mapping[str, Tensor], classes: Sequence[str], folder: Path) -> None:
+        """per_class.csv, confusion.csv and confusion.png."""
+        confusion = tables["confusion"]
+        write_csv(folder / "per_class.csv", ["class", "samples", "accuracy"], per_class(confusion, classes))
+        rows = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
+        write_csv(folder / "confusion.csv", ["true class", *classes], rows)
+        draw_confusion(confusion, classes, folder / "confusion.png")
+
+    def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
+        return AveragedViews(model, flip, scales)
 
     def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> None:
         images, labels = batch

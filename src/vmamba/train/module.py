@@ -61,6 +61,10 @@ class TaskModule(lightning.LightningModule):
         self._step_parts: list[tuple[int, list[int]]] = []  # batch number and samples of the step so far
         self._finite: Tensor | None = None
 
+    def on_train_epoch_start(self) -> None:
+        if self.recipe.model.freeze == "backbone":
+            self.model.eval()  # its features do not change from step to step
+
     def training_step(self, loaded: Loaded, batch_idx: int) -> Tensor:
         # A checkpoint is taken between steps: there, what this step reads is done.
         loader: Any = self.trainer.train_dataloader

@@ -31,6 +31,12 @@ class ModelRecipe(Section):
     weights: str | None = Field(
         default=None, description="'pretrained' (downloads), the path of a checkpoint, or null to start anew"
     )
+    weights_kind: Literal["auto", "raw", "ema"] = Field(
+        default="auto", description="of a run's checkpoint; 'auto' is the average where there is one"
+    )
+    freeze: Literal["backbone"] | None = Field(
+        default=None, description="'backbone' trains the classifier alone, on features without drop path"
+    )
 
 
 class OptimRecipe(Section):

@@ -1,4 +1,4 @@
-"""Train, evaluate and predict: what the command's verbs do."""
+"""Train by a recipe, and go on with a run."""
 
 import json
 import logging
@@ -18,11 +18,10 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import nn
 
-from vmamba.data import EpochSampler, ResumableLoader, read_image, seeded
+from vmamba.data import EpochSampler, ResumableLoader, seeded
 from vmamba.environment import environment
-from vmamba.errors import CheckpointError, DataError, ProcessError, RecipeError
+from vmamba.errors import DataError, ProcessError, RecipeError
 from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.callbacks import (
     Blemishes,
@@ -37,7 +36,6 @@ from vmamba.train.checkpoint import (
     contents,
     earlier_checkpoints,
     load_checkpoint,
-    model_weights,
     newest_checkpoint,
     write_atomically,
 )
@@ -96,7 +94,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
     folder = Path(folder)
     if resume_from is None and holds_run(folder):
         raise RecipeError(f"{folder}: holds a run already; resume it with --resume, or name another folder")
-    with _settings(recipe):
+    with settings(recipe):
         task = task_type(recipe.task)(recipe)
         monitor = task.monitor if recipe.train.ema_decay is None else f"ema_{task.monitor}"
         checkpoints = Checkpoints(
@@ -104,7 +102,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
         )
         checkpoints.resumed_from = resume_from
         stop = StopOnSignal(folder, checkpoints.save)
-        trainer = _trainer(
+        trainer = trainer_for(
             recipe,
             [
                 Throughput(),
@@ -116,7 +114,7 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
             _loggers(recipe, folder),
         )
         trainer.accumulate_grad_batches = _parts(recipe, trainer.world_size)[1]
-        training, validation = (_loader(task, recipe, split, trainer) for split in ("train", "val"))
+        training, validation = (loader(task, recipe, split, trainer) for split in ("train", "val"))
         with seeded("initialisation", recipe.train.seed):
             model: Any = task.build_model(recipe)
         if recipe.train.grad_checkpointing:
@@ -196,55 +194,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Task, Recipe, nn.Module]:
-    """The task, recipe and trained model that a checkpoint holds; nothing else is needed.
-
-    Args:
-        checkpoint: `checkpoints/best.ckpt` or `last.ckpt` of a run.
-        overrides: `section.key=value` each, laid over its recipe.
-
-    Raises:
-        CheckpointError: It is missing, damaged, not of a run, or would run code.
-        RecipeError: An override does not fit.
-    """
-    found = load_checkpoint(checkpoint)
-    values, classes = contents(found, checkpoint)
-    values = override_values(values, overrides)
-    task_class = task_type(values.get("task"))
-    recipe = check(task_class.recipe_type, values, str(checkpoint))
-    task = task_class(recipe, classes)
-    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
-    model = task.build_model(recipe.model_copy(update={"model": untrained}))
-    try:
-        model.load_state_dict(model_weights(found))
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: does not fit its own model: {error}") from error
-    return task, recipe, model.eval()
-
-
-def evaluate(checkpoint: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Judge a checkpoint on the "val" split of its recipe's data; raises as `load_run` and the data do."""
-    task, recipe, model = load_run(checkpoint, overrides)
-    with _settings(recipe):
-        trainer = _trainer(recipe, [])
-        (scores,) = trainer.validate(
-            TaskModule(task, recipe, model), _loader(task, recipe, "val", trainer), verbose=False
-        )
-    return dict(scores)
-
-
-def predict(images: Sequence[str | Path], checkpoint: str | Path) -> list[Any]:
-    """A prediction for each image file; all are read before the model runs.
-
-    Raises:
-        DataError: A file is missing or no image; the message names it.
-        CheckpointError: As `load_run`.
-    """
-    decoded = [read_image(path) for path in images]
-    task, _, model = load_run(checkpoint)
-    return [prediction for image in decoded for prediction in task.predict(model, [image])]
-
-
 def _parts(recipe: Recipe, processes: int) -> tuple[int, int]:
     """Samples of one pass through the model in one process, and passes of a step."""
     train = recipe.train
@@ -263,7 +212,8 @@ def _parts(recipe: Recipe, processes: int) -> tuple[int, int]:
     return part, share // part
 
 
-def _loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) -> ResumableLoader:
+def loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) -> ResumableLoader:
+    """The batches of a split that a process reads."""
     training = split == "train"
     dataset: Any = task.dataset(split)
     train = recipe.train
@@ -301,9 +251,10 @@ def _loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) 
     )
 
 
-def _trainer(
+def trainer_for(
     recipe: Recipe, callbacks: list[Callback], loggers: Sequence[Logger] | bool = False
 ) -> lightning.Trainer:
+    """Lightning's loop as a recipe has it, on the machine at hand."""
     train = recipe.train
     if train.accelerator == "gpu" and not torch.accelerator.is_available():
         raise RecipeError("train.accelerator: there is no GPU here, or this PyTorch is built without one")
@@ -415,7 +366,7 @@ def _deaths_told(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _settings(recipe: Recipe) -> Iterator[None]:
+def settings(recipe: Recipe) -> Iterator[None]:
     """The recipe's threads, and Lightning without its advice, for the length of a run."""
     threads = torch.get_num_threads()
     level = logging.getLogger("lightning.pytorch").level

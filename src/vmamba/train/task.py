@@ -4,9 +4,11 @@ A task says what its recipe holds, where its data come from, what the loss is, a
 folder, checkpoints and the command are the same for all. Add a task by subclassing `Task` and registering it.
 """
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 
 from vmamba.errors import RecipeError
+from vmamba.train.checkpoint import load_weights, write_atomically
 from vmamba.train.recipe import ModelRecipe, Recipe
 
 
@@ -81,6 +84,29 @@ class Task(ABC):
     def metrics(self) -> MetricCollection:
         """New metrics of an evaluation."""
 
+    def report_metrics(self) -> MetricCollection:
+        """New metrics of a whole report, those of `metrics` among them."""
+        return self.metrics()
+
+    def split_results(self, results: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Single numbers, and tables, of what `report_metrics` found."""
+        numbers = {name: value.item() for name, value in results.items() if value.numel() == 1}
+        return numbers, {name: value for name, value in results.items() if value.numel() != 1}
+
+    @classmethod
+    def write_tables(cls, tables: Mapping[str, Tensor], classes: Sequence[str], folder: Path) -> None:
+        """Write the tables as files, and as pictures where that helps; by default as one JSON."""
+        values = {"classes": list(classes), **{name: table.tolist() for name, table in tables.items()}}
+        write_atomically(folder / "tables.json", json.dumps(values) + "\n")
+
+    def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
+        """The model with test-time augmentation.
+
+        Raises:
+            RecipeError: The task has none.
+        """
+        raise RecipeError(f"test-time augmentation: not for {self.name}")
+
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Any, metrics: MetricCollection) -> None:
         """Forward of an evaluation batch, into the metrics."""
@@ -119,7 +145,6 @@ def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
         CheckpointError: `weights` does not fit or cannot be read.
     """
     import vmamba  # noqa: F401  (registers the variants)
-    from vmamba.train.checkpoint import load_weights
 
     if not timm.is_model(recipe.name):
         close = timm.list_models(f"*{recipe.name}*")[:5] or timm.list_models("*vmamba*")
@@ -130,5 +155,9 @@ def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"model.args: {recipe.name} does not take them: {error}") from error
     if recipe.weights is not None and not pretrained:
-        load_weights(model, recipe.weights)
+        load_weights(model, recipe.weights, recipe.weights_kind)
+    if recipe.freeze == "backbone":
+        model.requires_grad_(False)
+        classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
+        classifier.requires_grad_(True)
     return model

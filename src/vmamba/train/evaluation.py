@@ -1,0 +1,190 @@
+"""Judge weights by a task's whole protocol, and predict."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+from torch import Tensor, nn
+
+from vmamba.data import Loaded, read_image
+from vmamba.environment import environment
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.train.checkpoint import contents, load_checkpoint, model_weights, weights_kinds, write_atomically
+from vmamba.train.recipe import Recipe, check, override_values, read_values
+from vmamba.train.task import Task, task_type
+
+Weights = Literal["auto", "raw", "ema"]
+"""Of a run's checkpoint: its weights, their average, or the average where there is one."""
+
+
+class _Judge(lightning.LightningModule):
+    """Runs a task's whole set of metrics over the batches of an evaluation."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model, self.whole = task, model, task.report_metrics()
+        self.samples = 0
+        self.results: dict[str, Tensor] = {}
+
+    def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
+        self.task.evaluate(self.model, loaded.batch, self.whole)
+        self.samples += len(loaded.indices)
+
+    def on_validation_epoch_end(self) -> None:
+        self.results = {name: value.detach().cpu() for name, value in self.whole.compute().items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        source: The checkpoint or recipe.
+        weights: "raw" or "ema".
+        samples: Looked at.
+        skipped: What was wrong with those left out.
+        scores: The single numbers.
+        tables: Further results of the task, by name.
+        classes: Names.
+    """
+
+    source: str
+    weights: str
+    samples: int
+    skipped: list[str]
+    scores: dict[str, float]
+    tables: dict[str, Tensor]
+    classes: list[str]
+
+
+def load_run(
+    checkpoint: str | Path, overrides: Sequence[str] = (), weights: Weights = "auto"
+) -> tuple[Task, Recipe, nn.Module]:
+    """The task, recipe and trained model that a checkpoint holds; nothing else is needed.
+
+    Args:
+        checkpoint: `checkpoints/best.ckpt` or `last.ckpt` of a run, or its folder, for the best.
+        overrides: `section.key=value` each, laid over its recipe.
+        weights: Which.
+
+    Raises:
+        CheckpointError: It is missing, damaged, not of a run, would run code, or has no such weights.
+        RecipeError: An override does not fit.
+    """
+    path = checkpoint_of(checkpoint)
+    found = load_checkpoint(path)
+    values, classes = contents(found, path)
+    values = override_values(values, overrides)
+    task_class = task_type(values.get("task"))
+    recipe = check(task_class.recipe_type, values, str(path))
+    task = task_class(recipe, classes)
+    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
+    model = task.build_model(recipe.model_copy(update={"model": untrained}))
+    try:
+        model.load_state_dict(model_weights(found, weights, path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit its own model: {error}") from error
+    return task, recipe, model.eval()
+
+
+def checkpoint_of(place: str | Path) -> Path:
+    """A checkpoint, or the best one of a run's folder."""
+    path = Path(place)
+    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+
+
+def evaluate(
+    what: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    weights: Weights = "auto",
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+) -> Evaluation:
+    """Judge weights on the "val" split of their recipe's data.
+
+    Args:
+        what: As `load_run`; or a recipe, whose `model.weights` are judged.
+        overrides: `section.key=value` each, laid over the recipe.
+        weights: Which of a run's checkpoint.
+        flip: Average over mirror images too.
+        scales: Average over these sizes of the crop.
+
+    Raises:
+        CheckpointError: As `load_run`.
+        RecipeError: An override does not fit, the recipe names no weights, or a scale is not above 0.
+        DataError: The data are missing or damaged.
+    """
+    from vmamba.train.run import loader, settings, trainer_for
+
+    if not scales or min(scales) <= 0:
+        raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
+    if Path(what).suffix in (".yaml", ".yml"):
+        kind = "raw"
+        task, recipe, model = _load_recipe_weights(what, overrides)
+    else:
+        path = checkpoint_of(what)
+        kind = weights_kinds(load_checkpoint(path))[-1] if weights == "auto" else weights
+        task, recipe, model = load_run(path, overrides, weights)
+    if flip or tuple(scales) != (1.0,):
+        model = task.averaged(model, flip, scales)
+    with settings(recipe):
+        trainer = trainer_for(recipe, [])
+        data = loader(task, recipe, "val", trainer)
+        module = _Judge(task, model)
+        trainer.validate(module, data, verbose=False)
+    scores, tables = task.split_results(module.results)
+    return Evaluation(
+        source=str(what),
+        weights=kind,
+        samples=module.samples,
+        skipped=list(data.skipped),
+        scores=scores,
+        tables=tables,
+        classes=list(task.classes),
+    )
+
+
+def _load_recipe_weights(path: str | Path, overrides: Sequence[str]) -> tuple[Task, Recipe, nn.Module]:
+    values, lines = read_values(path)
+    values = override_values(values, overrides)
+    for override in overrides:
+        lines.pop(override.partition("=")[0], None)
+    task_class = task_type(values.get("task"))
+    recipe: Any = check(task_class.recipe_type, values, str(path), lines)
+    if recipe.model.weights is None:
+        raise RecipeError(
+            f"{path}: names no weights to judge; set model.weights to 'pretrained' or a checkpoint's path"
+        )
+    # The classes are looked up in the split that is judged: there may be no other here.
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"train_split": recipe.data.val_split})}
+    )
+    task = task_class(recipe)
+    return task, recipe, task.build_model(recipe).eval()
+
+
+def write_evaluation(found: Evaluation, folder: str | Path, task_name: str = "classification") -> None:
+    """results.json, and the task's tables and pictures, into a folder."""
+    folder = Path(folder)
+    values = {
+        **{"source": found.source, "weights": found.weights, "samples": found.samples},
+        **{"skipped": found.skipped, "scores": found.scores, "environment": environment()},
+    }
+    write_atomically(folder / "results.json", json.dumps(values, indent=2) + "\n")
+    task_type(task_name).write_tables(found.tables, found.classes, folder)
+
+
+def predict(images: Sequence[str | Path], checkpoint: str | Path, weights: Weights = "auto") -> list[Any]:
+    """A prediction for each image file; all are read before the model runs.
+
+    Raises:
+        DataError: A file is missing or no image; the message names it.
+        CheckpointError: As `load_run`.
+    """
+    decoded = [read_image(path) for path in images]
+    task, _, model = load_run(checkpoint, weights=weights)
+    return [prediction for image in decoded for prediction in task.predict(model, [image])]

@@ -1,0 +1,167 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from images import COLOURS, make_folder, tiny_values
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.train import run
+from vmamba.train.averaging import AveragedViews
+from vmamba.train.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.confusion import draw_confusion, per_class
+from vmamba.train.evaluation import Evaluation, evaluate, load_run, predict, write_evaluation
+from vmamba.train.recipe import check, override_values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
+    return check(ClassificationRecipe, override_values(tiny_values(folder), overrides), "test")
+
+
+@pytest.fixture(scope="module")
+def averaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an average of its weights."""
+    out = tmp_path_factory.mktemp("averaged")
+    run.train(recipe(folder, "train.ema_decay=0.8"), out)
+    return out
+
+
+def logits_of(folder: Path, model: nn.Module, task: Any) -> tuple[Tensor, Tensor]:
+    """By hand, an image at a time."""
+    data = task.dataset("val")
+    from vmamba.data import SampleKey
+
+    samples = [data[SampleKey(0, index)] for index in range(len(data))]
+    with torch.inference_mode():
+        logits = torch.cat([model(image[None]) for image, _ in samples])
+    return logits, torch.tensor([label for _, label in samples])
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_scores_are_those_computed_by_hand(weights: Any, folder: Path, averaged: Path) -> None:
+    found = evaluate(averaged, weights=weights)
+    task, _, model = load_run(averaged, weights=weights)
+    logits, labels = logits_of(folder, model, task)
+    right = logits.argmax(1) == labels
+    assert (found.weights, found.samples, found.skipped) == (weights, len(labels), [])
+    assert found.scores["top1"] == pytest.approx(right.float().mean().item())
+    assert found.scores["top5"] == 1  # of three classes
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    for true, predicted in zip(labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        confusion[true, predicted] += 1
+    assert torch.equal(found.tables["confusion"], confusion)
+    confidence = logits.softmax(1).max(1).values
+    error = 0.0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if inside.any():
+            gap = (confidence[inside].mean() - right[inside].float().mean()).abs().item()
+            error += gap * inside.float().mean().item()
+    assert found.scores["calibration_error"] == pytest.approx(error, abs=1e-5)
+
+
+def test_the_average_is_taken_where_there_is_one(averaged: Path, folder: Path, tmp_path: Path) -> None:
+    raw, ema, auto = (load_run(averaged, weights=kind)[2].state_dict() for kind in ("raw", "ema", "auto"))
+    assert all(torch.equal(auto[name], ema[name]) for name in auto)
+    assert not all(torch.equal(raw[name], ema[name]) for name in auto)
+    run.train(recipe(folder, "schedule.epochs=2"), tmp_path)
+    assert evaluate(tmp_path).weights == "raw"
+    with pytest.raises(CheckpointError, match=r"best\.ckpt: has no 'ema' weights; it has 'raw'"):
+        evaluate(tmp_path, weights="ema")
+    images = sorted((folder / "val").glob("*/0.png"))
+    one, other = (predict(images, averaged, weights=kind) for kind in ("raw", "ema"))
+    assert one != other
+
+
+def test_a_recipe_names_the_weights(folder: Path, averaged: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    values = tiny_values(folder)
+    values["data"]["train_split"] = "not_here"  # there may be no training images
+    path.write_text(yaml.safe_dump(values))
+    best = averaged / "checkpoints" / "best.ckpt"
+    found = evaluate(path, [f"model.weights={best}"])
+    assert found.scores == evaluate(averaged).scores
+    with pytest.raises(RecipeError, match="names no weights to judge"):
+        evaluate(path)
+
+
+class Linear(nn.Module):
+    """Of the mean colour at the left: mirror images differ."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 3 * images[..., : images.shape[-1] // 2].mean((2, 3)) + images.shape[-1] / 10
+
+
+def test_averaged_views() -> None:
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = Linear()
+    plain = AveragedViews(model)(images)
+    torch.testing.assert_close(plain.exp(), model(images).softmax(1))
+    larger = nn.functional.interpolate(images, (20, 20), mode="bicubic", antialias=True)
+    views = [images, images.flip(3), larger, larger.flip(3)]
+    expected = torch.stack([model(view).softmax(1) for view in views]).mean(0)
+    found = AveragedViews(model, flip=True, scales=[1.0, 1.25])(images)
+    torch.testing.assert_close(found.exp(), expected)
+
+
+def test_averaging_in_an_evaluation(averaged: Path) -> None:
+    plain = evaluate(averaged)
+    found = evaluate(averaged, flip=True, scales=(1.0, 1.25))
+    assert found.scores["calibration_error"] != plain.scores["calibration_error"]
+    assert found.samples == plain.samples
+    for scales in ((), (0.0,), (1.0, -1.0)):
+        with pytest.raises(RecipeError, match="scales: expected numbers above 0"):
+            evaluate(averaged, scales=scales)
+
+
+def test_files(averaged: Path, tmp_path: Path) -> None:
+    found = evaluate(averaged)
+    write_evaluation(found, tmp_path / "report")
+    values = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert values["scores"] == found.scores
+    with (tmp_path / "report" / "per_class.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == sorted(COLOURS)
+    assert sum(int(row["samples"]) * float(row["accuracy"]) for row in rows) == pytest.approx(
+        found.scores["top1"] * found.samples
+    )
+    with (tmp_path / "report" / "confusion.csv").open(newline="") as file:
+        table = list(csv.reader(file))
+    assert [[int(value) for value in row[1:]] for row in table[1:]] == found.tables["confusion"].tolist()
+    assert (tmp_path / "report" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_class_without_samples(tmp_path: Path) -> None:
+    confusion = torch.tensor([[3, 1], [0, 0]])
+    rows = per_class(confusion, ["a", "b"])
+    assert rows[0] == ("a", 4, 0.75)
+    assert rows[1][:2] == ("b", 0)
+    assert rows[1][2] != rows[1][2]
+    draw_confusion(confusion, ["a", "b"], tmp_path / "small.png")
+    draw_confusion(torch.eye(200, dtype=torch.int64), [str(n) for n in range(200)], tmp_path / "large.png")
+
+
+def test_damaged_images_are_counted(averaged: Path, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    bad = root / "val" / "red" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    found: Evaluation = evaluate(averaged, [f"data.root={root}", "train.on_error=skip"])
+    assert found.samples == 17
+    assert len(found.skipped) == 1
+    assert str(bad) in found.skipped[0]
+    assert found.tables["confusion"].sum() == 17
+
+
+def test_classes_of_another_order_are_not_compared(averaged: Path) -> None:
+    task, _, _ = load_run(averaged)
+    assert isinstance(task, ClassificationTask)
+    assert task.classes == sorted(COLOURS)

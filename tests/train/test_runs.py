@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from images import make_folder, tiny_values
+from vmamba.errors import DataError
+from vmamba.train import run
+from vmamba.train.classification import ClassificationRecipe
+from vmamba.train.recipe import check, override_values
+from vmamba.train.runs import SORTS, find_runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with rows made up, one that only began, a damaged one, and something else."""
+    place = tmp_path_factory.mktemp("runs")
+    recipe = check(
+        ClassificationRecipe, override_values(tiny_values(place), ["train.ema_decay=0.5"]), "test"
+    ).to_yaml()
+    for name in ("b/first", "begun", "damaged"):
+        (place / name).mkdir(parents=True)
+        (place / name / "recipe.yaml").write_text(recipe)
+    header = "epoch,step,lr,images/s,train/loss,val/ema_top1,val/ema_top5,val/top1,val/top5\n"
+    rows = "0,4,0.1,50,2.5,0.7,1,0.1,1\n1,8,0.1,60,1.5,0.6,1,0.9,1\n"
+    (place / "b" / "first" / "metrics.csv").write_text(header + rows)
+    (place / "damaged" / "metrics.csv").write_text("epoch,step\nnone,4\n")
+    (place / "other").mkdir()
+    (place / "other" / "recipe.yaml").write_text("eggs: 3\n")
+    return place
+
+
+def test_what_a_run_says(place: Path) -> None:
+    runs = {found.name: found for found in find_runs(place)}
+    first = runs[str(Path("b/first"))]
+    assert (first.model, first.epochs, first.of, first.step) == ("test_convnext", 2, 3, 8)
+    assert (first.score, first.last, first.best, first.best_epoch) == ("val/ema_top1", 0.6, 0.7, 1)
+    assert (first.train_loss, first.images_per_second) == (1.5, 60)
+    assert (runs["begun"].epochs, runs["begun"].last, runs["begun"].problem) == (0, None, "")
+    for name in ("damaged", "other"):
+        assert runs[name].problem.startswith(f"{place / name}: not a run of vmamba, or a damaged one")
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_every_order_has_every_run(sort: str, place: Path) -> None:
+    found = find_runs(place, sort)
+    assert len(found) == 4
+    if sort in ("last", "best", "train_loss", "images_per_second", "changed"):
+        assert found[0].name == str(Path("b/first"))
+
+
+def test_a_run_itself(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images")
+    recipe = check(ClassificationRecipe, tiny_values(images), "test")
+    scores = run.train(recipe, tmp_path / "mine")
+    (found,) = find_runs(tmp_path / "mine")
+    assert (found.name, found.score, found.epochs) == ("mine", "val/top1", 3)
+    assert found.last == pytest.approx(scores["val/top1"], abs=1e-5)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert find_runs(tmp_path) == []
+    with pytest.raises(DataError, match="no such folder"):
+        find_runs(tmp_path / "none")
+    with pytest.raises(DataError, match="no order 'size'; there are name, model"):
+        find_runs(tmp_path, "size")
+    assert json.dumps([found.problem for found in find_runs(tmp_path)]) == "[]"

@@ -1,0 +1,134 @@
+"""From a checkpoint onto other classes and another resolution."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from images import make_folder, tiny_values
+from vmamba.errors import CheckpointError
+from vmamba.train import run
+from vmamba.train.checkpoint import load_checkpoint, load_weights, model_weights
+from vmamba.train.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.module import TaskModule
+from vmamba.train.recipe import check, override_values
+
+SMALL = (
+    "model={name: vmamba_pico, args: {depths: [1, 1], dims: [8, 16], stem_stride: 4, drop_path_rate: 0.5}}"
+)
+
+
+def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
+    return check(ClassificationRecipe, override_values(tiny_values(folder), [SMALL, *overrides]), "test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("two"))
+    for split in ("train", "val"):
+        (root / split / "green").rename(root.parent / f"{root.name}_{split}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("source")
+    run.train(recipe(folder, "schedule.epochs=2", "train.ema_decay=0.5"), out)
+    return out / "checkpoints" / "last.ckpt"
+
+
+def test_other_classes_and_another_resolution(
+    source: Path, two_classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed = recipe(
+        two_classes,
+        f"model.weights={source}",
+        "data.image_size=48",
+        "schedule.epochs=2",
+        "optim.layer_decay=0.5",
+    )
+    model = ClassificationTask(changed).build_model(changed)
+    assert "its classifier is for 3 classes, the model's for 2: it starts anew" in caplog.text
+    expected = model_weights(load_checkpoint(source), "ema")
+    for name, value in model.state_dict().items():
+        if name.startswith("head.fc."):
+            assert value.shape[0] == 2
+        else:
+            assert torch.equal(value, expected[name]), name
+    scores = run.train(changed, tmp_path)
+    assert scores["val/top1"] >= 0
+
+
+@pytest.mark.parametrize("kind", ["raw", "ema"])
+def test_which_weights_of_a_run(kind: str, source: Path, folder: Path) -> None:
+    changed = recipe(folder, f"model.weights={source}", f"model.weights_kind={kind}")
+    model = ClassificationTask(changed).build_model(changed)
+    expected = model_weights(load_checkpoint(source), kind)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_else_may_differ(source: Path, two_classes: Path) -> None:
+    wider = SMALL.replace("[8, 16]", "[8, 24]")
+    changed = check(
+        ClassificationRecipe,
+        override_values(tiny_values(two_classes), [wider, f"model.weights={source}"]),
+        "test",
+    )
+    with pytest.raises(CheckpointError, match="does not fit VMamba; nothing was loaded"):
+        ClassificationTask(changed).build_model(changed)
+
+
+def test_a_model_without_a_classifier_takes_only_what_fits(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 4).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"weight expected \(3, 2\), got \(4, 2\)"):
+        load_weights(nn.Linear(2, 3), str(tmp_path / "weights.pth"))
+
+
+def test_a_linear_probe_trains_the_classifier_alone(source: Path, two_classes: Path, tmp_path: Path) -> None:
+    changed = recipe(two_classes, f"model.weights={source}", "model.freeze=backbone", "schedule.epochs=2")
+    run.train(changed, tmp_path)
+    before = model_weights(load_checkpoint(source), "ema")
+    found = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    after = model_weights(found)
+    changed_names = {
+        name for name in after if not name.startswith("head.fc") and not after[name].equal(before[name])
+    }
+    assert not changed_names
+    groups = found["optimizer_states"][0]["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == 2
+    assert any(state["exp_avg"].abs().sum() > 0 for state in found["optimizer_states"][0]["state"].values())
+
+
+def test_a_linear_probe_has_no_drop_path(source: Path, folder: Path) -> None:
+    """The features of an image are the same from step to step."""
+    changed = recipe(folder, f"model.weights={source}", "model.freeze=backbone")
+    task = ClassificationTask(changed)
+    module = TaskModule(task, changed, task.build_model(changed), steps=4)
+    module.train()
+    module.on_train_epoch_start()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module.model(images), module.model(images))
+
+
+def test_layer_wise_rates(folder: Path) -> None:
+    """Each layer has a rate of 0.5 × that of the next; the classifier has the recipe's."""
+    changed = recipe(folder, "optim.layer_decay=0.5", "schedule.warmup_epochs=0")
+    task = ClassificationTask(changed)
+    model = task.build_model(changed)
+    optimizer = TaskModule(task, changed, model, steps=4).configure_optimizers()["optimizer"]
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
+    assert by_name["head.fc.weight"] == 1
+    blocks = [
+        {value for name, value in by_name.items() if name.startswith(f"stages.{stage}.blocks.0.")}
+        for stage in range(2)
+    ]
+    assert all(len(found) == 1 for found in blocks)
+    stem = {value for name, value in by_name.items() if name.startswith("stem.")}
+    assert stem.pop() < blocks[0].pop() < blocks[1].pop() <= 1
