@@ -24,10 +24,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def call(place: Path, out: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--out", out, *overrides]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200)
+
+
 def train(place: Path, out: str, *overrides: str) -> dict[str, torch.Tensor]:
     """The raw and averaged weights that a run ends with."""
-    command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--out", out, *overrides]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200)
+    done = call(place, out, *overrides)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("next: vmamba eval") == 1
     checkpoint = torch.load(place / out / "checkpoints" / "last.ckpt", weights_only=True)
@@ -39,16 +43,57 @@ def alone(place: Path) -> dict[str, torch.Tensor]:
     return train(place, "alone")
 
 
+TWO = "train.devices=2"
+SHARDED = [TWO, "train.strategy=fsdp"]
+
+
 @pytest.mark.parametrize(
     "overrides",
-    [["train.devices=2"], ["train.micro_batch_size=2"], ["train.devices=2", "train.micro_batch_size=2"]],
-    ids=["two processes", "four passes", "two processes of two passes"],
+    [[TWO], ["train.micro_batch_size=2"], [TWO, "train.micro_batch_size=2"], SHARDED],
+    ids=["two processes", "four passes", "two processes of two passes", "two shards"],
 )
 def test_who_shares_a_step_changes_nothing(
     overrides: list[str], place: Path, alone: dict[str, torch.Tensor], request: pytest.FixtureRequest
 ) -> None:
     shared = train(place, request.node.callspec.id, *overrides)
-    assert shared.keys() == alone.keys()
+    assert_close(shared, alone)
     assert any(name.startswith("ema.") for name in shared)
-    for name, value in alone.items():
-        torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("overrides", [[TWO], SHARDED], ids=["copies", "shards"])
+def test_two_processes_go_on_with_a_run(
+    overrides: list[str], place: Path, request: pytest.FixtureRequest
+) -> None:
+    """From a checkpoint within the first epoch."""
+    out = f"resumed {request.node.callspec.id}"
+    every = ["train.checkpoint_every=2", "train.keep_checkpoints=9"]
+    whole = train(place, out, *overrides, *every)
+    checkpoints = place / out / "checkpoints"
+    for path in checkpoints.glob("*"):
+        if not path.name.startswith("step-000000002."):
+            path.unlink()
+    resumed = train(place, out, *overrides, *every, "--auto-resume")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_a_run_goes_on_with_another_number_of_processes(place: Path, alone: dict[str, torch.Tensor]) -> None:
+    """Also within an epoch, but not in other parts: Lightning counts these."""
+    every = ["train.checkpoint_every=2", "train.keep_checkpoints=9"]
+    train(place, "other", *every)
+    checkpoints = place / "other" / "checkpoints"
+    for path in checkpoints.glob("*"):
+        if not path.name.startswith("step-000000002."):
+            path.unlink()
+    done = call(place, "other", *every, "train.micro_batch_size=2", "--auto-resume")
+    assert done.returncode == 2
+    assert "within an epoch, read in parts of 8 samples; here they would be of 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert_close(train(place, "other", *every, TWO, "--auto-resume"), alone)
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vmamba.data.sampling import EpochSampler, SampleKey
-from vmamba.errors import DataError
+from vmamba.errors import CheckpointError, DataError
 
 TRIES = 100
 """So many damaged samples in a row are not a blemish of the data any more."""
@@ -117,11 +117,25 @@ class ResumableLoader(DataLoader[Any]):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """(epoch, samples consumed): all there is to the order and the augmentation."""
-        return {"epoch": self.sampler.epoch, "consumed": self.consumed}
+        """(epoch, samples consumed): all there is to the order and the augmentation; and in what parts."""
+        return {"epoch": self.sampler.epoch, "consumed": self.consumed, "part": self._part}
+
+    @property
+    def _part(self) -> int:
+        """Samples that all ranks read at a time."""
+        return (self.batch_size or 1) * self.sampler.world_size
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the last step of `state`."""
+        """Go on behind the last step of `state`.
+
+        Raises:
+            CheckpointError: It is within an epoch that was read in other parts, which Lightning counts.
+        """
+        if 0 < state["consumed"] < self.sampler.total and state["part"] != self._part:
+            raise CheckpointError(
+                f"the checkpoint is within an epoch, read in parts of {state['part']} samples; here they would "
+                f"be of {self._part}: resume with the same number of processes and train.micro_batch_size"
+            )
         self.sampler.epoch, self.consumed = state["epoch"], state["consumed"]
         self.sampler.done = (self.sampler.epoch, self.consumed)
 

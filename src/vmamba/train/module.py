@@ -12,10 +12,12 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import vmamba
 from vmamba.data import Loaded, SampleKey, draw_seed, seeded
+from vmamba.nn import VSSBlock
 from vmamba.train.checkpoint import CONTENTS
 from vmamba.train.guard import NonFiniteError, first_nonfinite
 from vmamba.train.recipe import Recipe
@@ -60,6 +62,34 @@ class TaskModule(lightning.LightningModule):
         self._skipped_in_a_row = 0
         self._step_parts: list[tuple[int, list[int]]] = []  # batch number and samples of the step so far
         self._finite: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Shard the model, block by block, and the average alike, where the strategy is FSDP."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for model in [self.model] if self.ema is None else [self.model, self.ema.module]:
+            for module in model.modules():
+                if isinstance(module, VSSBlock):
+                    fully_shard(module, mesh=self.device_mesh["data_parallel"])
+            fully_shard(model, mesh=self.device_mesh["data_parallel"])
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self._gather(True)
+
+    def on_validation_model_train(self) -> None:
+        self._gather(False)
+        super().on_validation_model_train()
+
+    def _gather(self, whole: bool) -> None:
+        """Hold shards as a whole model while it is judged: processes may have another number of batches."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(not whole, recurse=False)
+                if whole:
+                    module.unshard()
+                else:
+                    module.reshard()
 
     def on_train_epoch_start(self) -> None:
         if self.recipe.model.freeze == "backbone":

@@ -291,10 +291,9 @@ def trainer_for(
     )
 
 
-def _processes(recipe: Recipe, on_cpu: bool) -> tuple[int | str, int]:
+def _processes(recipe: Recipe, on_cpu: bool) -> tuple[int, int]:
     """Processes a node, and nodes: those of the recipe, of torchrun or of SLURM, or one for each GPU here."""
-    devices: int | str | None = recipe.train.devices
-    nodes = recipe.train.nodes
+    devices, nodes = recipe.train.devices, recipe.train.nodes
     env = os.environ
     if TorchElasticEnvironment.detect():
         local = int(env["LOCAL_WORLD_SIZE"])
@@ -302,15 +301,20 @@ def _processes(recipe: Recipe, on_cpu: bool) -> tuple[int | str, int]:
     elif SLURMEnvironment.detect():
         nodes = nodes or int(env.get("SLURM_NNODES", "1"))
         devices = devices or int(env["SLURM_NTASKS"]) // nodes
-    return devices or (1 if on_cpu else "auto"), nodes or 1
+    return devices or (1 if on_cpu else torch.accelerator.device_count()), nodes or 1
 
 
-def _strategy(recipe: Recipe, devices: int | str, nodes: int) -> Any:
+def _strategy(recipe: Recipe, devices: int, nodes: int) -> Any:
     if devices == 1 and nodes == 1:
         return "auto"
     timeout = timedelta(seconds=recipe.train.collective_timeout)
     if recipe.train.strategy == "fsdp":
-        return ModelParallelStrategy(save_distributed_checkpoint=False, timeout=timeout)
+        return ModelParallelStrategy(
+            data_parallel_size=devices * nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            timeout=timeout,
+        )
     return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
 
 
@@ -369,8 +373,10 @@ def _deaths_told(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
 def settings(recipe: Recipe) -> Iterator[None]:
     """The recipe's threads, and Lightning without its advice, for the length of a run."""
     threads = torch.get_num_threads()
-    level = logging.getLogger("lightning.pytorch").level
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     try:
@@ -380,4 +386,5 @@ def settings(recipe: Recipe) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        logging.getLogger("lightning.pytorch").setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
