@@ -1,7 +1,10 @@
 """Several processes on a CPU, started by one command."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,43 @@ def test_a_run_goes_on_with_another_number_of_processes(place: Path, alone: dict
     assert "within an epoch, read in parts of 8 samples; here they would be of 2" in done.stderr
     assert "Traceback" not in done.stderr
     assert_close(train(place, "other", *every, TWO, "--auto-resume"), alone)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the second process in /proc")
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (signal.SIGKILL, 2, "process 0 of 2 lost another one, which died or hangs"),
+        (signal.SIGTERM, 130, "interrupted after step"),
+    ],
+    ids=["killed", "told to go"],
+)
+def test_the_second_process_gets_a_signal(
+    number: int, status: int, message: str, place: Path, request: pytest.FixtureRequest
+) -> None:
+    out = f"signalled {request.node.callspec.id}"
+    command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--out", out, TWO]
+    first = subprocess.Popen(
+        [*command, "schedule.epochs=1000"],
+        cwd=place,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not (place / out / "metrics.csv").exists():
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.05)
+    (second,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(second), number)
+    _, told = first.communicate(timeout=60)
+    assert first.returncode == status, told
+    assert message in told
+    assert f"to go on: vmamba train --resume {out}" in told.lower()
+    assert "Traceback" not in told
+    step = torch.load(place / out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert step >= 3
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

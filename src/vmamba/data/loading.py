@@ -133,8 +133,8 @@ class ResumableLoader(DataLoader[Any]):
         """
         if 0 < state["consumed"] < self.sampler.total and state["part"] != self._part:
             raise CheckpointError(
-                f"the checkpoint is within an epoch, read in parts of {state['part']} samples; here they would "
-                f"be of {self._part}: resume with the same number of processes and train.micro_batch_size"
+                f"the checkpoint is within an epoch, read in parts of {state['part']} samples; here they "
+                f"would be of {self._part}: resume with the same processes and train.micro_batch_size"
             )
         self.sampler.epoch, self.consumed = state["epoch"], state["consumed"]
         self.sampler.done = (self.sampler.epoch, self.consumed)
