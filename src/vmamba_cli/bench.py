@@ -138,6 +138,56 @@ def ops(
         console.print(str(out / "results.json"))
 
 
+@app.command("data")
+def data(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, laid over the recipe.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Numbers of workers, such as 0,2,4; default those of the recipe.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=5, help="Batches to time.")] = 20,
+    model: Annotated[bool, typer.Option(help="Measure the model's training step too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json.")] = None,
+) -> None:
+    """Speed of a recipe's data, and whether they or the model hold training up."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from vmamba_cli._extra import load
+
+    checked = load("vmamba.train.run", "train").load_recipe(recipe, overrides or [])
+    bench = load("vmamba.train.throughput", "train")
+    try:
+        numbers = [int(number) for number in (workers or str(checked.train.workers)).split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise typer.BadParameter(f"--workers: expected whole numbers with commas between, got {workers!r}")
+    console = Console()
+    with console.status("reading") as status:
+        found = [bench.bench_loader(checked, number, batches) for number in numbers]
+        status.update("training")
+        step = bench.bench_step(checked) if model else None
+    table = Table(title=f"{recipe.stem}, one process", title_justify="left", box=None, pad_edge=False)
+    for column in ("workers", "images/s", "slowest and fastest round"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in found:
+        table.add_row(
+            str(each.workers), f"{each.images_per_second:,.0f}", f"{each.low:,.0f}–{each.high:,.0f}"
+        )
+    console.print(table)
+    if step is not None:
+        typer.echo(bench.verdict(found, step, checked.train.workers))
+    if out is not None:
+        rows = [asdict(each) for each in found]
+        _write(out, [*rows, *([{"model": checked.model.name, "images_per_second": step}] if model else [])])
+        typer.echo(str(out / "results.json"))
+
+
 def _prepare(device: str, threads: int | None) -> None:
     import torch
 

@@ -1,0 +1,37 @@
+import pytest
+
+from images import make_folder, tiny_values
+from vmamba.train.classification import ClassificationRecipe
+from vmamba.train.recipe import check, override_values
+from vmamba.train.throughput import Loading, bench_loader, bench_step, verdict
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> ClassificationRecipe:
+    folder = make_folder(tmp_path_factory.mktemp("images"))
+    changed = override_values(tiny_values(folder), ["train.micro_batch_size=2", "train.ema_decay=0.9"])
+    return check(ClassificationRecipe, changed, "test")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader(workers: int, recipe: ClassificationRecipe) -> None:
+    """More batches than an epoch has."""
+    found = bench_loader(recipe, workers, batches=25)
+    assert found.workers == workers
+    assert 0 < found.low <= found.high
+    assert found.images_per_second > 0
+
+
+def test_the_step(recipe: ClassificationRecipe) -> None:
+    assert bench_step(recipe, rounds=1) > 0
+
+
+def test_who_is_slower() -> None:
+    loadings = [Loading(0, 100, 90, 110), Loading(2, 220, 200, 240), Loading(4, 400, 380, 420)]
+    assert verdict(loadings, 150, 8).startswith(
+        "the model is the slower one, 150 images/s: 2 workers, 220 images/s, keep up"
+    )
+    assert verdict(loadings, 1000, 8).startswith(
+        "the data are the slower ones: 400 images/s with 4 workers, and the model takes 1,000"
+    )
+    assert "take turns: 33 together" in verdict(loadings[:1], 50, 8)
