@@ -123,8 +123,8 @@ def verdict(loadings: Sequence[Loading], step: float, workers: int) -> str:
     if enough:
         least = min(enough, key=lambda found: found.workers)
         return (
-            f"the model is the slower one, {step:,.0f} images/s: {_of(least.workers)}, {_rate(least)}, keep up "
-            f"with it (the recipe has {workers})"
+            f"the model is the slower one, {step:,.0f} images/s: {_of(least.workers)}, {_rate(least)}, keep "
+            f"up with it (the recipe has {workers})"
         )
     best = max(loadings, key=lambda found: found.images_per_second)
     if best.workers == 0 and best.images_per_second > step:
