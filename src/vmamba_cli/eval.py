@@ -28,7 +28,7 @@ def command(
     weights: Annotated[
         Weights,
         typer.Option(
-            help="Of a run's checkpoint: as trained, their average, or the average where there is one."
+            help="As trained, their average, both, or the average where a run's checkpoint has one."
         ),
     ] = Weights.auto,
     flip: Annotated[bool, typer.Option("--flip", help="Average over mirror images too.")] = False,
@@ -39,6 +39,7 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
+            file_okay=False,
             help="Folder for results.json, per_class.csv, confusion.csv and confusion.png.",
             show_default=False,
         ),
@@ -50,6 +51,7 @@ def command(
     By the paper's protocol: resize to 256/224 of the size, centre crop.
     """
     import json
+    from dataclasses import asdict
 
     from vmamba_cli._extra import load
 
@@ -62,12 +64,18 @@ def command(
     found = [
         evaluation.evaluate(what, overrides or [], weights=kind, flip=flip, scales=sizes) for kind in kinds
     ]
+    if not load("vmamba.train.run", "train").is_first_process():
+        return
     for each in found:
         if out is not None:
             evaluation.write_evaluation(each, out / each.weights if len(found) > 1 else out)
     if as_json:
         values = [
-            {"weights": each.weights, "samples": each.samples, "skipped": len(each.skipped), **each.scores}
+            {
+                **{"weights": each.weights, "samples": each.samples, "skipped": len(each.skipped)},
+                **each.scores,
+                **({"per_class": [asdict(row) for row in _classes(each)]} if per_class else {}),
+            }
             for each in found
         ]
         typer.echo(json.dumps(values if len(values) > 1 else values[0]))
@@ -77,19 +85,29 @@ def command(
         typer.echo(f"{each.source}, {each.weights} weights, {each.samples} samples{left_out}")
         for name, value in each.scores.items():
             typer.echo(f"{name} {value:.4f}")
-        if per_class and "confusion" in each.tables:
+        if per_class:
             _show_classes(each)
+
+
+def _classes(found: Any) -> list[Any]:
+    from vmamba.train.confusion import per_class
+
+    if "confusion" not in found.tables:
+        raise typer.BadParameter(f"--per-class: not for {found.task}")
+    return per_class(found.tables["confusion"], found.classes)
 
 
 def _show_classes(found: Any) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from vmamba.train.confusion import per_class
+    from rich.text import Text
 
     table = Table("class", box=None, pad_edge=False)
-    for name in ("samples", "accuracy"):
+    for name in ("samples", "accuracy", "precision"):
         table.add_column(name, justify="right")
-    for name, samples, accuracy in per_class(found.tables["confusion"], found.classes):
-        table.add_row(name, str(samples), f"{accuracy:.4f}")
+    table.add_column("taken for")
+    for row in _classes(found):
+        shares = ("" if share is None else f"{share:.4f}" for share in (row.accuracy, row.precision))
+        mistake = f"{row.taken_for} {row.taken_for_share:.1%}" if row.taken_for else ""
+        table.add_row(Text(row.name), str(row.samples), *shares, Text(mistake))
     Console().print(table)

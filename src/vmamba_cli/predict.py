@@ -1,14 +1,25 @@
 """`vmamba predict`."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
+class Weights(str, Enum):
+    auto = "auto"
+    raw = "raw"
+    ema = "ema"
+
+
 def command(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     checkpoint: Annotated[Path, typer.Option(help="A run's folder (its best.ckpt), or a checkpoint.")],
+    weights: Annotated[
+        Weights,
+        typer.Option(help="As trained, their average, or the average where a run's checkpoint has one."),
+    ] = Weights.auto,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every class.")] = False,
 ) -> None:
@@ -18,7 +29,7 @@ def command(
 
     from vmamba_cli._extra import load
 
-    predictions = load("vmamba.train.evaluation", "train").predict(images, checkpoint)
+    predictions = load("vmamba.train.evaluation", "train").predict(images, checkpoint, weights.value)
     if as_json:
         found = [
             {"image": str(image), **asdict(prediction)}

@@ -11,8 +11,8 @@ def command(
     sort: Annotated[
         str,
         typer.Option(
-            help="name, model, epochs, last, best, train_loss, images_per_second or changed; "
-            "numbers and dates from above."
+            help="name, model, state, train_loss or val_loss, upwards; epochs, step, last, best, "
+            "images_per_second or changed, downwards."
         ),
     ] = "name",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -22,7 +22,9 @@ def command(
     from dataclasses import asdict
 
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
+    from rich.text import Text
 
     from vmamba_cli._extra import load
 
@@ -32,18 +34,22 @@ def command(
         return
     good = [run for run in runs if not run.problem]
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "model"):
-        table.add_column(column, overflow="fold")
-    for column in ("epochs", "score", "last", "best", "at", "train loss", "images/s", "changed"):
+    for column in ("run", "model", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("epochs", "steps", "score", "last", "best", "at", "train loss", "val loss", "images/s"):
         table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("changed", no_wrap=True)
     for run in good:
         table.add_row(
-            *(run.name, run.model, f"{run.epochs}/{run.of}", run.score.removeprefix("val/")),
-            *(_text(run.last, 4), _text(run.best, 4), str(run.best_epoch or "")),
-            *(_text(run.train_loss, 3), _text(run.images_per_second, 0), run.changed),
+            *(Text(run.name), Text(run.model), run.state, f"{run.epochs}/{run.of}", str(run.step)),
+            *(run.score.removeprefix("val/"), _text(run.last, 4), _text(run.best, 4)),
+            *(str(run.best_epoch or ""), _text(run.train_loss, 3), _text(run.val_loss, 3)),
+            *(_text(run.images_per_second, 0), run.changed),
         )
     if good:
-        Console().print(table)
+        # As wide as it is: a narrow terminal wraps lines, but nothing is cut off.
+        width = Measurement.get(Console(), Console(width=10_000).options, table).maximum
+        Console(width=width).print(table)
     elif not runs:
         typer.echo(f"no runs below {folder}")
     for run in runs:

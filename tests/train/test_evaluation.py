@@ -9,12 +9,13 @@ import yaml
 from torch import Tensor, nn
 
 from images import COLOURS, make_folder, tiny_values
-from vmamba.errors import CheckpointError, RecipeError
+from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.train import run
 from vmamba.train.averaging import AveragedViews
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
-from vmamba.train.confusion import draw_confusion, per_class
+from vmamba.train.classification import CalibrationError, ClassificationRecipe, ClassificationTask
+from vmamba.train.confusion import ClassResult, draw_confusion, per_class
 from vmamba.train.evaluation import Evaluation, evaluate, load_run, predict, write_evaluation
+from vmamba.train.guard import NonFiniteError
 from vmamba.train.recipe import check, override_values
 
 
@@ -62,7 +63,7 @@ def test_scores_are_those_computed_by_hand(weights: Any, folder: Path, averaged:
     confidence = logits.softmax(1).max(1).values
     error = 0.0
     for number in range(15):
-        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        inside = (confidence >= number / 15) & (confidence < (number + 1) / 15)
         if inside.any():
             gap = (confidence[inside].mean() - right[inside].float().mean()).abs().item()
             error += gap * inside.float().mean().item()
@@ -90,8 +91,59 @@ def test_a_recipe_names_the_weights(folder: Path, averaged: Path, tmp_path: Path
     best = averaged / "checkpoints" / "best.ckpt"
     found = evaluate(path, [f"model.weights={best}"])
     assert found.scores == evaluate(averaged).scores
+    for kind in ("raw", "ema"):
+        named = evaluate(path, [f"model.weights={best}"], weights=kind)  # type: ignore[arg-type]
+        assert (named.weights, named.scores) == (kind, evaluate(averaged, weights=kind).scores)  # type: ignore[arg-type]
+    assert found.weights == "ema"
     with pytest.raises(RecipeError, match="names no weights to judge"):
         evaluate(path)
+    with pytest.raises(RecipeError, match="no average of the pretrained weights"):
+        evaluate(path, ["model.weights=pretrained"], weights="ema")
+
+
+def test_a_classifier_that_is_not_the_datas_is_not_judged(
+    folder: Path, averaged: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    root = make_folder(tmp_path / "images")
+    path.write_text(yaml.safe_dump(tiny_values(root)))
+    best = averaged / "checkpoints" / "best.ckpt"
+    plain = tmp_path / "plain.pth"
+    torch.save(load_run(averaged)[2].state_dict(), plain)
+    assert evaluate(path, [f"model.weights={plain}"]).scores == evaluate(averaged).scores
+    with pytest.raises(CheckpointError, match="has no average of the weights"):
+        evaluate(path, [f"model.weights={plain}"], weights="ema")
+    (root / "val" / "red").rename(root / "val" / "purple")
+    with pytest.raises(DataError, match=r"missing \['red'\], extra \['purple'\]"):
+        evaluate(path, [f"model.weights={best}"])
+    (root / "val" / "purple").rename(tmp_path / "purple")
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight expected \(2, "):
+        evaluate(path, [f"model.weights={plain}"])
+    with pytest.raises(CheckpointError, match=r"plain\.pth: not the checkpoint of a run"):
+        evaluate(plain)
+
+
+@pytest.mark.parametrize("size", [32, 56, 224, 225, 384, 512])
+def test_the_papers_crop(size: int, folder: Path) -> None:
+    """Resize to ⌊256/224·S⌋, then the centre: the default crop_pct gives that at every size."""
+    changed = recipe(folder, f"data.image_size={size}")
+    resize, crop = ClassificationTask(changed).transform(training=False).transforms[:2]
+    assert (resize.size, tuple(crop.size)) == (256 * size // 224, (size, size))
+    assert resize.interpolation.value == "bicubic"
+
+
+def test_calibration_of_known_logits() -> None:
+    """A batch of logits from 0 to 1 is not of probabilities, and a confidence of 1 lies in the last bin."""
+    small, sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[200.0, 0.0], [3.0, 0.0]])
+    metric = CalibrationError(2, n_bins=15, norm="l1")
+    metric.update(small, torch.tensor([0, 0]))
+    metric.update(sure, torch.tensor([1, 0]))
+    low, high = torch.tensor(1.0).sigmoid().item(), torch.tensor(3.0).sigmoid().item()
+    # Two of confidence 0.73, one of them right; two above 14/15, one of them right.
+    expected = 0.5 * abs(low - 0.5) + 0.5 * abs((1 + high) / 2 - 0.5)
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(NonFiniteError, match="outputs are not finite"):
+        metric.update(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
 
 
 class Linear(nn.Module):
@@ -113,12 +165,22 @@ def test_averaged_views() -> None:
     torch.testing.assert_close(found.exp(), expected)
 
 
+def test_a_view_that_the_model_refuses() -> None:
+    def refuse(images: Tensor) -> Tensor:
+        raise AssertionError("expected 16×16")
+
+    model = Linear()
+    model.forward = refuse  # type: ignore[method-assign]
+    with pytest.raises(RecipeError, match=r"does not take a view of 8×8: expected 16×16"):
+        AveragedViews(model, scales=[0.5])(torch.zeros(1, 3, 16, 16))
+
+
 def test_averaging_in_an_evaluation(averaged: Path) -> None:
     plain = evaluate(averaged)
     found = evaluate(averaged, flip=True, scales=(1.0, 1.25))
     assert found.scores["calibration_error"] != plain.scores["calibration_error"]
     assert found.samples == plain.samples
-    for scales in ((), (0.0,), (1.0, -1.0)):
+    for scales in ((), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)):
         with pytest.raises(RecipeError, match="scales: expected numbers above 0"):
             evaluate(averaged, scales=scales)
 
@@ -130,7 +192,7 @@ def test_files(averaged: Path, tmp_path: Path) -> None:
     assert values["scores"] == found.scores
     with (tmp_path / "report" / "per_class.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == sorted(COLOURS)
+    assert [row["name"] for row in rows] == sorted(COLOURS)
     assert sum(int(row["samples"]) * float(row["accuracy"]) for row in rows) == pytest.approx(
         found.scores["top1"] * found.samples
     )
@@ -143,11 +205,13 @@ def test_files(averaged: Path, tmp_path: Path) -> None:
 def test_a_class_without_samples(tmp_path: Path) -> None:
     confusion = torch.tensor([[3, 1], [0, 0]])
     rows = per_class(confusion, ["a", "b"])
-    assert rows[0] == ("a", 4, 0.75)
-    assert rows[1][:2] == ("b", 0)
-    assert rows[1][2] != rows[1][2]
+    assert rows == [
+        ClassResult("a", 4, accuracy=0.75, precision=1, taken_for="b", taken_for_share=0.25),
+        ClassResult("b", 0, accuracy=None, precision=0, taken_for="", taken_for_share=0),
+    ]
     draw_confusion(confusion, ["a", "b"], tmp_path / "small.png")
-    draw_confusion(torch.eye(200, dtype=torch.int64), [str(n) for n in range(200)], tmp_path / "large.png")
+    draw_confusion(torch.eye(1001, dtype=torch.int64), [str(n) for n in range(1001)], tmp_path / "large.png")
+    assert (tmp_path / "large.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_damaged_images_are_counted(averaged: Path, tmp_path: Path) -> None:
@@ -161,7 +225,9 @@ def test_damaged_images_are_counted(averaged: Path, tmp_path: Path) -> None:
     assert found.tables["confusion"].sum() == 17
 
 
-def test_classes_of_another_order_are_not_compared(averaged: Path) -> None:
-    task, _, _ = load_run(averaged)
-    assert isinstance(task, ClassificationTask)
-    assert task.classes == sorted(COLOURS)
+def test_data_without_one_good_image(averaged: Path, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", each=1)
+    for path in (root / "val").glob("*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"not one sample can be read, the first: .*0\.png"):
+        evaluate(averaged, [f"data.root={root}", "train.on_error=skip"])

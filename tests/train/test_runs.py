@@ -25,6 +25,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "0,4,0.1,50,2.5,0.7,1,0.1,1\n1,8,0.1,60,1.5,0.6,1,0.9,1\n"
     (place / "b" / "first" / "metrics.csv").write_text(header + rows)
     (place / "damaged" / "metrics.csv").write_text("epoch,step\nnone,4\n")
+    (place / "finished").mkdir()
+    (place / "finished" / "recipe.yaml").write_text(recipe)
+    ties = "epoch,step,val/ema_top1,val/loss\n0,4,0.5,2\n1,8,0.8,nan\n2,12,0.8,0.25\n"
+    (place / "finished" / "metrics.csv").write_text(ties)
+    (place / "bare" / "checkpoints").mkdir(parents=True)
+    (place / "binary").mkdir()
+    (place / "binary" / "recipe.yaml").write_text(recipe)
+    (place / "binary" / "metrics.csv").write_bytes(b"epoch,step\n\xff\x00\n")
+    (place / "yaml").mkdir()
+    (place / "yaml" / "recipe.yaml").write_text("[1,\n")
     (place / "other").mkdir()
     (place / "other" / "recipe.yaml").write_text("eggs: 3\n")
     return place
@@ -36,17 +46,29 @@ def test_what_a_run_says(place: Path) -> None:
     assert (first.model, first.epochs, first.of, first.step) == ("test_convnext", 2, 3, 8)
     assert (first.score, first.last, first.best, first.best_epoch) == ("val/ema_top1", 0.6, 0.7, 1)
     assert (first.train_loss, first.images_per_second) == (1.5, 60)
+    assert first.state == runs["begun"].state == "unfinished"
+    finished = runs["finished"]
+    assert (finished.state, finished.best, finished.best_epoch, finished.val_loss) == (
+        "finished",
+        0.8,
+        2,
+        0.25,
+    )
     assert (runs["begun"].epochs, runs["begun"].last, runs["begun"].problem) == (0, None, "")
-    for name in ("damaged", "other"):
+    for name in ("damaged", "other", "bare", "binary", "yaml"):
+        assert "\n" not in runs[name].problem
         assert runs[name].problem.startswith(f"{place / name}: not a run of vmamba, or a damaged one")
 
 
 @pytest.mark.parametrize("sort", SORTS)
 def test_every_order_has_every_run(sort: str, place: Path) -> None:
     found = find_runs(place, sort)
-    assert len(found) == 4
-    if sort in ("last", "best", "train_loss", "images_per_second", "changed"):
-        assert found[0].name == str(Path("b/first"))
+    assert len(found) == 8
+    first = {"epochs": "finished", "step": "finished", "best": "finished", "last": "finished"}
+    first |= {"val_loss": "finished", "state": "finished", "train_loss": "b/first"}
+    first |= {"images_per_second": "b/first", "name": "b/first"}
+    if sort in first:
+        assert found[0].name == str(Path(first[sort]))
 
 
 def test_a_run_itself(tmp_path: Path) -> None:

@@ -1,14 +1,20 @@
 """From a checkpoint onto other classes and another resolution."""
 
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from images import make_folder, tiny_values
-from vmamba.errors import CheckpointError
+from vmamba.errors import CheckpointError, RecipeError
 from vmamba.train import run
+from vmamba.train.callbacks import Interrupted
 from vmamba.train.checkpoint import load_checkpoint, load_weights, model_weights
 from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.module import TaskModule
@@ -110,10 +116,87 @@ def test_a_linear_probe_has_no_drop_path(source: Path, folder: Path) -> None:
     changed = recipe(folder, f"model.weights={source}", "model.freeze=backbone")
     task = ClassificationTask(changed)
     module = TaskModule(task, changed, task.build_model(changed), steps=4)
-    module.train()
-    module.on_train_epoch_start()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(module.model(images), module.model(images))
+    for _ in range(2):
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.equal(module.model(images), module.model(images))
+        module.train()
+
+
+def test_a_linear_probe_needs_weights(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="freeze: without weights a frozen backbone stays random"):
+        recipe(folder, "model.freeze=backbone")
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_linear_probe_ends_with_the_same_weights(
+    step: int, source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = recipe(folder, f"model.weights={source}", "model.freeze=backbone", "schedule.epochs=2")
+    run.train(changed, tmp_path / "whole")
+    loss, calls = ClassificationTask.loss, [0]
+
+    def interrupted(self: ClassificationTask, model: nn.Module, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "loss", interrupted)
+        with pytest.raises(Interrupted):
+            run.train(changed, tmp_path / "stopped")
+    run.resume(tmp_path / "stopped")
+    whole, resumed = (
+        model_weights(load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt"))
+        for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def pretrained(folder: Path, source: Path, tmp_path: Path, *overrides: str) -> ClassificationRecipe:
+    """A recipe whose "pretrained" weights, of three classes by timm's registry, lie in a file."""
+    torch.save(model_weights(load_checkpoint(source)), tmp_path / "weights.pth")
+    overlay = f"model.args.pretrained_cfg_overlay={{file: {tmp_path / 'weights.pth'}, num_classes: 3}}"
+    return recipe(folder, "model.weights=pretrained", overlay, *overrides)
+
+
+def test_pretrained_weights_on_other_classes(
+    source: Path,
+    folder: Path,
+    two_classes: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = timm.get_pretrained_cfg("vmamba_pico")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: replace(cfg, num_classes=3))
+    same = pretrained(folder, source, tmp_path)
+    expected = model_weights(load_checkpoint(source))
+    model = ClassificationTask(same).build_model(same)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not caplog.text
+
+    changed = pretrained(two_classes, source, tmp_path)
+    found = ClassificationTask(changed).build_model(changed).state_dict()
+    assert "the pretrained classifier is for 3 classes, the model's for 2: it starts anew" in caplog.text
+    assert found["head.fc.weight"].shape[0] == 2
+    assert all(torch.equal(found[name], expected[name]) for name in found if not name.startswith("head."))
+
+    strict = pretrained(two_classes, source, tmp_path, "model.new_classifier=false")
+    with pytest.raises(CheckpointError, match="is for 3 classes, the model's for 2"):
+        ClassificationTask(strict).build_model(strict)
+    deeper = pretrained(two_classes, source, tmp_path, "model.args.depths=[1, 2]")
+    with pytest.raises(CheckpointError, match=r"cannot be had, or do not fit: (.|\n)*stages\.1\.blocks\.1"):
+        ClassificationTask(deeper).build_model(deeper)
+
+
+def test_the_authors_average(source: Path, folder: Path, tmp_path: Path) -> None:
+    raw, ema = (model_weights(load_checkpoint(source), kind) for kind in ("raw", "ema"))
+    torch.save({"model": raw, "model_ema": ema}, tmp_path / "authors.pth")
+    for kind, expected in (("auto", raw), ("raw", raw), ("ema", ema)):
+        changed = recipe(folder, f"model.weights={tmp_path / 'authors.pth'}", f"model.weights_kind={kind}")
+        found = ClassificationTask(changed).build_model(changed).state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_layer_wise_rates(folder: Path) -> None:
@@ -125,10 +208,9 @@ def test_layer_wise_rates(folder: Path) -> None:
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     by_name = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
     assert by_name["head.fc.weight"] == 1
-    blocks = [
-        {value for name, value in by_name.items() if name.startswith(f"stages.{stage}.blocks.0.")}
-        for stage in range(2)
-    ]
-    assert all(len(found) == 1 for found in blocks)
-    stem = {value for name, value in by_name.items() if name.startswith("stem.")}
-    assert stem.pop() < blocks[0].pop() < blocks[1].pop() <= 1
+    # A stage's first block and the downsampling before it are one layer, the last block and the norm too.
+    layers = ["stem.", "stages.0.", ("stages.1.", "norm.")]
+    for number, layer in enumerate(layers):
+        found = {value for name, value in by_name.items() if name.startswith(layer)}
+        assert found == {0.5 ** (len(layers) - number)}, layer
+    assert by_name["norm.weight"] == 0.5

@@ -1,10 +1,13 @@
 """Test-time augmentation."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vmamba.errors import RecipeError
 
 
 class AveragedViews(nn.Module):
@@ -17,6 +20,9 @@ class AveragedViews(nn.Module):
 
     Returns:
         The logarithm of the mean probability, (B, classes), in the place of logits.
+
+    Raises:
+        RecipeError: The model does not take a view of that size.
     """
 
     def __init__(self, model: nn.Module, flip: bool = False, scales: Sequence[float] = (1.0,)) -> None:
@@ -35,5 +41,12 @@ class AveragedViews(nn.Module):
                 yield view.flip(-1)
 
     def forward(self, images: Tensor) -> Tensor:
-        found = [self.model(view).float().softmax(-1) for view in self._views(images)]
-        return torch.stack(found).mean(0).log()
+        found = torch.stack([self._judged(view) for view in self._views(images)])
+        return found.logsumexp(0) - math.log(len(found))
+
+    def _judged(self, view: Tensor) -> Tensor:
+        try:
+            return self.model(view).float().log_softmax(-1)
+        except (AssertionError, ValueError, RuntimeError) as error:  # models refuse a size with any of these
+            size = "×".join(map(str, view.shape[-2:]))
+            raise RecipeError(f"scales: the model does not take a view of {size}: {error}") from error

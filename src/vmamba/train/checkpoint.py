@@ -209,7 +209,8 @@ def model_weights(
     kinds = weights_kinds(checkpoint)
     kind = kinds[-1] if kind == "auto" and kinds else kind
     if kind not in kinds:
-        raise CheckpointError(f"{path}: has no {kind!r} weights; it has {', '.join(map(repr, kinds))}")
+        has = ", ".join(map(repr, kinds)) or "none"
+        raise CheckpointError(f"{path}: has no {kind!r} weights; it has {has}")
     prefix = _PREFIXES[kind]
     return {
         name.removeprefix(prefix): weight
@@ -218,19 +219,26 @@ def model_weights(
     }
 
 
-def load_weights(model: nn.Module, path: str, kind: str = "auto") -> None:
+def load_weights(model: nn.Module, path: str, kind: str = "auto", new_classifier: bool = True) -> None:
     """Load a run's checkpoint, the authors' `.pth` file, or a safetensors file into a model.
-
-    A classifier of another number of classes stays as it is, which a warning says.
 
     Args:
         model: Of timm's registry.
         path: Of the file.
-        kind: Of a run's checkpoint: "raw", "ema", or "auto" for the average where there is one.
+        kind: "raw", "ema", or "auto": the average of a run's checkpoint where it has one, what was trained
+            of the authors'.
+        new_classifier: Where the file's classifier has another number of classes leave the model's as it
+            is, which a warning says.
 
     Raises:
-        CheckpointError: It cannot be read safely, or all else does not fit in every name and shape.
+        CheckpointError: It cannot be read safely, has no such weights, or all else does not fit in every
+            name and shape.
     """
+    weights = checkpoint_filter_fn(_read_weights(path, kind), model)
+    load_official(model, weights | (_other_classifier(model, weights, path) if new_classifier else {}))
+
+
+def _read_weights(path: str, kind: str) -> Mapping[str, Any]:
     if Path(path).suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -242,9 +250,13 @@ def load_weights(model: nn.Module, path: str, kind: str = "auto") -> None:
     else:
         weights = load_checkpoint(path)
         if CONTENTS in weights:
-            weights = model_weights(weights, kind, path)
-    weights = checkpoint_filter_fn(weights, model)
-    load_official(model, weights | _other_classifier(model, weights, path))
+            contents(weights, path)
+            return model_weights(weights, kind, path)
+    if kind != "ema":
+        return weights
+    if not isinstance(weights.get("model_ema"), dict):
+        raise CheckpointError(f"{path}: has no average of the weights; take model.weights_kind=auto")
+    return weights["model_ema"]
 
 
 def _other_classifier(model: nn.Module, weights: Mapping[str, Any], path: str) -> dict[str, Any]:

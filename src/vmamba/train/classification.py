@@ -1,7 +1,7 @@
 """Image classification."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ from vmamba.data import (
 from vmamba.data.augment import keep_a_bit
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.averaging import AveragedViews
-from vmamba.train.confusion import draw_confusion, per_class, write_csv
+from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
+from vmamba.train.guard import NonFiniteError
 from vmamba.train.recipe import Recipe, Section
 from vmamba.train.task import Prediction, Task, create_model, register_task
 
@@ -157,6 +158,21 @@ class ClassificationRecipe(Recipe):
                 f"train.batch_size {self.train.batch_size} is odd; Mixup and CutMix pair a batch's images"
             )
         return self
+
+
+class CalibrationError(MulticlassCalibrationError):
+    """torchmetrics' expected calibration error, of logits.
+
+    Raises:
+        NonFiniteError: Logits are NaN or infinite, of which no other metric tells.
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        scores = preds.softmax(1)  # torchmetrics would hold logits from 0 to 1 for probabilities
+        if scores.isnan().any():
+            raise NonFiniteError("the model's outputs are not finite; judge it with train.precision=32-true")
+        # It would give a confidence of 1 a sixteenth bin.
+        super().update(scores.clamp(max=1 - torch.finfo(scores.dtype).eps), target)
 
 
 @dataclass(frozen=True)
@@ -314,13 +330,18 @@ class ClassificationTask(Task):
             }
         )
 
+    @classmethod
+    def without_training_data(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
+        data = recipe.data.model_copy(update={"train_split": recipe.data.val_split})
+        return recipe.model_copy(update={"data": data})
+
     def report_metrics(self) -> MetricCollection:
         """top1, top5, the expected calibration error over 15 bins of confidence, and the confusion matrix."""
         number = len(self.classes)
         metrics = self.metrics()
         metrics.add_metrics(
             {
-                "calibration_error": MulticlassCalibrationError(number, n_bins=15, norm="l1"),
+                "calibration_error": CalibrationError(number, n_bins=15, norm="l1"),
                 "confusion": MulticlassConfusionMatrix(number),  # a row for each true class
             }
         )
@@ -330,7 +351,9 @@ class ClassificationTask(Task):
     def write_tables(cls, tables: Mapping[str, Tensor], classes: Sequence[str], folder: Path) -> None:
         """per_class.csv, confusion.csv and confusion.png."""
         confusion = tables["confusion"]
-        write_csv(folder / "per_class.csv", ["class", "samples", "accuracy"], per_class(confusion, classes))
+        columns = [field.name for field in fields(ClassResult)]
+        found = [astuple(result) for result in per_class(confusion, classes)]
+        write_csv(folder / "per_class.csv", columns, found)
         rows = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
         write_csv(folder / "confusion.csv", ["true class", *classes], rows)
         draw_confusion(confusion, classes, folder / "confusion.png")

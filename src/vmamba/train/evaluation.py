@@ -1,18 +1,27 @@
 """Judge weights by a task's whole protocol, and predict."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+import torch.distributed
 from torch import Tensor, nn
 
 from vmamba.data import Loaded, read_image
 from vmamba.environment import environment
-from vmamba.errors import CheckpointError, RecipeError
-from vmamba.train.checkpoint import contents, load_checkpoint, model_weights, weights_kinds, write_atomically
+from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.train.checkpoint import (
+    CONTENTS,
+    contents,
+    load_checkpoint,
+    model_weights,
+    weights_kinds,
+    write_atomically,
+)
 from vmamba.train.recipe import Recipe, check, override_values, read_values
 from vmamba.train.task import Task, task_type
 
@@ -27,6 +36,7 @@ class _Judge(lightning.LightningModule):
         super().__init__()
         self.task, self.model, self.whole = task, model, task.report_metrics()
         self.samples = 0
+        self.skipped: list[str] = []
         self.results: dict[str, Tensor] = {}
 
     def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
@@ -34,6 +44,15 @@ class _Judge(lightning.LightningModule):
         self.samples += len(loaded.indices)
 
     def on_validation_epoch_end(self) -> None:
+        loader: Any = self.trainer.val_dataloaders
+        found: list[Any] = [(self.samples, list(loader.skipped))]  # of each process
+        if torch.distributed.is_initialized():
+            found *= self.trainer.world_size
+            torch.distributed.all_gather_object(found, found[0])
+        self.samples = sum(samples for samples, _ in found)
+        self.skipped = [message for _, messages in found for message in messages]
+        if not self.samples:
+            raise DataError(f"not one sample can be read, the first: {self.skipped[0]}")
         self.results = {name: value.detach().cpu() for name, value in self.whole.compute().items()}
 
 
@@ -43,7 +62,10 @@ class Evaluation:
 
     Attributes:
         source: The checkpoint or recipe.
+        task: Its name.
         weights: "raw" or "ema".
+        flip: Whether mirror images were looked at too.
+        scales: Sizes of the crop that were looked at.
         samples: Looked at.
         skipped: What was wrong with those left out.
         scores: The single numbers.
@@ -52,7 +74,10 @@ class Evaluation:
     """
 
     source: str
+    task: str
     weights: str
+    flip: bool
+    scales: list[float]
     samples: int
     skipped: list[str]
     scores: dict[str, float]
@@ -74,6 +99,13 @@ def load_run(
         CheckpointError: It is missing, damaged, not of a run, would run code, or has no such weights.
         RecipeError: An override does not fit.
     """
+    task, recipe, model, _ = _open_run(checkpoint, overrides, weights)
+    return task, recipe, model
+
+
+def _open_run(
+    checkpoint: str | Path, overrides: Sequence[str], weights: Weights
+) -> tuple[Task, Recipe, nn.Module, str]:
     path = checkpoint_of(checkpoint)
     found = load_checkpoint(path)
     values, classes = contents(found, path)
@@ -87,7 +119,11 @@ def load_run(
         model.load_state_dict(model_weights(found, weights, path))
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit its own model: {error}") from error
-    return task, recipe, model.eval()
+    return task, recipe, model.eval(), _kind(found, weights)
+
+
+def _kind(checkpoint: Mapping[str, Any], weights: str) -> str:
+    return weights_kinds(checkpoint)[-1] if weights == "auto" else weights
 
 
 def checkpoint_of(place: str | Path) -> Path:
@@ -109,26 +145,25 @@ def evaluate(
     Args:
         what: As `load_run`; or a recipe, whose `model.weights` are judged.
         overrides: `section.key=value` each, laid over the recipe.
-        weights: Which of a run's checkpoint.
+        weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
         scales: Average over these sizes of the crop.
 
     Raises:
         CheckpointError: As `load_run`.
-        RecipeError: An override does not fit, the recipe names no weights, or a scale is not above 0.
-        DataError: The data are missing or damaged.
+        RecipeError: An override does not fit, the recipe names no weights, or a scale is not above 0 or too
+            small for the model.
+        DataError: The data are missing, damaged, or of other classes than the model.
+        NonFiniteError: The model's outputs are not finite.
     """
     from vmamba.train.run import loader, settings, trainer_for
 
-    if not scales or min(scales) <= 0:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
-    if Path(what).suffix in (".yaml", ".yml"):
-        kind = "raw"
-        task, recipe, model = _load_recipe_weights(what, overrides)
-    else:
-        path = checkpoint_of(what)
-        kind = weights_kinds(load_checkpoint(path))[-1] if weights == "auto" else weights
-        task, recipe, model = load_run(path, overrides, weights)
+    from_recipe = Path(what).suffix in (".yaml", ".yml")
+    task, recipe, model, kind = (_open_recipe if from_recipe else _open_run)(what, overrides, weights)
+    # Nothing is learnt: each process has the whole model.
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"strategy": "ddp"})})
     if flip or tuple(scales) != (1.0,):
         model = task.averaged(model, flip, scales)
     with settings(recipe):
@@ -139,16 +174,21 @@ def evaluate(
     scores, tables = task.split_results(module.results)
     return Evaluation(
         source=str(what),
+        task=task.name,
         weights=kind,
+        flip=flip,
+        scales=list(scales),
         samples=module.samples,
-        skipped=list(data.skipped),
+        skipped=module.skipped,
         scores=scores,
         tables=tables,
         classes=list(task.classes),
     )
 
 
-def _load_recipe_weights(path: str | Path, overrides: Sequence[str]) -> tuple[Task, Recipe, nn.Module]:
+def _open_recipe(
+    path: str | Path, overrides: Sequence[str], weights: Weights
+) -> tuple[Task, Recipe, nn.Module, str]:
     values, lines = read_values(path)
     values = override_values(values, overrides)
     for override in overrides:
@@ -159,23 +199,32 @@ def _load_recipe_weights(path: str | Path, overrides: Sequence[str]) -> tuple[Ta
         raise RecipeError(
             f"{path}: names no weights to judge; set model.weights to 'pretrained' or a checkpoint's path"
         )
-    # The classes are looked up in the split that is judged: there may be no other here.
-    recipe = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"train_split": recipe.data.val_split})}
-    )
-    task = task_class(recipe)
-    return task, recipe, task.build_model(recipe).eval()
+    source = recipe.model.weights
+    kind = recipe.model.weights_kind if weights == "auto" else weights
+    classes = None
+    if source == "pretrained":
+        if kind == "ema":
+            raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
+    elif Path(source).suffix != ".safetensors" and CONTENTS in (found := load_checkpoint(source)):
+        _, classes = contents(found, source)  # the data have to have the same, in the same order
+        kind = _kind(found, kind)
+    recipe = task_class.without_training_data(recipe)
+    judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
+    task = task_class(recipe, classes)
+    model = task.build_model(recipe.model_copy(update={"model": judged}))
+    return task, recipe, model.eval(), "raw" if kind == "auto" else kind
 
 
-def write_evaluation(found: Evaluation, folder: str | Path, task_name: str = "classification") -> None:
+def write_evaluation(found: Evaluation, folder: str | Path) -> None:
     """results.json, and the task's tables and pictures, into a folder."""
     folder = Path(folder)
     values = {
-        **{"source": found.source, "weights": found.weights, "samples": found.samples},
-        **{"skipped": found.skipped, "scores": found.scores, "environment": environment()},
+        **{"source": found.source, "weights": found.weights, "flip": found.flip, "scales": found.scales},
+        **{"samples": found.samples, "skipped": found.skipped, "scores": found.scores},
+        "environment": environment(),
     }
     write_atomically(folder / "results.json", json.dumps(values, indent=2) + "\n")
-    task_type(task_name).write_tables(found.tables, found.classes, folder)
+    task_type(found.task).write_tables(found.tables, found.classes, folder)
 
 
 def predict(images: Sequence[str | Path], checkpoint: str | Path, weights: Weights = "auto") -> list[Any]:

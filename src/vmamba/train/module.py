@@ -91,9 +91,12 @@ class TaskModule(lightning.LightningModule):
                 else:
                     module.reshard()
 
-    def on_train_epoch_start(self) -> None:
-        if self.recipe.model.freeze == "backbone":
-            self.model.eval()  # its features do not change from step to step
+    def train(self, mode: bool = True) -> "TaskModule":
+        """Set the mode; a frozen model keeps that of evaluation: its features stay the same at every step."""
+        super().train(mode)
+        if self.recipe.model.freeze is not None:
+            self.model.eval()
+        return self
 
     def training_step(self, loaded: Loaded, batch_idx: int) -> Tensor:
         # A checkpoint is taken between steps: there, what this step reads is done.

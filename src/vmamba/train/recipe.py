@@ -32,11 +32,24 @@ class ModelRecipe(Section):
         default=None, description="'pretrained' (downloads), the path of a checkpoint, or null to start anew"
     )
     weights_kind: Literal["auto", "raw", "ema"] = Field(
-        default="auto", description="of a run's checkpoint; 'auto' is the average where there is one"
+        default="auto",
+        description="of a checkpoint that has an average of the weights; 'auto' takes it from a run's, and "
+        "what was trained from the authors'",
+    )
+    new_classifier: bool = Field(
+        default=True,
+        description="start the classifier anew where that of the weights has another number of classes; "
+        "false holds that for an error",
     )
     freeze: Literal["backbone"] | None = Field(
         default=None, description="'backbone' trains the classifier alone, on features without drop path"
     )
+
+    @model_validator(mode="after")
+    def _frozen_is_learnt(self) -> "ModelRecipe":
+        if self.freeze is not None and self.weights is None:
+            raise ValueError("freeze: without weights a frozen backbone stays random; set model.weights")
+        return self
 
 
 class OptimRecipe(Section):

@@ -5,6 +5,7 @@ folder, checkpoints and the command are the same for all. Add a task by subclass
 """
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 
-from vmamba.errors import RecipeError
+from vmamba.errors import CheckpointError, RecipeError
 from vmamba.train.checkpoint import load_weights, write_atomically
 from vmamba.train.recipe import ModelRecipe, Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> MetricCollection:
         """New metrics of an evaluation."""
+
+    @classmethod
+    def without_training_data(cls, recipe: Any) -> Any:
+        """The recipe for where there are no data but those of the split "val"."""
+        return recipe
 
     def report_metrics(self) -> MetricCollection:
         """New metrics of a whole report, those of `metrics` among them."""
@@ -150,14 +158,33 @@ def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
         close = timm.list_models(f"*{recipe.name}*")[:5] or timm.list_models("*vmamba*")
         raise RecipeError(f"model.name: unknown model {recipe.name!r}; there are {', '.join(close)}, …")
     pretrained = recipe.weights == "pretrained"
+    arguments = {**defaults, **recipe.args}
+    classes = arguments.get("num_classes")
+    known = timm.get_pretrained_cfg(recipe.name) if pretrained else None
+    learnt = classes if known is None or classes is None else known.num_classes
+    if learnt != classes:
+        arguments["num_classes"] = learnt  # given another number timm would let any weight be missing
     try:
-        model = timm.create_model(recipe.name, pretrained=pretrained, **{**defaults, **recipe.args})
+        model: Any = timm.create_model(recipe.name, pretrained=pretrained, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"model.args: {recipe.name} does not take them: {error}") from error
+    except (RuntimeError, OSError) as error:
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"model.weights: the pretrained weights of {recipe.name} cannot be had, or do not fit: {error}"
+        ) from error
+    if learnt != classes:
+        differ = (
+            f"{recipe.name}: the pretrained classifier is for {learnt} classes, the model's for {classes}"
+        )
+        if not recipe.new_classifier:
+            raise CheckpointError(differ)
+        log.warning("%s: it starts anew", differ)
+        model.reset_classifier(classes)
     if recipe.weights is not None and not pretrained:
-        load_weights(model, recipe.weights, recipe.weights_kind)
+        load_weights(model, recipe.weights, recipe.weights_kind, recipe.new_classifier)
     if recipe.freeze == "backbone":
-        model.requires_grad_(False)
-        classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
-        classifier.requires_grad_(True)
+        model.eval().requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
     return model
