@@ -26,6 +26,9 @@ from vmamba.train.task import Task
 MOST_SKIPPED = 10
 """So many steps in a row without a finite gradient are not an accident any more."""
 
+MOST_SCALED = 40
+"""The same where a loss scaler looks for its scale, halving it each time."""
+
 log = logging.getLogger(__name__)
 
 
@@ -160,9 +163,8 @@ class TaskModule(lightning.LightningModule):
         # A gradient is the same on every process after the reduction, a loss is not.
         loss_finite = self.trainer.strategy.reduce_boolean_decision(bool(self._finite), all=True)
         gradient_finite = bool(norm.isfinite())
-        scaled = (
-            self.recipe.train.precision == "16-mixed"
-        )  # its scaler overflows on purpose, and skips the step
+        # A loss scaler makes gradients overflow on purpose, and skips the step.
+        scaled = self.recipe.train.precision == "16-mixed"
         if loss_finite and (gradient_finite or scaled):
             if gradient_clip_val is not None and gradient_finite:
                 torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
@@ -173,26 +175,30 @@ class TaskModule(lightning.LightningModule):
             self._report_nonfinite("gradient" if loss_finite else "loss")
             self._skipped_in_a_row += 1
             self.skipped_steps += 1
-        if self._skipped_in_a_row >= MOST_SKIPPED:
+        most = MOST_SCALED if scaled and loss_finite else MOST_SKIPPED
+        if self._skipped_in_a_row >= most:
             raise NonFiniteError(
-                f"{MOST_SKIPPED} steps in a row without a finite gradient, till step {self.global_step + 1}: "
+                f"{most} steps in a row without a finite gradient, till step {self.global_step + 1}: "
                 "lower optim.lr, or train in a wider precision"
             )
 
     def _report_nonfinite(self, what: str) -> None:
+        """Look for the layer in the step's samples, which are read again: nothing was kept of them."""
         loader: Any = self.trainer.train_dataloader
         data = loader.dataset.dataset
-        source, names = "nothing on this process", []
+        source, names = "", []
         for batch_idx, indices in self._step_parts:
-            keys = [SampleKey(self.current_epoch, index) for index in indices]
-            batch = self.trainer.strategy.batch_to_device(
-                loader.collate_fn.collate([data[key] for key in keys])
-            )
+            mine = [data.name(index) for index in indices]
+            names += mine
+            if isinstance(self.model, FSDPModule):
+                source = "not looked for in a model in shards"
+                continue
+            samples = [data[SampleKey(self.current_epoch, index)] for index in indices]
+            batch = self.trainer.strategy.batch_to_device(loader.collate_fn.collate(samples))
             with torch.compiler.set_stance("force_eager"), self.trainer.precision_plugin.forward_context():
-                found = first_nonfinite(self.model, batch, partial(self._loss, batch, batch_idx))
-            names = [data.name(index) for index in indices]
-            source = found
-            if not found.startswith("nothing"):
+                source = first_nonfinite(self.model, batch, partial(self._loss, batch, batch_idx))
+            if not source.startswith("nothing"):
+                names = mine
                 break
         message = (
             f"the {what} of step {self.global_step + 1} (epoch {self.current_epoch + 1}) is not finite; "
