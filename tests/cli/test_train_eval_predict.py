@@ -126,6 +126,16 @@ def test_runs_side_by_side(place: Path, trained: Path) -> None:
     assert_told(vmamba(place, "runs", ".", "--sort", "size"), "no order 'size'")
 
 
+@pytest.mark.parametrize("module", ["run", "evaluation", "runs"])
+def test_each_verbs_module_knows_the_tasks(module: str) -> None:
+    """In a process where no other verb ran before."""
+    code = (
+        f"import vmamba.train.{module}; from vmamba.train.task import task_type; task_type('classification')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_print_config_writes_nothing(place: Path) -> None:
     done = vmamba(place, "train", "recipe.yaml", "optim.lr=3e-4", "--print-config", "--out", "none")
     assert done.status == 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vmamba.data import Loaded, read_image
 from vmamba.environment import environment
 from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.checkpoint import (
     CONTENTS,
     contents,
