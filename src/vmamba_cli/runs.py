@@ -19,6 +19,7 @@ def command(
 ) -> None:
     """List the runs below a folder side by side."""
     import json
+    import sys
     from dataclasses import asdict
 
     from rich.console import Console
@@ -33,8 +34,8 @@ def command(
     good = [run for run in runs if not run.problem]
     table = Table(box=None, pad_edge=False)
     for column in ("run", "model"):
-        table.add_column(column, overflow="fold")
-    for column in ("epochs", "score", "last", "best", "at", "train loss", "images/s", "changed"):
+        table.add_column(column, no_wrap=True)
+    for column in ("epochs", "score", "last", "best", "at", "loss", "images/s", "changed"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in good:
         table.add_row(
@@ -43,7 +44,7 @@ def command(
             *(_text(run.train_loss, 3), _text(run.images_per_second, 0), run.changed),
         )
     if good:
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)  # rich takes 80 for a file
     elif not runs:
         typer.echo(f"no runs below {folder}")
     for run in runs:

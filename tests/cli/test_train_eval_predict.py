@@ -85,6 +85,26 @@ def test_train_eval_predict(place: Path, trained: Path) -> None:
         assert line == f"{one['image']}: {best['label']} {best['score']:.1%}"
 
 
+def test_runs_and_a_report(place: Path, trained: Path) -> None:
+    done = vmamba(place, "runs", ".")
+    assert done.status == 0, done.stderr
+    header, row = done.stdout.splitlines()
+    assert header.split()[:4] == ["run", "model", "epochs", "score"]
+    assert row.split()[:4] == ["run", "test_convnext", "12/12", "top1"]
+    (found,) = json.loads(vmamba(place, "runs", ".", "--json").stdout)
+    assert found["best"] > 0.8
+    assert_told(vmamba(place, "runs", "none"), "none: no such folder")
+
+    done = vmamba(place, "eval", "run", "--per-class", "--flip", "--out", "report")
+    assert done.status == 0, done.stderr
+    assert "run, raw weights, 18 samples" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.split()[0] in COLOURS]) == 3
+    names = ["confusion.csv", "confusion.png", "per_class.csv", "results.json"]
+    assert sorted(path.name for path in (place / "report").iterdir()) == names
+    assert_told(vmamba(place, "eval", "run", "--scales", "0"), "scales: expected numbers above 0")
+    assert_told(vmamba(place, "eval", "run", "--weights", "both"), "has no 'ema' weights")
+
+
 def test_print_config_writes_nothing(place: Path) -> None:
     done = vmamba(place, "train", "recipe.yaml", "optim.lr=3e-4", "--print-config", "--out", "none")
     assert done.status == 0

@@ -21,11 +21,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("b/first", "begun", "damaged"):
         (place / name).mkdir(parents=True)
         (place / name / "recipe.yaml").write_text(recipe)
+        (place / name / "env.json").write_text("{}")
     header = "epoch,step,lr,images/s,train/loss,val/ema_top1,val/ema_top5,val/top1,val/top5\n"
     rows = "0,4,0.1,50,2.5,0.7,1,0.1,1\n1,8,0.1,60,1.5,0.6,1,0.9,1\n"
     (place / "b" / "first" / "metrics.csv").write_text(header + rows)
     (place / "damaged" / "metrics.csv").write_text("epoch,step\nnone,4\n")
     (place / "other").mkdir()
+    (place / "other" / "env.json").write_text("{}")
+    (place / "recipe.yaml").write_text(recipe)  # no run
     (place / "other" / "recipe.yaml").write_text("eggs: 3\n")
     return place
 

@@ -74,8 +74,9 @@ def find_runs(folder: str | Path, sort: str = "name") -> list[Run]:
 
 
 def _places(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.rglob("recipe.yaml")):
-        yield file.parent
+    for file in sorted(folder.rglob("env.json")):  # a recipe.yaml may lie anywhere
+        if (file.parent / "recipe.yaml").exists():
+            yield file.parent
 
 
 def _name(place: Path, folder: Path) -> str:
