@@ -60,7 +60,8 @@ def command(
     except ValueError:
         raise typer.BadParameter(f"--scales: expected numbers with commas between, got {scales!r}") from None
     evaluation = load("vmamba.train.evaluation", "train")
-    kinds = ["raw", "ema"] if weights is Weights.both else [weights.value]
+    # The average first: where there is none, that is told at once.
+    kinds = ["ema", "raw"] if weights is Weights.both else [weights.value]
     found = [
         evaluation.evaluate(what, overrides or [], weights=kind, flip=flip, scales=sizes) for kind in kinds
     ]

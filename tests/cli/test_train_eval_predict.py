@@ -97,11 +97,11 @@ def test_a_whole_report(place: Path) -> None:
         assert names == {"results.json", "per_class.csv", "confusion.csv", "confusion.png"}
     assert all(done.stdout.count(name) >= 2 for name in COLOURS)
     found = json.loads(vmamba(place, *asked, "--json").stdout)
-    assert [each["weights"] for each in found] == ["raw", "ema"]
+    assert [each["weights"] for each in found] == ["ema", "raw"]
     assert [row["name"] for row in found[0]["per_class"]] == sorted(COLOURS)
     saved = json.loads((place / "report" / "ema" / "results.json").read_text())
     assert (saved["flip"], saved["scales"]) == (True, [1.0, 1.25])
-    assert saved["scores"]["top1"] == found[1]["top1"]
+    assert saved["scores"]["top1"] == found[0]["top1"]
     for kind in ("raw", "ema"):
         done = vmamba(place, "predict", "images/val/red/0.png", "--checkpoint", "averaged", "--weights", kind)
         assert done.status == 0, done.stderr
@@ -113,6 +113,7 @@ def test_a_whole_report(place: Path) -> None:
 def test_runs_side_by_side(place: Path, trained: Path) -> None:
     (place / "foreign").mkdir()
     (place / "foreign" / "recipe.yaml").write_text("eggs: 3\n")
+    (place / "foreign" / "env.json").write_text("{}")
     done = vmamba(place, "runs", ".", "--sort", "best")
     assert done.status == 0
     row = next(line for line in done.stdout.splitlines() if line.startswith("run "))
@@ -134,6 +135,17 @@ def test_each_verbs_module_knows_the_tasks(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_report_of_one_kind_of_weights(place: Path, trained: Path) -> None:
+    done = vmamba(place, "eval", "run", "--per-class", "--out", "single")
+    assert done.status == 0, done.stderr
+    assert "run, raw weights, 18 samples" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.split()[0] in COLOURS]) == 3
+    names = ["confusion.csv", "confusion.png", "per_class.csv", "results.json"]
+    assert sorted(path.name for path in (place / "single").iterdir()) == names
+    assert_told(vmamba(place, "eval", "run", "--scales", "0"), "scales: expected numbers above 0")
+    assert_told(vmamba(place, "eval", "run", "--weights", "both"), "has no 'ema' weights")
 
 
 def test_print_config_writes_nothing(place: Path) -> None:

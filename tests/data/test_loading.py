@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +107,35 @@ def test_a_dead_worker_is_told() -> None:
 def test_a_hanging_worker_is_told_and_put_away() -> None:
     with pytest.raises(DataError, match=r"no batch .* within 1 s: .* train.loader_timeout"):
         list(loader(Hanging(), num_workers=1, timeout=1))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to data workers")
+def test_workers_leave_signals_to_their_parent() -> None:
+    """Else they die before the step is done."""
+    data = loader(Numbers(), num_workers=2, persistent_workers=True)
+    batches = iter(data)
+    assert [next(batches).batch.tolist() for _ in range(2)] == [[0, 1], [2, 3]]  # both have begun
+    for worker in data._iterator._workers:  # type: ignore[union-attr]
+        for name in ("TERM", "INT", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert [loaded.batch.tolist() for loaded in batches] == [[4, 5], [6, 7]]
+    assert next(iter(data)).batch.tolist() == [0, 1]
+
+
+HOLDING = """
+import builtins
+from test_loading import Hanging, loader
+data = loader(Hanging(), num_workers=2, persistent_workers=True)
+batches = iter(data)
+next(batches)
+builtins.held = data, batches
+"""
+
+
+def test_workers_do_not_keep_a_process_from_ending() -> None:
+    """One of them hangs, and the loader is never closed."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDING], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -18,24 +18,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = check(
         ClassificationRecipe, override_values(tiny_values(place), ["train.ema_decay=0.5"]), "test"
     ).to_yaml()
-    for name in ("b/first", "begun", "damaged"):
+    for name in ("b/first", "begun", "damaged", "finished", "binary", "yaml"):
         (place / name).mkdir(parents=True)
         (place / name / "recipe.yaml").write_text(recipe)
+        (place / name / "env.json").write_text("{}")
     header = "epoch,step,lr,images/s,train/loss,val/ema_top1,val/ema_top5,val/top1,val/top5\n"
     rows = "0,4,0.1,50,2.5,0.7,1,0.1,1\n1,8,0.1,60,1.5,0.6,1,0.9,1\n"
     (place / "b" / "first" / "metrics.csv").write_text(header + rows)
     (place / "damaged" / "metrics.csv").write_text("epoch,step\nnone,4\n")
-    (place / "finished").mkdir()
-    (place / "finished" / "recipe.yaml").write_text(recipe)
     ties = "epoch,step,val/ema_top1,val/loss\n0,4,0.5,2\n1,8,0.8,nan\n2,12,0.8,0.25\n"
     (place / "finished" / "metrics.csv").write_text(ties)
-    (place / "bare" / "checkpoints").mkdir(parents=True)
-    (place / "binary").mkdir()
-    (place / "binary" / "recipe.yaml").write_text(recipe)
     (place / "binary" / "metrics.csv").write_bytes(b"epoch,step\n\xff\x00\n")
-    (place / "yaml").mkdir()
     (place / "yaml" / "recipe.yaml").write_text("[1,\n")
     (place / "other").mkdir()
+    (place / "other" / "env.json").write_text("{}")
+    (place / "recipe.yaml").write_text(recipe)  # no run
     (place / "other" / "recipe.yaml").write_text("eggs: 3\n")
     return place
 
@@ -55,7 +52,7 @@ def test_what_a_run_says(place: Path) -> None:
         0.25,
     )
     assert (runs["begun"].epochs, runs["begun"].last, runs["begun"].problem) == (0, None, "")
-    for name in ("damaged", "other", "bare", "binary", "yaml"):
+    for name in ("damaged", "other", "binary", "yaml"):
         assert "\n" not in runs[name].problem
         assert runs[name].problem.startswith(f"{place / name}: not a run of vmamba, or a damaged one")
 
@@ -63,7 +60,7 @@ def test_what_a_run_says(place: Path) -> None:
 @pytest.mark.parametrize("sort", SORTS)
 def test_every_order_has_every_run(sort: str, place: Path) -> None:
     found = find_runs(place, sort)
-    assert len(found) == 8
+    assert len(found) == 7
     first = {"epochs": "finished", "step": "finished", "best": "finished", "last": "finished"}
     first |= {"val_loss": "finished", "state": "finished", "train_loss": "b/first"}
     first |= {"images_per_second": "b/first", "name": "b/first"}

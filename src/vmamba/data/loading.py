@@ -1,8 +1,11 @@
 """A data loader that can go on in the middle of an epoch, and that tells errors of the data as they are."""
 
+import atexit
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -83,6 +86,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Loaded]:  # type: ignore[override]
         batches = super().__iter__()
+        _workers.update(getattr(batches, "_workers", []))
         while True:
             try:
                 loaded = next(batches)
@@ -103,8 +107,7 @@ class ResumableLoader(DataLoader[Any]):
             return error
         ended = [worker for worker in workers if worker.exitcode is not None]
         dead = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
-        for worker in workers:
-            worker.kill()
+        _kill(workers)
         self._iterator = None  # the next one starts new workers
         if "timed out" in text:
             return DataError(
@@ -181,6 +184,28 @@ class _Collate:
 
 
 def _leave_signals(worker: int) -> None:
+    """Let the process that runs the steps decide when to stop, though a whole group was told to."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+_workers: WeakSet[Any] = WeakSet()
+"""All that may be alive."""
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    """Put workers away, also those that hang; PyTorch's handler would raise an error for each."""
+    handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handled else None
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    if handled:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@atexit.register
+def _kill_all() -> None:
+    """Python's own end would send a signal that they ignore, and wait for them."""
+    _kill([worker for worker in _workers if worker.is_alive()])

@@ -235,7 +235,12 @@ def load_weights(model: nn.Module, path: str, kind: str = "auto", new_classifier
             name and shape.
     """
     weights = checkpoint_filter_fn(_read_weights(path, kind), model)
-    load_official(model, weights | (_other_classifier(model, weights, path) if new_classifier else {}))
+    if new_classifier:
+        weights |= _other_classifier(model, weights, path)
+    try:
+        load_official(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix('state dict: ')}") from error
 
 
 def _read_weights(path: str, kind: str) -> Mapping[str, Any]:

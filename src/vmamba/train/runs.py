@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -79,10 +80,10 @@ def find_runs(folder: str | Path, sort: str = "name") -> list[Run]:
     return sorted(known, key=lambda run: getattr(run, sort), reverse=sort not in _UPWARDS) + rest
 
 
-def _places(folder: Path) -> list[Path]:
-    """Folders with anything that a run leaves behind."""
-    found = [path for name in ("recipe.yaml", "metrics.csv", "checkpoints") for path in folder.rglob(name)]
-    return sorted({path.parent for path in found})
+def _places(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.rglob("env.json")):  # a recipe.yaml may lie anywhere
+        if (file.parent / "recipe.yaml").exists():
+            yield file.parent
 
 
 def _name(place: Path, folder: Path) -> str:
