@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize, to_tensor
 
 from images import COLOURS, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
@@ -45,6 +49,21 @@ def logits_of(folder: Path, model: nn.Module, task: Any) -> tuple[Tensor, Tensor
     with torch.inference_mode():
         logits = torch.cat([model(image[None]) for image, _ in samples])
     return logits, torch.tensor([label for _, label in samples])
+
+
+@pytest.mark.parametrize("size", [28, 224, 225, 384])
+def test_the_papers_protocol(size: int, folder: Path) -> None:
+    """The shorter side to ⌊256/224·S⌋, bicubic, and the crop from the middle."""
+    values = {"task": "classification", "data": {"root": str(folder), "image_size": size}}
+    transform = ClassificationTask(check(ClassificationRecipe, values, "test")).transform(training=False)
+    image = Image.open(folder / "val" / "red" / "0.png")  # 20×16
+    resized = to_tensor(resize(image, 256 * size // 224, InterpolationMode.BICUBIC))
+    top, left = (round((side - size) / 2) for side in resized.shape[1:])
+    crop = resized[:, top : top + size, left : left + size]
+    mean, std = (
+        torch.tensor(value)[:, None, None] for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    torch.testing.assert_close(transform(image), (crop - mean) / std)
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

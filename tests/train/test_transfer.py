@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from images import make_folder, tiny_values
@@ -88,6 +89,18 @@ def test_nothing_else_may_differ(source: Path, two_classes: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="does not fit VMamba; nothing was loaded"):
         ClassificationTask(changed).build_model(changed)
+
+
+@pytest.mark.parametrize("classes", [3, 2])
+def test_a_peer_with_the_authors_names(classes: int, tmp_path: Path) -> None:
+    """A ViT has a patch_embed too, which is none of the authors' to be renamed."""
+    source, model = (timm.create_model("test_vit", num_classes=number) for number in (3, classes))
+    path = tmp_path / "vit.safetensors"
+    save_file(source.state_dict(), path)
+    load_weights(model, str(path))
+    expected = source.state_dict()
+    same = {name for name, value in model.state_dict().items() if value.equal(expected[name])}
+    assert expected.keys() - same == (set() if classes == 3 else {"head.weight", "head.bias"})
 
 
 def test_a_model_without_a_classifier_takes_only_what_fits(tmp_path: Path) -> None:

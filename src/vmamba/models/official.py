@@ -62,12 +62,14 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
 
     Args:
         checkpoint: A state dict, or a checkpoint that holds one as "model" or "model_ema".
-        model: The `VMamba` that they are for, which decides the shapes.
+        model: The `VMamba` that they are for, which decides the shapes. One that has such names itself, as
+            timm's Swin and ViT do, takes them as they are.
     """
     state_dict = next((checkpoint[key] for key in ("model", "model_ema") if key in checkpoint), checkpoint)
-    if not _is_official(state_dict):
+    own = model.state_dict()
+    if not _is_official(state_dict) or _is_official(own):
         return dict(state_dict)
-    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    shapes = {name: parameter.shape for name, parameter in own.items()}
     converted: dict[str, Any] = {}
     for name, weight in state_dict.items():
         for pattern, replacement in _NAMES:
