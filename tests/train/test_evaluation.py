@@ -250,3 +250,10 @@ def test_data_without_one_good_image(averaged: Path, tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"not one sample can be read, the first: .*0\.png"):
         evaluate(averaged, [f"data.root={root}", "train.on_error=skip"])
+
+
+def test_a_checkpoint_brings_its_own_model(averaged: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"override 'model.weights=other': the model is that of .*best\.ckpt"
+    ):
+        evaluate(averaged, ["model.weights=other"])

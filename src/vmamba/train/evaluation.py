@@ -108,6 +108,11 @@ def _open_run(
     checkpoint: str | Path, overrides: Sequence[str], weights: Weights
 ) -> tuple[Task, Recipe, nn.Module, str]:
     path = checkpoint_of(checkpoint)
+    for override in overrides:
+        if override.startswith(("model.", "model=")):
+            raise RecipeError(
+                f"override {override!r}: the model is that of {path}; to judge other weights give a recipe"
+            )
     found = load_checkpoint(path)
     values, classes = contents(found, path)
     values = override_values(values, overrides)
