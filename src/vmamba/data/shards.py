@@ -328,7 +328,8 @@ class RemoteShards(ImageSource):
         for _, size, path in sorted(found):
             if total <= self.limit or path == newest:
                 break
-            with suppress(Timeout, OSError), self._lock(path, blocking=False):
+            shard = path.with_name(path.name.removesuffix(".part"))  # one that is being fetched is locked
+            with suppress(Timeout, OSError), self._lock(shard, blocking=False):
                 path.unlink(missing_ok=True)
                 total -= size
 
