@@ -99,6 +99,7 @@ class Hanging(Numbers):
         return super().__getitem__(key)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's handler, late
 def test_a_dead_worker_is_told() -> None:
     with pytest.raises(DataError, match=r"a data worker died: \d+ \(exit code -9\); if it was killed"):
         list(loader(Dying(), num_workers=2, persistent_workers=True))

@@ -360,6 +360,11 @@ def _deaths_told(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # PyTorch's handler raises it anywhere
+            raise DataError(
+                f"a data worker died: {error}; if it was killed (exit code -9), memory ran out: lower "
+                "train.workers"
+            ) from error
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
         if trainer.world_size == 1 or not lost:
             raise
