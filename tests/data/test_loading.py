@@ -99,10 +99,21 @@ class Hanging(Numbers):
         return super().__getitem__(key)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's handler, late
 def test_a_dead_worker_is_told() -> None:
     with pytest.raises(DataError, match=r"a data worker died: \d+ \(exit code -9\); if it was killed"):
         list(loader(Dying(), num_workers=2, persistent_workers=True))
+
+
+class Slow(Numbers):
+    def __getitem__(self, key: SampleKey) -> torch.Tensor:
+        if key.index == 2:
+            time.sleep(1.5)  # the loader looks for dead workers every second
+        return super().__getitem__(key)
+
+
+def test_a_slow_worker_is_waited_for() -> None:
+    found = [loaded.batch.tolist() for loaded in loader(Slow(), num_workers=1)]
+    assert found == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_hanging_worker_is_told_and_put_away() -> None:

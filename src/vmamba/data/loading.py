@@ -3,7 +3,9 @@
 import atexit
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
@@ -27,6 +29,10 @@ class ShardError(DataError):
     def __init__(self, message: str, samples: int = 1) -> None:
         super().__init__(message)
         self.samples = samples
+
+
+class WorkerError(DataError):
+    """A process that reads data died or hangs."""
 
 
 class Loaded(NamedTuple):
@@ -78,46 +84,55 @@ class ResumableLoader(DataLoader[Any]):
             collate_fn=_Collate(collate_fn or default_collate, on_error),
             worker_init_fn=_leave_signals,
             num_workers=num_workers,
-            timeout=timeout if num_workers else 0,
+            timeout=min(timeout, 1) if num_workers else 0,
             **kwargs,
         )
+        self.patience = timeout
         self.consumed = 0
         self.skipped: dict[str, None] = {}
 
     def __iter__(self) -> Iterator[Loaded]:  # type: ignore[override]
-        batches = super().__iter__()
-        _workers.update(getattr(batches, "_workers", []))
-        while True:
-            try:
-                loaded = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise self._explain(error, getattr(batches, "_workers", [])) from error
+        with _handler_kept():
+            batches = super().__iter__()
+        workers = getattr(batches, "_workers", [])
+        _workers.update(workers)
+        while (loaded := self._next(batches, workers)) is not None:
             if isinstance(loaded, DataError):
+                self._put_away(workers)  # else they may be waited for, seconds each, by the garbage collector
                 raise loaded
             self.skipped.update(dict.fromkeys(loaded.skipped))
             if loaded.indices:  # else all of it was dropped
                 yield loaded
 
-    def _explain(self, error: RuntimeError, workers: list[Any]) -> Exception:
-        """A worker's death or silence as the user's to mend, with what is left of the workers put away."""
-        text = str(error)
-        if "timed out" not in text and "DataLoader worker" not in text:
-            return error
-        ended = [worker for worker in workers if worker.exitcode is not None]
-        dead = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
+    def _next(self, batches: Iterator[Any], workers: Sequence[Any]) -> Any:
+        """The next batch, or None behind the last; PyTorch waits for it a second at a time."""
+        start = time.monotonic()
+        while True:
+            try:
+                return next(batches, None)
+            except Exception as error:  # a death shows as any of a dozen
+                if isinstance(error, (OSError, EOFError)):  # a pipe is gone a moment before its process
+                    for worker in workers:
+                        worker.join(0.1)
+                ended = [worker for worker in workers if worker.exitcode]
+                silent = str(error).startswith("DataLoader timed out")
+                if not ended and not silent:
+                    raise
+                if not ended and time.monotonic() - start < self.patience:
+                    continue
+                dead = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
+                self._put_away(workers)
+                raise WorkerError(
+                    f"a data worker died: {dead}; if it was killed (exit code -9), memory ran out: lower "
+                    "train.workers"
+                    if dead
+                    else f"no batch from the data workers within {self.patience:g} s: a worker hangs or the "
+                    "storage does not answer; raise train.loader_timeout if the data are that slow"
+                ) from error
+
+    def _put_away(self, workers: Iterable[Any]) -> None:
         _kill(workers)
-        self._iterator = None  # the next one starts new workers
-        if "timed out" in text:
-            return DataError(
-                f"no batch from the data workers within {self.timeout:g} s: a worker hangs or the storage "
-                "does not answer; raise train.loader_timeout if the data are that slow"
-            )
-        return DataError(
-            f"a data worker died: {dead or text}; if it was killed (exit code -9), memory ran out: lower "
-            "train.workers"
-        )
+        self._iterator = None  # the next iteration starts new ones
 
     def state_dict(self) -> dict[str, int]:
         """(epoch, samples consumed): all there is to the order and the augmentation; and in what parts."""
@@ -190,19 +205,29 @@ def _leave_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+@contextmanager
+def _handler_kept() -> Iterator[None]:
+    """Leave out PyTorch's handler of a child's death: it raises wherever the process happens to be."""
+    # Windows has no such handler, and the main thread alone can set one.
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 _workers: WeakSet[Any] = WeakSet()
 """All that may be alive."""
 
 
 def _kill(workers: Iterable[Any]) -> None:
-    """Put workers away, also those that hang; PyTorch's handler would raise an error for each."""
-    handled = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if handled else None
+    """End workers, also those that hang."""
     for worker in workers:
         worker.kill()
         worker.join()
-    if handled:
-        signal.signal(signal.SIGCHLD, before)
 
 
 @atexit.register
