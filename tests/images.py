@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
@@ -33,3 +34,10 @@ def tiny_values(root: Path) -> dict[str, Any]:
         "schedule": {"epochs": 3, "warmup_epochs": 1},
         "train": {"batch_size": 4, "workers": 0, "threads": 1},
     }
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """The same weights, to the last bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name

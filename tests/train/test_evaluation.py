@@ -23,11 +23,6 @@ from vmamba.train.guard import NonFiniteError
 from vmamba.train.recipe import check, override_values
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("images"))
-
-
 def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
     return check(ClassificationRecipe, override_values(tiny_values(folder), overrides), "test")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from images import make_folder, tiny_values
+from images import assert_same, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.train import run
 from vmamba.train.callbacks import Interrupted
@@ -24,11 +23,6 @@ from vmamba.train.guard import NonFiniteError, first_nonfinite
 from vmamba.train.recipe import check, override_values
 
 STEPS = 4  # of an epoch: 18 images in batches of 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +40,6 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 def weights(out: Path, name: str = "last") -> dict[str, Tensor]:
     return load_checkpoint(out / "checkpoints" / f"{name}.ckpt")["state_dict"]
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
@@ -170,6 +158,8 @@ def test_the_first_that_is_not_finite(model: nn.Module, x: float, expected: str)
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 def test_a_full_disk_leaves_the_checkpoint_before(folder: Path, whole: Path, tmp_path: Path) -> None:
     """The size of files is limited in the middle of the second epoch: its checkpoint does not fit."""
+    import resource
+
     before: list[Any] = []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -216,7 +206,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content[:-100])
-    assert newest_checkpoint(checkpoints).name == "step-000000006.ckpt"
+    assert newest_checkpoint(checkpoints)[0].name == "step-000000006.ckpt"
     run.resume(tmp_path)
     assert caplog.text.count("damaged, its content does not match") >= 2
     assert "going on from" in caplog.text
@@ -286,7 +276,7 @@ def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, monkeypatch: p
         return data
 
     monkeypatch.setattr(ClassificationTask, "dataset", deadly)
-    with pytest.raises(DataError, match=r"a data worker died: .*if it was killed \(exit code -9\)"):
+    with pytest.raises(DataError, match=r"a data worker died: \d+ \(exit code -9\)"):
         run.train(recipe(folder, "train.workers=2"), tmp_path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from images import COLOURS, make_folder, tiny_values
+from images import COLOURS, assert_same, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.train import run
 from vmamba.train.callbacks import Interrupted
@@ -18,11 +18,6 @@ from vmamba.train.evaluation import evaluate, predict
 from vmamba.train.recipe import check, override_values
 
 STEPS = 4  # of an epoch: 18 images in batches of 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +34,6 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
     return model_weights(load_checkpoint(out / "checkpoints" / f"{name}.ckpt"))
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def rows(out: Path) -> list[dict[str, str]]:

@@ -31,11 +31,6 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_folder(tmp_path_factory.mktemp("two"))
     for split in ("train", "val"):

@@ -84,7 +84,8 @@ class EpochSampler(Sampler[SampleKey]):
             yield from range(start, min(start + self.chunk, self.total))
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._mine())
+        rounds, rest = divmod(self.total, self.world_size * self.chunk)
+        return rounds * self.chunk + min(max(rest - self.rank * self.chunk, 0), self.chunk)
 
     def _order(self) -> Tensor:
         if not self.shuffle:

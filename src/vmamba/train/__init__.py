@@ -1,1 +1,3 @@
 """Training, evaluation and prediction, for any task."""
+
+from vmamba.train import classification  # noqa: F401  (registers its task)

@@ -128,19 +128,19 @@ class Checkpoints(Callback):
 
     Args:
         folder: Of the run.
-        monitor: The metric that is the score.
         every: Steps between checkpoints within an epoch.
         keep: Newest to keep.
+        resumed_from: The checkpoint of the folder that the run goes on from.
 
     Attributes:
         scores: Of the last evaluation, be it before the run was resumed.
     """
 
-    def __init__(self, folder: Path, monitor: str, every: int | None, keep: int) -> None:
-        self.folder, self.monitor, self.every, self.keep = folder / "checkpoints", monitor, every, keep
+    def __init__(self, folder: Path, every: int | None, keep: int, resumed_from: Path | None = None) -> None:
+        self.folder, self.every, self.keep = folder / "checkpoints", every, keep
+        self.resumed_from = resumed_from
         self.best = -math.inf
         self.scores: dict[str, float] = {}
-        self.resumed_from: Path | None = None
         self._at: int | None = None  # the step of last.ckpt, if it is whole
 
     def save(self, trainer: lightning.Trainer) -> None:
@@ -165,7 +165,7 @@ class Checkpoints(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         found = trainer.callback_metrics.items()
         self.scores = {name: value.item() for name, value in found if name.startswith("val/")}
-        score = self.scores[self.monitor]
+        score = self.scores[f"val/{pl_module.monitor}"]
         if not score <= self.best:
             self.best = score
             trainer.save_checkpoint(self.folder / "best.ckpt")

@@ -133,8 +133,10 @@ def earlier_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint in a run's `checkpoints`; damaged ones are passed over, with a warning.
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint in a run's `checkpoints`, and what it holds.
+
+    Damaged ones are passed over, with a warning.
 
     Raises:
         CheckpointError: There is none.
@@ -142,7 +144,7 @@ def newest_checkpoint(folder: Path) -> Path:
     problems: list[str] = []
     for path in (folder / "last.ckpt", *earlier_checkpoints(folder)):
         try:
-            load_checkpoint(path)
+            found = load_checkpoint(path)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -150,7 +152,7 @@ def newest_checkpoint(folder: Path) -> Path:
             log.warning("%s", problem)
         if problems:
             log.warning("going on from %s", path)
-        return path
+        return path, found
     raise CheckpointError("\n  ".join(problems))
 
 

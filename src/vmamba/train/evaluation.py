@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vmamba.data import Loaded, read_image
 from vmamba.environment import environment
 from vmamba.errors import CheckpointError, DataError, RecipeError
-from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.checkpoint import (
     CONTENTS,
     contents,
@@ -23,7 +22,8 @@ from vmamba.train.checkpoint import (
     weights_kinds,
     write_atomically,
 )
-from vmamba.train.recipe import Recipe, check, override_values, read_values
+from vmamba.train.recipe import Recipe, check, override_values
+from vmamba.train.run import load_recipe, loader, settings, trainer_for
 from vmamba.train.task import Task, task_type
 
 Weights = Literal["auto", "raw", "ema"]
@@ -162,8 +162,6 @@ def evaluate(
         DataError: The data are missing, damaged, or of other classes than the model.
         NonFiniteError: The model's outputs are not finite.
     """
-    from vmamba.train.run import loader, settings, trainer_for
-
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
     from_recipe = Path(what).suffix in (".yaml", ".yml")
@@ -195,12 +193,8 @@ def evaluate(
 def _open_recipe(
     path: str | Path, overrides: Sequence[str], weights: Weights
 ) -> tuple[Task, Recipe, nn.Module, str]:
-    values, lines = read_values(path)
-    values = override_values(values, overrides)
-    for override in overrides:
-        lines.pop(override.partition("=")[0], None)
-    task_class = task_type(values.get("task"))
-    recipe: Any = check(task_class.recipe_type, values, str(path), lines)
+    recipe: Any = load_recipe(path, overrides)
+    task_class = task_type(recipe.task)
     if recipe.model.weights is None:
         raise RecipeError(
             f"{path}: names no weights to judge; set model.weights to 'pretrained' or a checkpoint's path"

@@ -22,7 +22,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from vmamba.data import EpochSampler, ResumableLoader, seeded
 from vmamba.environment import environment
 from vmamba.errors import DataError, ProcessError, RecipeError
-from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.callbacks import (
     Blemishes,
     Checkpoints,
@@ -35,7 +34,6 @@ from vmamba.train.checkpoint import (
     AtomicCheckpointIO,
     contents,
     earlier_checkpoints,
-    load_checkpoint,
     newest_checkpoint,
     write_atomically,
 )
@@ -96,11 +94,9 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
         raise RecipeError(f"{folder}: holds a run already; resume it with --resume, or name another folder")
     with settings(recipe):
         task = task_type(recipe.task)(recipe)
-        monitor = task.monitor if recipe.train.ema_decay is None else f"ema_{task.monitor}"
         checkpoints = Checkpoints(
-            folder, f"val/{monitor}", recipe.train.checkpoint_every, recipe.train.keep_checkpoints
+            folder, recipe.train.checkpoint_every, recipe.train.keep_checkpoints, resume_from
         )
-        checkpoints.resumed_from = resume_from
         stop = StopOnSignal(folder, checkpoints.save)
         trainer = trainer_for(
             recipe,
@@ -162,8 +158,8 @@ def resume(
     Raises:
         RecipeError: An override would change what is learnt, or `recipe` is another one.
     """
-    newest = newest_checkpoint(Path(folder) / "checkpoints")
-    values, _ = contents(load_checkpoint(newest), newest)
+    newest, checkpoint = newest_checkpoint(Path(folder) / "checkpoints")
+    values, _ = contents(checkpoint, newest)
     may_change = {"data.root", *(f"train.{key}" for key in RESUMABLE)}
     for override in overrides:
         if override.partition("=")[0] not in may_change:
@@ -360,11 +356,6 @@ def _deaths_told(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # PyTorch's handler raises it anywhere
-            raise DataError(
-                f"a data worker died: {error}; if it was killed (exit code -9), memory ran out: lower "
-                "train.workers"
-            ) from error
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
         if trainer.world_size == 1 or not lost:
             raise

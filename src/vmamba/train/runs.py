@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import DataError, RecipeError
-from vmamba.train import classification  # noqa: F401  (registers its task)
 from vmamba.train.callbacks import read_metrics
 from vmamba.train.recipe import read_values
 from vmamba.train.task import task_type
