@@ -359,9 +359,14 @@ def _deaths_told(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
         if trainer.world_size == 1 or not lost:
             raise
+        again = (
+            f"To go on: vmamba train --resume {folder}"
+            if holds_run(folder)
+            else "There is no checkpoint yet: start the run again"
+        )
         raise ProcessError(
             f"process {trainer.global_rank} of {trainer.world_size} lost another one, which died or hangs; "
-            f"its own message says why, if it had time. To go on: vmamba train --resume {folder} ({error})"
+            f"its own message says why, if it had time. {again} ({error})"
         ) from error
 
 
