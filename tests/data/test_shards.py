@@ -22,10 +22,10 @@ from vmamba.data import (
     Shards,
     find_shards,
     read_classes,
-    shards,
     write_shards,
 )
 from vmamba.data.shards import expand_braces
+from vmamba.data.storage import download
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.recipe import check, override_values
@@ -56,14 +56,13 @@ def bucket(packed: Path) -> Iterator[str]:
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    real = shards._download
 
-    def download(url: str, path: Path) -> None:
+    def noted(url: str, path: Path) -> None:
         names.append(url.rpartition("/")[2])
-        real(url, path)
+        download(url, path)
 
-    monkeypatch.setattr(shards, "_download", download)
-    monkeypatch.setattr(shards, "_WAITS", ())
+    monkeypatch.setattr("vmamba.data.remote.download", noted)
+    monkeypatch.setattr("vmamba.data.storage._WAITS", ())
     return names
 
 
@@ -296,7 +295,7 @@ def test_a_short_download_is_tried_again(
     with pytest.raises(DataError, match=r"cannot fetch the shard .*1000 of \d+ bytes came"):
         remote(bucket, tmp_path).load(0)
     assert not list((tmp_path / "cache").glob("*.tar*[!k]"))
-    monkeypatch.setattr(shards, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("vmamba.data.storage._WAITS", (0.0, 0.0))
     assert remote(bucket, tmp_path).load(0)[0].size == (20, 16)
     assert len(tries) == 3
 

@@ -10,9 +10,11 @@ from vmamba.data.classification import (
 from vmamba.data.huggingface import HuggingFaceImages
 from vmamba.data.loading import Loaded, ResumableLoader, ShardError
 from vmamba.data.pack import write_shards, write_tar
+from vmamba.data.remote import RemoteShards
 from vmamba.data.sampling import EpochSampler, Groups, SampleKey
 from vmamba.data.seeding import draw_seed, seeded
-from vmamba.data.shards import RemoteShards, Shards, find_shards, is_url, read_classes
+from vmamba.data.shards import Shards, find_shards, read_classes
+from vmamba.data.storage import is_url
 from vmamba.data.tar import TarImages
 
 __all__ = [

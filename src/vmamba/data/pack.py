@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from vmamba.data.classification import ImageFolder
+from vmamba.data.remote import SIZES, read_sizes
 from vmamba.data.seeding import draw_seed
-from vmamba.data.shards import SIZES, read_sizes
 from vmamba.errors import DataError
 
 

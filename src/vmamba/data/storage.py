@@ -1,0 +1,49 @@
+"""Object storage, through fsspec."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vmamba.errors import DataError
+
+_WAITS = (1.0, 4.0)
+"""Seconds before a download is tried again."""
+
+
+def is_url(root: str) -> bool:
+    return "://" in root
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Anew in each call: a file system that was made before a fork does not work behind it."""
+    try:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(url)
+    except ImportError as error:
+        raise DataError(f"{url}: {error}; to read object storage: pip install 'vmamba[data]'") from error
+    except ValueError as error:
+        raise DataError(f"{url}: no address that fsspec knows ({error})") from error
+
+
+def download(url: str, path: Path) -> None:
+    """All of it, or nothing at `path`; only one process at a time."""
+    part = path.with_name(f"{path.name}.part")
+    for wait in (*_WAITS, None):
+        try:
+            fs, inside = file_system(url)
+            expected = fs.info(inside)["size"]
+            fs.get_file(inside, str(part))
+            size = part.stat().st_size
+            if expected is not None and size != expected:
+                raise OSError(f"{size} of {expected} bytes came")
+            os.replace(part, path)
+            return
+        except DataError:
+            raise
+        except Exception as error:  # every storage raises its own
+            part.unlink(missing_ok=True)
+            if wait is None or isinstance(error, FileNotFoundError):
+                raise DataError(f"{url}: cannot fetch the shard ({error!r})") from error
+            time.sleep(wait)
