@@ -38,6 +38,18 @@ def test_what_comes_after_is_left_alone() -> None:
     assert after(True) == after(False)
 
 
+def test_blocks_within_blocks() -> None:
+    with seeded("outer", 0):
+        expected = draw(), draw()
+    with seeded("inner", 0):
+        inner = draw()
+    with seeded("outer", 0):
+        first = draw()
+        with seeded("inner", 0):
+            assert draw() == inner
+        assert (first, draw()) == expected
+
+
 def test_seeds_stay_as_they_are() -> None:
     """A checkpoint keeps no random state: with other seeds its run would not go on as it began."""
     assert draw_seed("order", 0, 0) == 8105155533265743171
