@@ -156,11 +156,24 @@ def test_safetensors_and_hub_round_trip(tmp_path) -> None:
         ({"downsample": "pool"}, "downsample: expected"),
         ({"depths": (1, 1)}, "depths, dims: expected as many"),
         ({"stem_stride": 3}, "stem_stride: expected 1, 2 or 4"),
+        ({"weight_init": "he"}, "weight_init: expected one of 'normal', 'lecun', got 'he'"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**settings)
+
+
+@pytest.mark.parametrize("weight_init", ["normal", "lecun"])
+def test_how_linear_layers_begin(weight_init: str) -> None:
+    model = small(dims=(64, 64, 64, 64), weight_init=weight_init)
+    layers = [layer for layer in model.stages.modules() if isinstance(layer, nn.Linear)]
+    assert len(layers) == 5 * 4
+    for layer in layers:
+        expected = 0.02 if weight_init == "normal" else layer.in_features**-0.5
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert layer.bias is None or not layer.bias.any()
+    assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.parametrize("settings", [{"d_state": 4, "gate": True}, {"routes": "cascade"}], ids=str)

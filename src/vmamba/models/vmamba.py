@@ -4,12 +4,13 @@ B batch, H height, W width, C channels. Images come and feature maps go as (B, C
 (B, H, W, C).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, trunc_normal_
+from timm.layers import ClassifierHead, lecun_normal_, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -26,6 +27,10 @@ __all__ = ["VMamba", "VSSStage"]
 
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
 _DOWNSAMPLES = {"conv": ConvDownsample, "merge": MergeDownsample}
+_WEIGHT_INITS: dict[str, Callable[[Tensor], Any]] = {
+    "normal": partial(trunc_normal_, std=0.02),
+    "lecun": lecun_normal_,
+}
 
 
 class VSSStage(nn.Module):
@@ -72,6 +77,8 @@ class VMamba(nn.Module):
         downsample: "conv" (3×3, stride 2) or "merge" (patch merging), each with norm.
         drop_path_rate: Stochastic depth, rising linearly from 0 over the blocks.
         drop_rate: Dropout before the classifier.
+        weight_init: Linear layers of the blocks truncated normal with a standard deviation of 0.02 ("normal",
+            the authors') or of 1/√inputs ("lecun", from which narrow models learn faster).
 
     Raises:
         ValueError: An argument is out of range or unknown.
@@ -100,6 +107,7 @@ class VMamba(nn.Module):
         downsample: str = "conv",
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
+        weight_init: str = "normal",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -114,6 +122,10 @@ class VMamba(nn.Module):
         if downsample not in _DOWNSAMPLES:
             raise ValueError(
                 f"downsample: expected one of {', '.join(map(repr, _DOWNSAMPLES))}, got {downsample!r}"
+            )
+        if weight_init not in _WEIGHT_INITS:
+            raise ValueError(
+                f"weight_init: expected one of {', '.join(map(repr, _WEIGHT_INITS))}, got {weight_init!r}"
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
@@ -154,7 +166,8 @@ class VMamba(nn.Module):
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        self.apply(_init_weights)
+        self.stages.apply(partial(_init_weights, draw=_WEIGHT_INITS[weight_init]))
+        self.head.apply(_init_weights)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -278,10 +291,10 @@ class VMamba(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Linear layers truncated normal of 0.02, bias 0; all else as its layer draws it."""
+def _init_weights(module: nn.Module, draw: Callable[[Tensor], Any] = _WEIGHT_INITS["normal"]) -> None:
+    """Linear layers' weights as `draw` does, their biases 0; all else as its layer draws it."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        draw(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
