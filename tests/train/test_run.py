@@ -232,6 +232,24 @@ def test_what_cannot_run_writes_nothing(override: str, message: str, folder: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_the_random_crop_has_a_size_of_its_own(folder: Path) -> None:
+    task = ClassificationTask(recipe(folder, "augment.train_size=24"))
+    assert task.dataset("train")[0, 0][0].shape == (3, 24, 24)
+    assert task.dataset("val")[0, 0][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_half_precision_that_the_processor_lacks_is_told(
+    supported: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    run.trainer_for(recipe(folder, "train.accelerator=cpu", "train.precision=bf16-mixed"), [])
+    assert ("no instructions for bf16-mixed" in caplog.text) is not supported
+    caplog.clear()
+    run.trainer_for(recipe(folder, "train.accelerator=cpu"), [])
+    assert not caplog.text
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         run.resume(tmp_path)

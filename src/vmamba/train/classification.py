@@ -115,6 +115,12 @@ class AugmentRecipe(Section):
         default=(0.08, 1.0), strict=False, description="area of the random crop"
     )
     ratio: tuple[float, float] = Field(default=(0.75, 4 / 3), strict=False)
+    train_size: int | None = Field(
+        default=None,
+        ge=8,
+        description="side in pixels that the random crop is resized to; null for data.image_size. Smaller "
+        "trains faster, and can judge better: objects look larger in a crop (arXiv 1906.06423)",
+    )
     rotate: float = Field(default=0.0, ge=0, le=180, description="largest angle, in degrees either way")
     shear: float = Field(default=0.0, ge=0, lt=90, description="largest angle, in degrees either way")
     hflip: float = Field(default=0.5, ge=0, le=1)
@@ -256,10 +262,11 @@ class ClassificationTask(Task):
         )
 
     def transform(self, training: bool) -> Any:
-        """From a PIL image to a normed tensor (channels, image_size, image_size)."""
+        """From a PIL image to a normed tensor (channels, side, side), `train_size` or `image_size` a side."""
         data, augment = self.recipe.data, self.recipe.augment
+        side = (training and augment.train_size) or data.image_size
         common: dict[str, Any] = {
-            "input_size": (data.channels, data.image_size, data.image_size),
+            "input_size": (data.channels, side, side),
             "interpolation": data.interpolation,
             "mean": data.mean,
             "std": data.std,

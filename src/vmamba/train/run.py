@@ -41,6 +41,8 @@ from vmamba.train.module import TaskModule
 from vmamba.train.recipe import Recipe, check, override_values, read_values
 from vmamba.train.task import Task, task_type
 
+log = logging.getLogger(__name__)
+
 _NOISE = [
     ".*does not have many workers.*",  # for small sets none is fastest
     ".*is smaller than the logging interval.*",  # the epoch's mean is there all the same
@@ -259,6 +261,8 @@ def trainer_for(
         raise RecipeError(
             f"train.precision: {train.precision} does not go with train.strategy fsdp; use bf16-mixed"
         )
+    if on_cpu:
+        _warn_of_emulation(train.precision)
     devices, nodes = _processes(recipe, on_cpu)
     plugins: list[Any] = [AtomicCheckpointIO()]
     precision: Any = train.precision
@@ -285,6 +289,18 @@ def trainer_for(
         use_distributed_sampler=False,  # `EpochSampler` deals to the ranks itself
         num_sanity_val_steps=0,
     )
+
+
+def _warn_of_emulation(precision: str) -> None:
+    """Tell that a CPU has no instructions for a half precision: its products take many times as long."""
+    kind = {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(precision)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
+    if supported is not None and not supported():
+        log.warning(
+            "train.precision: this CPU has no instructions for %s and emulates it, which can be 20 times "
+            "slower; train.precision=32-true is faster here",
+            precision,
+        )
 
 
 def _processes(recipe: Recipe, on_cpu: bool) -> tuple[int, int]:
