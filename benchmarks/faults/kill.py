@@ -142,10 +142,8 @@ def main() -> None:
             step, delay, workers = draw.randint(1, EPOCHS * STEPS), draw.uniform(0, 0.15), number % 3
             start = time.perf_counter()
             killed = train(out, workers, str(step), str(delay)) == -signal.SIGKILL
-            left = list((out / "checkpoints").glob("*")) if (out / "checkpoints").exists() else []
-            at = (
-                torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] if left else 0
-            )
+            last = out / "checkpoints" / "last.ckpt"  # not there yet if the first was being written
+            at = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
             train(out, (workers + 1) % 3)
             row = {
                 **{"kill": number + 1, "in step": step, "after ms": round(1e3 * delay), "workers": workers},

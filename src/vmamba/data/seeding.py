@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 
 def draw_seed(purpose: str, *counters: int) -> int:
@@ -32,16 +33,16 @@ def seeded(purpose: str, *counters: int) -> Iterator[None]:
     """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded; then as before."""
     states = random.getstate(), torch.get_rng_state()
     # NumPy copies a state in 0.1 ms, as long as a small image takes to decode: its generator is put aside.
-    numpys, own = np.random.get_bit_generator(), _spare.pop() if _spare else np.random.MT19937(0)
+    numpys, own = get_bit_generator(), _spare.pop() if _spare else np.random.MT19937(0)
     seed = draw_seed(purpose, *counters)
     random.seed(seed)
-    np.random.set_bit_generator(own)
+    set_bit_generator(own)
     np.random.seed(seed % 2**32)
     torch.random.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_bit_generator(numpys)
+        set_bit_generator(numpys)
         _spare.append(own)
         torch.set_rng_state(states[1])
