@@ -297,7 +297,7 @@ def _warn_of_emulation(precision: str) -> None:
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
     if supported is not None and not supported():
         log.warning(
-            "train.precision: this CPU has no instructions for %s and emulates it, which can be 20 times "
+            "train.precision: this CPU has no instructions for %s and emulates it, many times "
             "slower; train.precision=32-true is faster here",
             precision,
         )
