@@ -1,5 +1,8 @@
 """The engines on a GPU: `pytest -m gpu`."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +54,23 @@ def test_the_same_bits_each_time() -> None:
     for _ in range(10):
         again = value_and_gradients(call, grad_y, backend="triton")
         assert all(torch.equal(again[name], t) for name, t in first.items())
+
+
+def test_measured_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of the default plans to rounding, the same bits each time, nothing measured twice."""
+    call = on_gpu(operands(4, 56, 56, 96, 1, 6, dtype=torch.float32))
+    grad_y = torch.randn_like(call["x"])
+    by_default = value_and_gradients(call, grad_y, backend="triton")
+    path = tmp_path / "plans.json"
+    monkeypatch.setenv("VMAMBA_TRITON_PLANS", str(path))
+    first = value_and_gradients(call, grad_y, backend="triton")
+    kept = path.read_text()
+    again = value_and_gradients(call, grad_y, backend="triton")
+    assert len(json.loads(kept)) == 4
+    assert path.read_text() == kept
+    for name, t in first.items():
+        assert torch.equal(again[name], t)
+        torch.testing.assert_close(t, by_default[name], rtol=1e-4, atol=1e-5 * t.abs().max().item())
 
 
 @pytest.fixture

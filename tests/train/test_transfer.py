@@ -4,13 +4,14 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from timm.optim import muon
+from torch import Tensor, nn
 
 from images import make_folder, tiny_values
 from vmamba.errors import CheckpointError, RecipeError
@@ -222,3 +223,27 @@ def test_layer_wise_rates(folder: Path) -> None:
         found = {value for name, value in by_name.items() if name.startswith(layer)}
         assert found == {0.5 ** (len(layers) - number)}, layer
     assert by_name["norm.weight"] == 0.5
+
+
+def test_muon_in_float32(folder: Path) -> None:
+    """On a CPU the updates of matrices are formed in float32; timm's bfloat16 is 1e-2 away."""
+    changed = recipe(folder, "optim.name=muon", "optim.weight_decay=0", "optim.lr=1")
+    task = ClassificationTask(changed)
+    model = task.build_model(changed)
+    module = TaskModule(task, changed, model, steps=4)
+    optimizer = module.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    weight = model.get_parameter("stages.0.blocks.0.op.in_proj.weight")
+    before = weight.detach().clone()
+    module.optimizer_step(0, 0, optimizer, lambda: None)
+    found = before - weight.detach()
+    gradient = cast(Tensor, weight.grad)
+    coefficients = muon.resolve_ns_coefficients("quintic", muon._COEFFICIENTS)
+    for dtype, within in ((torch.float32, True), (torch.bfloat16, False)):
+        expected = muon.zeropower_via_newtonschulz(gradient, 5, coefficients, dtype=dtype).float()
+        distance = (found / found.norm() - expected / expected.norm()).norm()
+        assert (distance < 1e-4) == within, dtype

@@ -10,22 +10,28 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vmamba.ops._registry import Backend, Gradients, register
 from vmamba.ops._validate import state_dtype
+from vmamba.ops.tuning import plan_for
 
 MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
-SUMMARY, FORWARD, BACKWARD, BACKWARD_OF_SEVERAL = (4096, 8), (2048, 16), (2048, 8), (1024, 8)
-"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`); the
-last for several states."""
+SUMMARY = ((4096, 8), (4096, 16), (2048, 8), (2048, 4), (1024, 4))
+FORWARD = ((2048, 16), (2048, 8), (1024, 16), (1024, 8), (1024, 4))
+BACKWARD = ((2048, 8), (2048, 16), (1024, 16), (1024, 8), (1024, 4))
+BACKWARD_OF_SEVERAL = ((1024, 8), (1024, 16), (1024, 4), (2048, 16))
+"""Float32 values in a tile and most warps; the last for several states. The first of each as fits the
+registers (`python -m vmamba.ops.compile_triton`), the others for `tuning` to choose from."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
@@ -35,7 +41,7 @@ PROGRAMS = 128
 
 MOST_TILES = 4
 """Of an image that a program takes where it can, so as to load the weights of its channels once for them;
-with several states one alone, as fits the scalar registers of AMD."""
+with several states one alone, as fits the scalar registers of AMD, and in the gradient too."""
 
 CHAIN = {"BS": 32, "BD": 32}
 """Segments and channels that a program of `chain_kernel` takes at a time."""
@@ -202,7 +208,21 @@ class _Call:
         skip = (zero if D is None else D.to(self.dtype)).sum(0, keepdim=True)
         return torch.cat((skip, torch.cat(of_routes, 1).flatten(0, 1)))
 
-    def plan(self, values: int, most_warps: int, most_tiles: int = 1) -> "Plan":
+    def launch(
+        self,
+        kernel: str,
+        settings: tuple[tuple[int, int], ...],
+        run: Callable[[Plan], Any],
+        most_tiles: int = 1,
+    ) -> Any:
+        """Run a kernel by the first of the settings, or by the fastest where plans are measured."""
+        plans = list(dict.fromkeys(self.plan(*each, most_tiles) for each in settings))
+        sizes = (self.batch, self.height, self.width, self.channels, self.n_routes, self.n_state, self.rank)
+        types = (str(t.dtype).removeprefix("torch.") for t in (self.x, self.delta, self.rows))
+        call = f"{kernel} of (B, H, W, D, K, N, R) = {sizes} in {', '.join(types)}"
+        return run(plan_for(call, plans, run, self.x.device))
+
+    def plan(self, values: int, most_warps: int, most_tiles: int = 1) -> Plan:
         """How a kernel with so many values in a tile is launched."""
         tall, wide = self.tile
         of_image = -(-self.height // tall) * -(-self.width // wide)
@@ -238,23 +258,27 @@ class _Call:
         )
         last = self.empty(self.batch, self.n_routes, self.n_state, self.channels)
         read = self.x if adjoint_of is None else adjoint_of
-        plan = self.plan(*SUMMARY, MOST_TILES)
-        kernels.summary_kernel[plan.grid](
-            *(read, *self.operands[1:], elapsed, summand),
-            *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
-            **self.constants,
-            **plan.constants,
-            EVEN=self.channels % plan.channels == 0,
-            ADJOINT=adjoint_of is not None,
-            num_warps=plan.warps,
-            enable_fp_fusion=True,
-        )
+        adjoint = adjoint_of is not None
+
+        def summarise(plan: Plan) -> None:
+            kernels.summary_kernel[plan.grid](
+                *(read, *self.operands[1:], elapsed, summand),
+                *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
+                **self.constants,
+                **plan.constants,
+                EVEN=self.channels % plan.channels == 0,
+                ADJOINT=adjoint,
+                num_warps=plan.warps,
+                enable_fp_fusion=True,
+            )
+
+        self.launch("adjoint summary" if adjoint else "summary", SUMMARY, summarise, MOST_TILES)
         kernels.chain_kernel[(self.batch * self.n_routes, -(-self.channels // CHAIN["BD"]), self.n_state)](
             *(elapsed, summand, self.parameters, carry if first is None else first, carry, last),
             *(self.channels, places, *self.segments, *self.routes, self.rank),
             STATE=self.constants["STATE"],
             HAS_INITIAL=first is not None,
-            ADJOINT=adjoint_of is not None,
+            ADJOINT=adjoint,
             **CHAIN,
             num_warps=4,
             enable_fp_fusion=True,
@@ -286,18 +310,21 @@ def forward(
     if not call.whole:
         carry, last = call.carry(carry)
         states = carry.view(states.shape[0], states.shape[1], -1, *states.shape[3:])
-    plan = call.plan(*FORWARD, MOST_TILES)
-    kernels.output_kernel[plan.grid](
-        *(*call.operands, y if carry is None else carry, y, last),
-        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
-        **call.constants,
-        **plan.constants,
-        EVEN=call.channels % plan.channels == 0,
-        HAS_CARRY=carry is not None,
-        WHOLE=call.whole,
-        num_warps=plan.warps,
-        enable_fp_fusion=True,
-    )
+
+    def output(plan: Plan) -> None:
+        kernels.output_kernel[plan.grid](
+            *(*call.operands, y if carry is None else carry, y, last),
+            *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
+            **call.constants,
+            **plan.constants,
+            EVEN=call.channels % plan.channels == 0,
+            HAS_CARRY=carry is not None,
+            WHOLE=call.whole,
+            num_warps=plan.warps,
+            enable_fp_fusion=True,
+        )
+
+    call.launch("output", FORWARD, output, MOST_TILES)
     return y, last.mT.contiguous(), states
 
 
@@ -334,25 +361,29 @@ def backward(
     if not call.whole:
         carry = states if states.numel() else call.carry(carry)[0]
         adjoint, grad_initial = call.carry(adjoint, grad_y)
-    plan = call.plan(*(BACKWARD if n_state == 1 else BACKWARD_OF_SEVERAL))
     grad_x = x.new_empty(x.shape)
     grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
-    rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
-    shares = call.empty(plan.programs, *call.parameters.shape)
-    kernels.gradient_kernel[plan.grid](
-        *call.operands,
-        *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
-        *(grad_x, grad_delta, rows, shares, grad_initial),
-        *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, rank),
-        **call.constants,
-        **plan.constants,
-        EVEN=call.channels % plan.channels == 0,
-        HAS_CARRY=carry is not None,
-        HAS_ADJOINT=adjoint is not None,
-        WHOLE=call.whole,
-        num_warps=plan.warps,
-        enable_fp_fusion=True,
-    )
+
+    def gradient(plan: Plan) -> tuple[Tensor, Tensor]:
+        rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
+        shares = call.empty(plan.programs, *call.parameters.shape)
+        kernels.gradient_kernel[plan.grid](
+            *call.operands,
+            *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
+            *(grad_x, grad_delta, rows, shares, grad_initial),
+            *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, rank),
+            **call.constants,
+            **plan.constants,
+            EVEN=call.channels % plan.channels == 0,
+            HAS_CARRY=carry is not None,
+            HAS_ADJOINT=adjoint is not None,
+            WHOLE=call.whole,
+            num_warps=plan.warps,
+            enable_fp_fusion=True,
+        )
+        return rows, shares
+
+    rows, shares = call.launch("gradient", BACKWARD if n_state == 1 else BACKWARD_OF_SEVERAL, gradient)
     grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
     parameters = total(shares, 0)
     of_routes = parameters[1:].unflatten(0, (n_routes, -1))

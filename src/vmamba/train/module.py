@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, muon, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -212,7 +212,9 @@ class TaskModule(lightning.LightningModule):
         log.warning("%s; the step is left out", message)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+        emulated = self.device.type == "cpu" and "muon" in self.recipe.optim.name
+        with _muon_in_float32() if emulated else nullcontext():
+            super().optimizer_step(*args, **kwargs)
         self._step_parts, self._finite = [], None
         if self.ema is not None:
             # Given the step, timm starts with a copy of the weights behind the first one.
@@ -275,3 +277,14 @@ class TaskModule(lightning.LightningModule):
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.task.classes),
         }
+
+
+@contextmanager
+def _muon_in_float32() -> Iterator[None]:
+    """timm's Muon forms its updates in bfloat16 and takes no other type; most CPUs only emulate that."""
+    original = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = original
