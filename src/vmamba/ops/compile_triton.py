@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba.ops import triton as engine
+from vmamba.ops.triton import Plan
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,26 @@ def _captured() -> Iterator[list[Launch]]:
             del kernel.run
 
 
+@contextmanager
+def _plans(every: bool) -> Iterator[None]:
+    """Have the engine launch a kernel by every plan, not by the default one alone."""
+    original = engine.plan_for
+
+    def after_the_others(
+        call: str, plans: Sequence[Plan], launch: Callable[[Plan], Any], device: torch.device
+    ) -> Plan:
+        for plan in plans[1:]:
+            launch(plan)
+        return plans[0]
+
+    if every:
+        engine.plan_for = after_the_others
+    try:
+        yield
+    finally:
+        engine.plan_for = original
+
+
 @dataclass(frozen=True)
 class Scan:
     """A call of the operator: sizes, types and what is given, of images in the layout that models use."""
@@ -152,8 +173,8 @@ class Scan:
     bias: bool
     softplus: bool
 
-    def launches(self, batch: int = 16, *, backward: bool = True) -> list[Launch]:
-        """Its launches, forward and backward."""
+    def launches(self, batch: int = 16, *, backward: bool = True, every_plan: bool = False) -> list[Launch]:
+        """Its launches, forward and backward, by the default plans or by every one that tuning may choose."""
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -173,7 +194,7 @@ class Scan:
             empty(n_routes, self.channels, self.rank) if self.rank else None,
             *(self.softplus, list(self.routes), None),
         )
-        with _captured() as found:
+        with _captured() as found, _plans(every_plan):
             _, _, states = engine.forward(*operands)
             if backward:
                 engine.backward(empty(*x.shape), None, *operands, states)
@@ -250,7 +271,7 @@ def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype
     return [replace(scan, dtype=dtype, few_dtype=dtype) for scan in found for dtype in types]
 
 
-def compile_for(name: str, scans: list[Scan], backward: bool) -> tuple[int, int]:
+def compile_for(name: str, scans: list[Scan], backward: bool, every_plan: bool) -> tuple[int, int]:
     """Compile every kernel of scans for a target, a line each; how many there are, and how many fail."""
     from triton.runtime import driver
 
@@ -259,7 +280,7 @@ def compile_for(name: str, scans: list[Scan], backward: bool) -> tuple[int, int]
     seen: set[int] = set()
     count = failed = 0
     for scan in scans:
-        for kernel_name, settings, compile_ in scan.launches(backward=backward):
+        for kernel_name, settings, compile_ in scan.launches(backward=backward, every_plan=every_plan):
             start = time.perf_counter()
             shown = " ".join(f"{k}={settings[k]}" for k in _SHOWN if k in settings)
             title = f"{name} {kernel_name} {shown} {str(scan.dtype).removeprefix('torch.')}"
@@ -301,6 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=["float32", "bfloat16"], metavar="TYPE",
                         help=f"of x and the rows, of {', '.join(TYPES)}; default the first two")  # fmt: skip
     parser.add_argument("--forward", action="store_true", help="the forward alone")
+    parser.add_argument("--plans", action="store_true", help="every plan that tuning may choose from")
     options = parser.parse_args(arguments)
     if engine.interpreted():
         parser.error("TRITON_INTERPRET is set in the environment: Triton compiles nothing then; unset it")
@@ -314,7 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--models: unknown {', '.join(unknown)}; expected of {', '.join(family)}")
     scans = scans_of_family(options.models or family, options.size, [TYPES[name] for name in options.types])
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_for, name, scans, not options.forward) for name in options.targets]
+        compiling = (scans, not options.forward, options.plans)
+        jobs = [pool.submit(compile_for, name, *compiling) for name in options.targets]
         counts = [job.result() for job in jobs]
     count, failed = (sum(numbers) for numbers in zip(*counts, strict=True))
     print(f"{count} kernels, {failed} failed")

@@ -26,12 +26,12 @@ from vmamba.ops.tuning import plan_for
 MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
-SUMMARY = ((4096, 8), (4096, 16), (2048, 8), (2048, 4), (1024, 4))
-FORWARD = ((2048, 16), (2048, 8), (1024, 16), (1024, 8), (1024, 4))
-BACKWARD = ((2048, 8), (2048, 16), (1024, 16), (1024, 8), (1024, 4))
-BACKWARD_OF_SEVERAL = ((1024, 8), (1024, 16), (1024, 4), (2048, 16))
-"""Float32 values in a tile and most warps; the last for several states. The first of each as fits the
-registers (`python -m vmamba.ops.compile_triton`), the others for `tuning` to choose from."""
+SUMMARY = ((4096, 8), (2048, 4), (1024, 4))
+FORWARD = ((2048, 16), (1024, 8))
+BACKWARD = ((2048, 8), (1024, 16), (1024, 8))
+BACKWARD_OF_SEVERAL = ((1024, 8), (1024, 16))
+"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`); the
+last for several states. The first of each is the default, `tuning` chooses from all."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
