@@ -1,7 +1,9 @@
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,21 @@ def test_a_slow_worker_is_waited_for() -> None:
 def test_a_hanging_worker_is_told_and_put_away() -> None:
     with pytest.raises(DataError, match=r"no batch .* within 1 s: .* train.loader_timeout"):
         list(loader(Hanging(), num_workers=1, timeout=1))
+
+
+def test_a_worker_that_dies_with_a_lock() -> None:
+    """With that of the event by which PyTorch ends workers: who waits for it waits forever."""
+    data = loader(Numbers(), num_workers=1, persistent_workers=True, timeout=1)
+    batches = iter(data)
+    assert next(batches).batch.tolist() == [0, 1]
+    lock = data._iterator._workers_done_event._cond  # type: ignore[union-attr]
+    holder = threading.Thread(target=lock.acquire)
+    holder.start()
+    holder.join()
+    with pytest.raises(DataError, match="no batch from the data workers within 1 s"):
+        list(batches)
+    del batches
+    gc.collect()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals to data workers")

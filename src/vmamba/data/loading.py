@@ -98,7 +98,7 @@ class ResumableLoader(DataLoader[Any]):
         _workers.update(workers)
         while (loaded := self._next(batches, workers)) is not None:
             if isinstance(loaded, DataError):
-                self._put_away(workers)  # else they may be waited for, seconds each, by the garbage collector
+                self._put_away(batches)  # else they may be waited for, seconds each, by the garbage collector
                 raise loaded
             self.skipped.update(dict.fromkeys(loaded.skipped))
             if loaded.indices:  # else all of it was dropped
@@ -121,7 +121,7 @@ class ResumableLoader(DataLoader[Any]):
                 if not ended and time.monotonic() - start < self.patience:
                     continue
                 dead = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
-                self._put_away(workers)
+                self._put_away(batches)
                 raise WorkerError(
                     f"a data worker died: {dead}; if it was killed (exit code -9), memory ran out: lower "
                     "train.workers"
@@ -130,8 +130,11 @@ class ResumableLoader(DataLoader[Any]):
                     "storage does not answer; raise train.loader_timeout if the data are that slow"
                 ) from error
 
-    def _put_away(self, workers: Iterable[Any]) -> None:
-        _kill(workers)
+    def _put_away(self, batches: Any) -> None:
+        """End the workers of an iteration, also those that hang."""
+        if workers := getattr(batches, "_workers", []):
+            batches._workers_done_event = _Kill(workers)
+            batches._shutdown_workers()
         self._iterator = None  # the next iteration starts new ones
 
     def state_dict(self) -> dict[str, int]:
@@ -228,6 +231,22 @@ def _kill(workers: Iterable[Any]) -> None:
     for worker in workers:
         worker.kill()
         worker.join()
+
+
+class _Kill:
+    """In place of the event by which PyTorch tells workers to end.
+
+    One that was killed may have held the event's lock, and whoever sets it then waits forever.
+    """
+
+    def __init__(self, workers: Iterable[Any]) -> None:
+        self._workers = workers
+
+    def set(self) -> None:
+        _kill(self._workers)
+
+    def is_set(self) -> bool:
+        return True
 
 
 @atexit.register
