@@ -18,7 +18,7 @@ settings.load_profile("fixed")
 if interpreted():
     speed_up()
     # Fewer programs of more channels; those of tests are few, and there is a test of several blocks.
-    triton.SUMMARY = triton.FORWARD = triton.BACKWARD = triton.BACKWARD_OF_SEVERAL = ((2**14, 8),)
+    triton.SETTINGS = dict.fromkeys(triton.SETTINGS, ((2**14, 8, 8),))
 
 
 def pytest_configure(config: pytest.Config) -> None:

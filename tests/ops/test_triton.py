@@ -14,8 +14,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 channels, several to a program and several programs."""
-    for name in ("SUMMARY", "FORWARD", "BACKWARD", "BACKWARD_OF_SEVERAL"):
-        monkeypatch.setattr(triton, name, ((1, 8),))
+    monkeypatch.setattr(triton, "SETTINGS", dict.fromkeys(triton.SETTINGS, ((1, 8, 8),)))
     monkeypatch.setattr(triton, "PROGRAMS", 3)
 
 

@@ -14,7 +14,7 @@ from vmamba.ops import triton, tuning
 from vmamba.ops.triton import Plan
 from vmamba.ops.tuning import PlanFile
 
-DEFAULT = Plan(programs=4, tiles=1, groups=1, blocks=2, height=8, width=16, channels=16, most_warps=8)
+DEFAULT = Plan(programs=4, tiles=1, groups=1, blocks=2, height=8, width=16, channels=16, warps=8)
 OTHER = replace(DEFAULT, blocks=4, channels=8)
 PLANS = (DEFAULT, OTHER)
 
@@ -97,8 +97,7 @@ def test_calls_by_measured_plans(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Summaries, output and gradient of several tiles, each measured once; the results are right."""
-    for name in ("SUMMARY", "FORWARD", "BACKWARD", "BACKWARD_OF_SEVERAL"):
-        monkeypatch.setattr(triton, name, ((2**14, 8), (1, 8)))
+    monkeypatch.setattr(triton, "SETTINGS", dict.fromkeys(triton.SETTINGS, ((2**14, 8, 8), (1, 8, 8))))
     monkeypatch.setenv(tuning.VARIABLE, str(path))
     monkeypatch.setattr(tuning, "_file", lambda path: PlanFile(Path(path)))
     runs = []

@@ -26,12 +26,15 @@ from vmamba.ops.tuning import plan_for
 MOST_STATES = 64
 """The largest N; beyond it `chunked` serves."""
 
-SUMMARY = ((4096, 8), (2048, 4), (1024, 4))
-FORWARD = ((2048, 16), (1024, 8))
-BACKWARD = ((2048, 8), (1024, 16), (1024, 8))
-BACKWARD_OF_SEVERAL = ((1024, 8), (1024, 16))
-"""Float32 values in a tile and most warps, as fits the registers (`python -m vmamba.ops.compile_triton`); the
-last for several states. The first of each is the default, `tuning` chooses from all."""
+SETTINGS = {
+    "summary": ((4096, 8, 8), (2048, 4, 4), (1024, 4, 4)),
+    "output": ((2048, 16, 8), (1024, 8, 8)),
+    "output of a whole image, several states": ((2048, 8, 8), (1024, 8, 8)),
+    "gradient": ((2048, 8, 8), (1024, 16, 8), (1024, 8, 8)),
+    "gradient of several states": ((1024, 8, 16), (1024, 16, 8)),
+}
+"""Float32 values in a tile, and most warps of 32 threads and of 64 (AMD), as fits the registers
+(`python -m vmamba.ops.compile_triton`). The first of each is the default, `tuning` chooses from all."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
@@ -62,7 +65,7 @@ class Plan:
         height: Of a tile.
         width: Of a tile.
         channels: In a block.
-        most_warps: Of a program.
+        warps: Of a program.
     """
 
     programs: int
@@ -72,7 +75,7 @@ class Plan:
     height: int
     width: int
     channels: int
-    most_warps: int
+    warps: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -81,11 +84,6 @@ class Plan:
     @property
     def constants(self) -> dict[str, int]:
         return {"TILES": self.tiles, "TH": self.height, "TW": self.width, "BD": self.channels}
-
-    @property
-    def warps(self) -> int:
-        values = self.height * self.width * self.channels
-        return max(1, min(self.most_warps, 512 // _warp_size(), values // 32))
 
 
 def _warp_size() -> int:
@@ -211,19 +209,19 @@ class _Call:
     def launch(
         self,
         kernel: str,
-        settings: tuple[tuple[int, int], ...],
+        settings: str,
         run: Callable[[Plan], Any],
         most_tiles: int = 1,
     ) -> Any:
-        """Run a kernel by the first of the settings, or by the fastest where plans are measured."""
-        plans = list(dict.fromkeys(self.plan(*each, most_tiles) for each in settings))
+        """Run a kernel by the first of its settings, or by the fastest where plans are measured."""
+        plans = list(dict.fromkeys(self.plan(*each, most_tiles) for each in SETTINGS[settings]))
         sizes = (self.batch, self.height, self.width, self.channels, self.n_routes, self.n_state, self.rank)
         types = (str(t.dtype).removeprefix("torch.") for t in (self.x, self.delta, self.rows))
         call = f"{kernel} of (B, H, W, D, K, N, R) = {sizes} in {', '.join(types)}"
         return run(plan_for(call, plans, run, self.x.device))
 
-    def plan(self, values: int, most_warps: int, most_tiles: int = 1) -> Plan:
-        """How a kernel with so many values in a tile is launched."""
+    def plan(self, values: int, warps: int, wide_warps: int, most_tiles: int = 1) -> Plan:
+        """How a kernel with so many values in a tile is launched, by so many warps of 32 or of 64 threads."""
         tall, wide = self.tile
         of_image = -(-self.height // tall) * -(-self.width // wide)
         values //= torch.finfo(self.dtype).bits // 32
@@ -234,7 +232,8 @@ class _Call:
         tiles = max((n for n in range(2, most_tiles + 1) if n <= most and of_image % n == 0), default=1)
         programs = self.batch * of_image // tiles
         each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, programs)))))
-        return Plan(programs, tiles, -(-blocks // each), each, tall, wide, block, most_warps)
+        warps = max(1, min(wide_warps if _warp_size() == 64 else warps, tall * wide * block // 32))
+        return Plan(programs, tiles, -(-blocks // each), each, tall, wide, block, warps)
 
     def empty(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -272,7 +271,7 @@ class _Call:
                 enable_fp_fusion=True,
             )
 
-        self.launch("adjoint summary" if adjoint else "summary", SUMMARY, summarise, MOST_TILES)
+        self.launch("adjoint summary" if adjoint else "summary", "summary", summarise, MOST_TILES)
         kernels.chain_kernel[(self.batch * self.n_routes, -(-self.channels // CHAIN["BD"]), self.n_state)](
             *(elapsed, summand, self.parameters, carry if first is None else first, carry, last),
             *(self.channels, places, *self.segments, *self.routes, self.rank),
@@ -324,7 +323,8 @@ def forward(
             enable_fp_fusion=True,
         )
 
-    call.launch("output", FORWARD, output, MOST_TILES)
+    settings = "output of a whole image, several states" if call.whole and call.n_state > 1 else "output"
+    call.launch("output", settings, output, MOST_TILES)
     return y, last.mT.contiguous(), states
 
 
@@ -383,7 +383,8 @@ def backward(
         )
         return rows, shares
 
-    rows, shares = call.launch("gradient", BACKWARD if n_state == 1 else BACKWARD_OF_SEVERAL, gradient)
+    settings = "gradient" if n_state == 1 else "gradient of several states"
+    rows, shares = call.launch("gradient", settings, gradient)
     grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
     parameters = total(shares, 0)
     of_routes = parameters[1:].unflatten(0, (n_routes, -1))

@@ -549,9 +549,9 @@ def gradient_kernel(
         grad_x = grad_y * D
         share = tl.sum(tl.sum(grad_y * x, 0), 0)
         tl.store(shares_ptr + d, share, mask=channel)
+        rows = rows_ptr + position * row_p
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
-            rows = rows_ptr + (k * row_k + position * row_p)
             parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
             in_delta = (position * K + k) * channels
             delta, slope = step_sizes(
@@ -613,6 +613,7 @@ def gradient_kernel(
                     )
             else:
                 tl.store(grad_delta_ptr + in_delta + d[None, None, :], grad_delta, mask=inside & known)
+            rows += row_k
         tl.store(grad_x_ptr + own, grad_x, mask=inside & known)
         tl.debug_barrier()  # the next block of channels adds to the rows stored here
 
@@ -620,5 +621,6 @@ def gradient_kernel(
 @triton.jit
 def add_to(pointers, value, mask, block):
     """Store a value, from the second block on added to what is there."""
-    there = tl.load(pointers, mask=mask & (block > 0), other=0)
-    tl.store(pointers, there + value, mask=mask)
+    if block > 0:
+        value += tl.load(pointers, mask=mask, other=0)
+    tl.store(pointers, value, mask=mask)
