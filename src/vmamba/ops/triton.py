@@ -232,7 +232,7 @@ class _Call:
         tiles = max((n for n in range(2, most_tiles + 1) if n <= most and of_image % n == 0), default=1)
         programs = self.batch * of_image // tiles
         each = -(-blocks // min(blocks, max(1, math.ceil(PROGRAMS / max(1, programs)))))
-        warps = max(1, min(wide_warps if _warp_size() == 64 else warps, tall * wide * block // 32))
+        warps = max(1, min(wide_warps if _warp_size() == 64 else warps, tall * wide * block // 64))
         return Plan(programs, tiles, -(-blocks // each), each, tall, wide, block, warps)
 
     def empty(self, *shape: int) -> Tensor:
