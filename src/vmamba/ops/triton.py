@@ -29,9 +29,9 @@ MOST_STATES = 64
 SETTINGS = {
     "summary": ((4096, 8, 8), (2048, 4, 4), (1024, 4, 4)),
     "output": ((2048, 16, 8), (1024, 8, 8)),
-    "output of a whole image, several states": ((2048, 8, 8), (1024, 8, 8)),
+    "output of a whole image, several states": ((2048, 8, 8),),
     "gradient": ((2048, 8, 8), (1024, 16, 8), (1024, 8, 8)),
-    "gradient of several states": ((1024, 8, 16), (1024, 16, 8)),
+    "gradient of several states": ((1024, 8, 16),),
 }
 """Float32 values in a tile, and most warps of 32 threads and of 64 (AMD), as fits the registers
 (`python -m vmamba.ops.compile_triton`). The first of each is the default, `tuning` chooses from all."""
