@@ -549,7 +549,7 @@ def gradient_kernel(
         grad_x = grad_y * D
         share = tl.sum(tl.sum(grad_y * x, 0), 0)
         tl.store(shares_ptr + d, share, mask=channel)
-        rows = rows_ptr + position * row_p
+        rows = rows_ptr + position * row_p  # moved on by route: from k it would cost AMD scalar registers
         for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
             route = (codes >> (2 * k)) & 3
             parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
@@ -621,6 +621,6 @@ def gradient_kernel(
 @triton.jit
 def add_to(pointers, value, mask, block):
     """Store a value, from the second block on added to what is there."""
-    if block > 0:
+    if block > 0:  # a branch, for AMD keeps a mask in two scalar registers through all loops
         value += tl.load(pointers, mask=mask, other=0)
     tl.store(pointers, value, mask=mask)
