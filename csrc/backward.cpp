@@ -132,8 +132,9 @@ template <class F> struct Backward {
     });
   }
 
-  // Asks for vector j of the t-th of these rows and the next few.
+  // Asks for the line of the cache that begins with vector j, of the t-th of these rows and the next few.
   VMAMBA_INLINE void prefetch_next(int t, int64_t j) const {
+    if (j % (64 / VMAMBA_VECTOR_BYTES)) return;
     for (int i = 0; i < 3; ++i)
       for (int l = 0; l < pack<F>; ++l)
         __builtin_prefetch(next_rows[i * span + t + l] + j * lanes<F> * int64_t(sizeof(F)), 0, 2);

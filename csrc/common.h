@@ -242,11 +242,13 @@ VMAMBA_INLINE void in_pieces(int64_t count, const Body &body, int64_t first = 0)
 
 // What softplus takes, from the n rows of delta.
 template <class F>
-void preactivation(const Parameters<F> &p, int64_t k, const F *const *delta, int n, F *to, Layout layout) {
+VMAMBA_NOINLINE void preactivation(const Parameters<F> &p, int64_t k, const F *const *delta, int n, F *to,
+                                   Layout layout) {
   if (p.s.rank) {
-    constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2;  // as many sums as there are registers for
-    in_pieces<wide>(p.pitch / lanes<F>, [&](int64_t j, auto J) {
-      in_pieces<4>(n, [&](int64_t t, auto T) {
+    // As many sums as there are registers for.
+    constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2, deep = VMAMBA_VECTOR_BYTES == 32 ? 6 : 4;
+    in_pieces<wide>(p.pitch / lanes<F>, [&](int64_t j, auto J) VMAMBA_INLINED {
+      in_pieces<deep>(n, [&](int64_t t, auto T) VMAMBA_INLINED {
         product_tile<F, T, J>(p, k, delta + t, j, to + t * layout.of_position, layout);
       });
     });

@@ -4,9 +4,9 @@
 namespace VMAMBA_TARGET {
 namespace {
 
-// For N = 1, what is computed side by side: as many vectors, of channels and of positions, as suit the registers.
-template <class F> constexpr int vectors_at_once = sizeof(F) == 8 || VMAMBA_VECTOR_BYTES == 16 ? 1 : 2;
-template <class F> constexpr int positions_at_once = sizeof(F) == 8 ? 1 : VMAMBA_VECTOR_BYTES == 64 ? 3 : 2;
+// For N = 1, what is computed side by side: vectors of channels, and positions.
+template <class F> constexpr int vectors_at_once = sizeof(F) == 8 ? 1 : 2;
+template <class F> constexpr int positions_at_once = sizeof(F) == 8 ? 1 : 3;
 
 template <class F> struct Forward {
   const vmamba_scan &s;
@@ -110,7 +110,7 @@ template <class F> struct Forward {
   template <bool activated, bool scaled, bool writes, int P> void recur_one(int64_t k, int64_t j, int n) {
     const Pack<F, P> a = row<F, P>(p.a_log2(k) + j), skip = row<F, P>(p.skip + j);
     Pack<F, P> state = row<F, P>(&h[j]);
-    in_pieces<positions_at_once<F>>(n, [&](int64_t t, auto T) {
+    in_pieces<positions_at_once<F>>(n, [&](int64_t t, auto T) VMAMBA_INLINED {
       using All = Pack<F, T * P>;
       const auto place = [&](int i) { return z + (t + i / P) * p.pitch + j + i % P * lanes<F>; };
       const All d = step_size<activated, scaled>(All::of([&](int i) { return load(place(i)); }));

@@ -23,6 +23,8 @@
 #endif
 
 #define VMAMBA_INLINE inline __attribute__((always_inline))
+#define VMAMBA_NOINLINE __attribute__((noinline))  // of what has the registers to itself
+#define VMAMBA_INLINED __attribute__((always_inline))  // of a lambda, behind its parameters
 
 namespace VMAMBA_TARGET {
 
@@ -31,12 +33,13 @@ template <class F> struct Simd;
 // The polynomials are minimax fits of the relative error, the constant term of each exactly 1 (degree 6 and 11; 9 and 20):
 //   2^r = 1 + r·(exp2)(r) on [-1/2, 1/2], error 2.6e-9 and 1.8e-17 (float and double);
 //   log(1 + u) = u + u²·(log1p)(u) on [0, 1], error 5.1e-9 and 9.5e-18.
+// `round`, added and taken off, rounds to an integer. In its last bits it holds twice an exponent's bias, see `scale`.
 template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(VMAMBA_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
-  static constexpr int32_t sign = INT32_MIN, bias = 127, mantissa = 23;
-  static constexpr float round = 12582912.0f;  // 1.5·2^23: added and taken off, it rounds to an integer
+  static constexpr int32_t sign = INT32_MIN, mantissa = 23;
+  static constexpr float round = 0x1.8p23f + 2 * 127;
   static constexpr float lowest = -151, highest = 129;
   static constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // the high one in few bits
@@ -50,8 +53,8 @@ template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
   typedef double Unaligned __attribute__((vector_size(VMAMBA_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
-  static constexpr int64_t sign = INT64_MIN, bias = 1023, mantissa = 52;
-  static constexpr double round = 6755399441055744.0;  // 1.5·2^52
+  static constexpr int64_t sign = INT64_MIN, mantissa = 52;
+  static constexpr double round = 0x1.8p52 + 2 * 1023;
   static constexpr double lowest = -1076, highest = 1025;
   static constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
@@ -79,7 +82,8 @@ template <class F> VMAMBA_INLINE void store(F *p, Vector<F> v) {
   *reinterpret_cast<typename Simd<F>::Unaligned *>(p) = v;
 }
 
-template <class F> VMAMBA_INLINE Vector<F> splat(F f) { return Vector<F>{} + f; }
+// f - 0 is f, which compilers know; 0 + f is not where f is -0, and they would add.
+template <class F> VMAMBA_INLINE Vector<F> splat(F f) { return f - Vector<F>{}; }
 
 // a·b + c, fused where the instruction set can. Left to the compiler it would depend on how a loop is cut, and
 // with it the last bits.
@@ -101,6 +105,28 @@ template <class F> VMAMBA_INLINE Vector<F> fma(Vector<F> a, Vector<F> b, Vector<
     return (Vector<F>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
+#endif
+}
+
+// a > b ? a : b and a < b ? a : b: b where one is NaN. One instruction, which GCC does not find by itself.
+template <class F> VMAMBA_INLINE Vector<F> greater(Vector<F> a, Vector<F> b) {
+#if VMAMBA_VECTOR_BYTES == 32
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (Vector<F>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+template <class F> VMAMBA_INLINE Vector<F> lesser(Vector<F> a, Vector<F> b) {
+#if VMAMBA_VECTOR_BYTES == 32
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)_mm256_min_ps((__m256)a, (__m256)b);
+  else
+    return (Vector<F>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -153,68 +179,48 @@ template <int P, class F, int all> VMAMBA_INLINE Pack<F, P> part(const Pack<F, a
 
 // A product that is rounded before anything is added to it.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> rounded(Pack<F, P> product) {
+  return Pack<F, P>::of([&](int i) {
+    Vector<F> v = product.v[i];
 #if defined(__x86_64__) || defined(__i386__)
-  for (Vector<F> &v : product.v) asm("" : "+v"(v));
+    asm("" : "+v"(v));
 #elif defined(__aarch64__)
-  for (Vector<F> &v : product.v) asm("" : "+w"(v));
+    asm("" : "+w"(v));
 #else
-  for (Vector<F> &v : product.v) asm("" : "+m"(v));
+    asm("" : "+m"(v));
 #endif
-  return product;
-}
-
-// How many vectors the registers have room for; double is not what speed is for.
-template <class F>
-constexpr int pack = sizeof(F) == 8 ? 1 : VMAMBA_VECTOR_BYTES == 64 ? 4 : VMAMBA_VECTOR_BYTES == 32 ? 2 : 1;
-
-// c[first] + c[first + 1] x + … of `count` terms, with powers[i] = x^(2^i). Terms are joined in pairs (Estrin's
-// scheme): the loops of the scan wait for results, so the shorter chain wins over the fewer operations.
-template <class F, int first, int count, int n, int P>
-VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], const Pack<F, P> *powers) {
-  if constexpr (count == 1) {
-    return c[first];
-  } else if constexpr (count == 2) {
-    return fma(powers[0], Pack<F, P>(c[first + 1]), Pack<F, P>(c[first]));
-  } else {
-    constexpr int level = count > 16 ? 4 : count > 8 ? 3 : count > 4 ? 2 : 1, low = 1 << level;
-    return fma(polynomial<F, first + low, count - low>(c, powers), powers[level],
-               polynomial<F, first, low>(c, powers));
-  }
-}
-
-template <class F, int n, int P> VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x) {
-  Pack<F, P> powers[5] = {x};
-#pragma GCC unroll 4
-  for (int i = 1; i < 5; ++i) powers[i] = powers[i - 1] * powers[i - 1];
-  return polynomial<F, 0, n>(c, powers);
-}
-
-// p · 2^⌊n⌋, an infinite n and NaN included.
-template <class F, int P> VMAMBA_INLINE Pack<F, P> scale(Pack<F, P> p, Pack<F, P> n) {
-  return Pack<F, P>::of([&](int i) -> Vector<F> {
-#ifdef VMAMBA_AVX512
-    if constexpr (sizeof(F) == 4)
-      return (Vector<F>)_mm512_scalef_ps((__m512)p.v[i], (__m512)n.v[i]);
-    else
-      return (Vector<F>)_mm512_scalef_pd((__m512d)p.v[i], (__m512d)n.v[i]);
-#else
-    // In two factors, as 2^n itself may be no normal number; n is whole and within `lowest` and `highest`. The
-    // integer of a NaN is any, which does no harm: p is NaN too.
-    using S = Simd<F>;
-    using I = typename S::I;
-    const I whole = (I)(n.v[i] + S::round) - (I)splat<F>(S::round), half = whole >> 1;
-    return p.v[i] * (Vector<F>)((half + S::bias) << S::mantissa) *
-           (Vector<F>)((whole - half + S::bias) << S::mantissa);
-#endif
+    return v;
   });
 }
 
-// a < b ? b : a and a > b ? b : a, which keep a NaN in a.
+// How many vectors are worth computing side by side; double is not what speed is for.
+template <class F> constexpr int pack = sizeof(F) == 8 ? 1 : 4;
+
+// c[0] + c[1] x + …, by Horner's rule: no scheme has fewer instructions, and the length of a chain matters little
+// where several are computed side by side.
+template <class F, int n, int P> VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x) {
+  Pack<F, P> sum = c[n - 1];
+#pragma GCC unroll 20
+  for (int i = n - 2; i >= 0; --i) sum = fma(sum, x, Pack<F, P>(c[i]));
+  return sum;
+}
+
+// p · 2^n for a whole n within Simd::lowest and Simd::highest, which comes as n + Simd::round. In two factors, as
+// 2^n itself may be no normal number. NaN gives any factors, which does no harm: p is NaN too.
+template <class F, int P> VMAMBA_INLINE Pack<F, P> scale(Pack<F, P> p, Pack<F, P> shifted) {
+  using S = Simd<F>;
+  using I = typename S::I;
+  return Pack<F, P>::of([&](int i) {
+    const I whole = (I)shifted.v[i], half = whole >> 1;  // their last bits: n + 2·bias and ⌊n/2⌋ + bias
+    return p.v[i] * (Vector<F>)(half << S::mantissa) * (Vector<F>)((whole - half) << S::mantissa);
+  });
+}
+
+// a within bounds, NaN as it is.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> at_least(Pack<F, P> a, F b) {
-  return Pack<F, P>::of([&](int i) { return a.v[i] < b ? splat<F>(b) : a.v[i]; });
+  return Pack<F, P>::of([&](int i) { return greater<F>(splat<F>(b), a.v[i]); });
 }
 template <class F, int P> VMAMBA_INLINE Pack<F, P> at_most(Pack<F, P> a, F b) {
-  return Pack<F, P>::of([&](int i) { return a.v[i] > b ? splat<F>(b) : a.v[i]; });
+  return Pack<F, P>::of([&](int i) { return lesser<F>(splat<F>(b), a.v[i]); });
 }
 
 #ifdef VMAMBA_AVX512
@@ -264,10 +270,14 @@ template <bool with_rest, int P> VMAMBA_INLINE Pack<float, P> exp2_by_table(Pack
     });
   };
   const Floats head = look_up(tables.exp2), poly = fma(fma(r, q[2], q[1]), r, q[0]);
+  Floats found;
   if constexpr (with_rest)
-    return scale(fma(head, fma(r, poly, look_up(tables.exp2_rest)), head), n);
+    found = fma(head, fma(r, poly, look_up(tables.exp2_rest)), head);
   else
-    return scale(fma(head * r, poly, head), n);
+    found = fma(head * r, poly, head);
+  return Floats::of([&](int i) {  // times 2^⌊n⌋
+    return (Vector<float>)_mm512_scalef_ps((__m512)found.v[i], (__m512)n.v[i]);
+  });
 }
 
 template <int P> VMAMBA_INLINE Pack<float, P> log1p_by_table(Pack<float, P> u) {
@@ -286,15 +296,16 @@ template <int P> VMAMBA_INLINE Pack<float, P> log1p_by_table(Pack<float, P> u) {
 #endif
 
 // 2^t, of an infinity and NaN too. A product is to be rounded first: t is used more than once.
-// To be taken to a high power, as the decay of a step is, it asks for `exact`.
+// To be taken to a high power, as the decay of a step is, it asks for `exact`; without it t is not positive.
 template <bool exact, class F, int P> VMAMBA_INLINE Pack<F, P> exp2(Pack<F, P> t) {
   using S = Simd<F>;
 #ifdef VMAMBA_AVX512
   if constexpr (sizeof(F) == 4) return exp2_by_table<exact>(t);
 #endif
-  t = at_most(at_least(t, S::lowest), S::highest);
-  const Pack<F, P> n = (t + S::round) - S::round, r = t - n;
-  return scale(fma(r, polynomial(S::exp2, r), Pack<F, P>(F(1))), n);
+  t = at_least(t, S::lowest);
+  if constexpr (exact) t = at_most(t, S::highest);
+  const Pack<F, P> shifted = t + S::round, r = t - (shifted - S::round);
+  return scale(fma(r, polynomial(S::exp2, r), Pack<F, P>(F(1))), shifted);
 }
 
 // e^z for z ≤ 0, precise also where z·log2(e) would lose digits.
@@ -302,9 +313,9 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> exp_negative(Pack<F, P> z) {
   using S = Simd<F>;
   z = at_least(z, S::lowest * S::ln2);
   using All = Pack<F, P>;
-  const All n = fma(z, All(S::log2e), All(S::round)) - S::round;
+  const All shifted = fma(z, All(S::log2e), All(S::round)), n = shifted - S::round;
   const All r = fma(n, All(-S::ln2_low), fma(n, All(-S::ln2_high), z)) * S::log2e;
-  return scale(fma(r, polynomial(S::exp2, r), All(F(1))), n);
+  return scale(fma(r, polynomial(S::exp2, r), All(F(1))), shifted);
 }
 
 // log(1 + u) for u in [0, 1], to the last digits where u is small too.
@@ -329,7 +340,7 @@ VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
   const auto magnitude =
       Pack<F, P>::of([&](int i) { return (Vector<F>)((I)t.v[i] | S::sign); });  // -|t|
   const Pack<F, P> u = scaled ? exp2<false>(magnitude) : exp_negative(magnitude);
-  const Pack<F, P> linear = Pack<F, P>::of([&](int i) { return t.v[i] > F(0) ? t.v[i] : Vector<F>{}; });
+  const Pack<F, P> linear = Pack<F, P>::of([&](int i) { return greater<F>(t.v[i], Vector<F>{}); });
   Softplus<F, P> found;
   found.value = scaled ? fma(linear, Pack<F, P>(S::ln2), log1p(u)) : linear + log1p(u);
   if constexpr (with_slope)
