@@ -17,6 +17,12 @@ onednn = pytest.mark.skipif(not module._ONEDNN, reason="oneDNN is used on x86 al
 SHAPES = [(5,), (1, 7), (2, 3, 4), (0, 3, 4)]
 
 
+@pytest.fixture(autouse=True, params=["oneDNN", "MKL"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float32 by either library, whatever serves this processor better."""
+    monkeypatch.setattr(module, "_MKL", request.param == "MKL")
+
+
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

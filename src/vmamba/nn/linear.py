@@ -4,9 +4,10 @@ M rows, I features in, O features out.
 
 `F.linear` in float32 goes to MKL on x86, which leaves AVX-512 unused on processors that are not Intel's;
 oneDNN, which comes with PyTorch too, uses it everywhere, and joins GELU to the product. The weights stay as
-they are: oneDNN turns them into its own order in each call, so that no copy can be stale. Wherever something
-looks at the call or changes it (compilation, tracing, autocast, subclasses of Tensor, dispatch modes,
-function transforms), the layers are `F.linear` and nothing else.
+they are: oneDNN turns them into its own order in each call, so that no copy can be stale. Without AVX-512 MKL
+is the faster one, and PyTorch's GELU faster than oneDNN's. Wherever something looks at the call or changes it
+(compilation, tracing, autocast, subclasses of Tensor, dispatch modes, function transforms), the layers are
+`F.linear` and nothing else.
 """
 
 import platform
@@ -23,6 +24,8 @@ _ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+_MKL = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512"
+"""Whether products in float32 go to MKL after all."""
 _FEW = 128
 """Pixels up to which a convolution is a product over patches."""
 
@@ -52,7 +55,10 @@ def _in_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """x·weightᵀ + bias by oneDNN; x (…, I), weight (O, I)."""
+    """activation(x·weightᵀ + bias), "none" or "gelu", by the faster library; x (…, I), weight (O, I)."""
+    if _MKL and x.dtype == torch.float32:
+        y = F.linear(x, weight, bias)
+        return torch.ops.aten.gelu_(y) if activation == "gelu" else y
     return torch.ops.mkldnn._linear_pointwise(
         x, weight, bias, activation, [], "none" if activation == "gelu" else ""
     )
@@ -61,9 +67,12 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: 
 def _weight_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, for_weight: bool, for_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of `_product`, as those of a 1×1 convolution over an image of one line; grad (…, O), x (…, I)."""
+    """Of `_product`; by oneDNN as those of a 1×1 convolution over a line; grad (…, O), x (…, I)."""
     if not for_weight and not for_bias:
         return None, None
+    if _MKL:
+        rows = grad.flatten(0, -2)
+        return rows.t() @ x.flatten(0, -2) if for_weight else None, rows.sum(0) if for_bias else None
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         *(t.reshape(1, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x)),
         *(weight[:, :, None, None], [weight.shape[0]]),
