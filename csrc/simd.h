@@ -110,7 +110,12 @@ template <class F> VMAMBA_INLINE Vector<F> fma(Vector<F> a, Vector<F> b, Vector<
 
 // a > b ? a : b and a < b ? a : b: b where one is NaN. One instruction, which GCC does not find by itself.
 template <class F> VMAMBA_INLINE Vector<F> greater(Vector<F> a, Vector<F> b) {
-#if VMAMBA_VECTOR_BYTES == 32
+#if VMAMBA_VECTOR_BYTES == 64
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)_mm512_max_ps((__m512)a, (__m512)b);
+  else
+    return (Vector<F>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif VMAMBA_VECTOR_BYTES == 32
   if constexpr (sizeof(F) == 4)
     return (Vector<F>)_mm256_max_ps((__m256)a, (__m256)b);
   else
@@ -120,7 +125,12 @@ template <class F> VMAMBA_INLINE Vector<F> greater(Vector<F> a, Vector<F> b) {
 #endif
 }
 template <class F> VMAMBA_INLINE Vector<F> lesser(Vector<F> a, Vector<F> b) {
-#if VMAMBA_VECTOR_BYTES == 32
+#if VMAMBA_VECTOR_BYTES == 64
+  if constexpr (sizeof(F) == 4)
+    return (Vector<F>)_mm512_min_ps((__m512)a, (__m512)b);
+  else
+    return (Vector<F>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif VMAMBA_VECTOR_BYTES == 32
   if constexpr (sizeof(F) == 4)
     return (Vector<F>)_mm256_min_ps((__m256)a, (__m256)b);
   else
