@@ -1,5 +1,6 @@
 """Settings of every test: fixed seed, two threads, uninitialised memory filled with NaN."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -29,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _fixed() -> Iterator[None]:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two processes share two cores
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, on by default: empty() is NaN
     assert torch.utils.deterministic.fill_uninitialized_memory
     # A shell starts what runs in its background with Ctrl-C ignored.
