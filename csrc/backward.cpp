@@ -254,7 +254,7 @@ template <class F> struct Backward {
       keep(to_decay + t * L, factor);
       const int last = std::min(pack<F>, n - t);
       for (int l = 0; l < last; ++l) {
-        state = factor.v[l] * state + step.v[l] * load(x_j + (t + l) * L) * B_of[(t + l) * n_state];
+        state = fma<F>(factor.v[l], state, step.v[l] * load(x_j + (t + l) * L) * B_of[(t + l) * n_state]);
         store(to_h + (t + l) * L, state);
       }
     }
@@ -273,17 +273,19 @@ template <class F> struct Backward {
     F *const dz_j = &dz[j * stretch], *const dx_j = &dx[j * stretch], *const d_delta_of = d_delta;
     F *const carried = &carry[i * p.pitch + j * L];
     dB += i * L, dC += i * L;
-    Vector<F> gradient_ahead = load(carried), sum_decay = {}, sum = {}, state = load(h_of + (n - 1) * L);
+    // From one position to the next goes a single instruction, the longest chain of this loop.
+    Vector<F> gradient = load(carried), decay_ahead = splat<F>(1);
+    Vector<F> sum_decay = {}, sum = {}, state = load(h_of + (n - 1) * L);
     for (int t = n - 1; t >= 0; --t) {
       const Vector<F> out = load(dy_j + t * L), in = load(x_j + t * L), step = load(step_of + t * L);
-      const Vector<F> gradient = gradient_ahead + out * C_of[t * n_state];
+      gradient = fma<F>(gradient, decay_ahead, out * C_of[t * n_state]);
       F *const to_B = dB + t * n_state * L, *const to_C = dC + t * n_state * L;
       const Vector<F> for_B = gradient * (step * in), for_C = out * state;
       store(to_B, j ? load(to_B) + for_B : for_B);
       store(to_C, j ? load(to_C) + for_C : for_C);
-      gradient_ahead = gradient * load(decay_of + t * L);
+      decay_ahead = load(decay_of + t * L);
       state = t ? load(h_of + (t - 1) * L) : before;
-      const Vector<F> exponent = gradient_ahead * state, input = gradient * B_of[t * n_state];
+      const Vector<F> exponent = gradient * decay_ahead * state, input = gradient * B_of[t * n_state];
       sum_decay += exponent * step;
       Vector<F> to_delta = exponent * a + input * in, to_x = input * step;
       if constexpr (only) {
@@ -296,7 +298,7 @@ template <class F> struct Backward {
       }
       store(dx_j + t * L, to_x);
     }
-    store(carried, gradient_ahead);
+    store(carried, gradient * decay_ahead);
     add(&sum_A[(k * n_state + i) * p.pitch + j * L], rest_A, sum_decay);
     if constexpr (only) add(&sum_bias[k * p.pitch + j * L], rest_bias, sum);
   }

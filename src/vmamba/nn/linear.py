@@ -24,7 +24,7 @@ _ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-_MKL = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512"
+_MKL = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
 """Whether products in float32 go to MKL after all."""
 _FEW = 128
 """Pixels up to which a convolution is a product over patches."""
