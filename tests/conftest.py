@@ -1,4 +1,4 @@
-"""Settings of every test: fixed seed, two threads, uninitialised memory filled with NaN."""
+"""Settings of every test: fixed seed, two threads or processes, uninitialised memory filled with NaN."""
 
 import os
 import signal
