@@ -12,6 +12,7 @@ namespace VMAMBA_TARGET {
 namespace {
 
 constexpr int64_t most_groups = 16;  // of images: bounds what is kept for sums over them
+constexpr int plain = 16;            // positions over which gradients are summed plainly, before Kahan's sum takes over
 
 template <class F> struct Backward {
   const vmamba_scan &s;
@@ -26,7 +27,7 @@ template <class F> struct Backward {
   std::unique_ptr<F[]> carry;                          // [N] rows: the gradient of the state ahead
   std::unique_ptr<F[]> sum_A, sum_bias, sum_W, sum_D;  // [K][N], [K], [K][R] and one row, twice
   std::unique_ptr<F[]> lane_sums;                      // twice [span][N] vectors, to be summed over lanes
-  std::unique_ptr<F[]> vectors;                        // five times [span] vectors
+  std::unique_ptr<F[]> vectors;                        // five times [span] vectors and one
   std::unique_ptr<const F *[]> delta_row, row_of;
   std::unique_ptr<F *[]> dx_row, out_row;
   std::unique_ptr<const char *[]> next_rows;  // three times [span]: of x, dy and dx, of the segment after this
@@ -60,14 +61,14 @@ template <class F> struct Backward {
         sum_W(allocate<F>(2 * rest_W)),
         sum_D(allocate<F>(2 * widest)),
         lane_sums(allocate<F>(2 * stretch * s.n_state)),
-        vectors(allocate<F>(5 * stretch)),
+        vectors(allocate<F>(5 * (stretch + lanes<F>))),
         delta_row(new const F *[size_t(span)]),
         row_of(new const F *[size_t(span + ahead)]),
         dx_row(new F *[size_t(span + ahead)]),
         out_row(new F *[size_t(span)]),
         next_rows(new const char *[size_t(3 * span + 3 * pack<F>)]()) {
     F **const parts[] = {&d, &slope, &decay, &h, &d_delta};
-    for (int i = 0; i < 5; ++i) *parts[i] = vectors.get() + i * stretch;
+    for (int i = 0; i < 5; ++i) *parts[i] = vectors.get() + i * (stretch + lanes<F>);
   }
 
   // A group of images, b0 to b1.
@@ -160,10 +161,12 @@ template <class F> struct Backward {
     preactivation(p, k, delta_row.get(), n, z.get(), {lanes<F>, stretch});
 
     F *const dB = lane_sums.get(), *const dC = dB + stretch * s.n_state;
+    std::fill_n(dB, n * s.n_state * lanes<F>, F(0));
+    std::fill_n(dC, n * s.n_state * lanes<F>, F(0));
     for (int64_t j = 0; j < p.pitch / lanes<F>; ++j) {
       if (!s.softplus)
         adjoint<false, false>(k, j, n, saved, dB, dC);
-      else if (p.scaled)
+      else if (p.usual)
         adjoint<true, true>(k, j, n, saved, dB, dC);
       else
         adjoint<true, false>(k, j, n, saved, dB, dC);
@@ -174,6 +177,7 @@ template <class F> struct Backward {
     if (s.rank) {
       outer_product(n, &sum_W[k * s.rank * p.pitch]);
       int64_t r = 0;
+      for (; r + 8 <= s.rank; r += 8) inner_product<8>(n, r, p.w(k));
       for (; r + 4 <= s.rank; r += 4) inner_product<4>(n, r, p.w(k));
       for (; r + 2 <= s.rank; r += 2) inner_product<2>(n, r, p.w(k));
       for (; r < s.rank; ++r) inner_product<1>(n, r, p.w(k));
@@ -192,37 +196,28 @@ template <class F> struct Backward {
       rows_of(image, b * image.stride[0] + p.first, run, p.count, p.pitch, copies.get(), row_of.get());
     });
     std::fill_n(&row_of[n], ahead, row_of[n - 1]);
-    for (int t = 0; t < n; ++t)
-      for (int64_t j = 0; j < p.pitch / lanes<F>; ++j) {
-        __builtin_prefetch(row_of[t + ahead] + j * lanes<F>);
-        store(to + j * stretch + t * lanes<F>, load(row_of[t] + j * lanes<F>));
-      }
+    const int64_t width = p.pitch, of_vector = stretch;
+    for (int t = 0; t < n; ++t, to += lanes<F>) {
+      const F *const from = row_of[t], *const later = row_of[t + ahead];
+      for (int64_t i = 0; i < width; i += line<F>) __builtin_prefetch(later + i);
+      F *of_t = to;
+      for (int64_t i = 0; i < width; i += lanes<F>, of_t += of_vector) store(of_t, load(from + i));
+    }
   }
 
   // Vector j of the block's channels: dz and dx, and dB and dC as [n][N] vectors summed over j.
-  template <bool activated, bool scaled>
+  template <bool activated, bool usual>
   void adjoint(int64_t k, int64_t j, int n, const F *saved, F *dB, F *dC) {
     constexpr int L = lanes<F>;
-    const F *const z_j = &z[j * stretch], *const x_j = &x[j * stretch], *const dy_j = &dy[j * stretch];
-    F *const to_step = d, *const to_slope = slope;
-    for (int t = 0; t < n; t += pack<F>) {
-      prefetch_next(t, j);
-      const Pack<F, pack<F>> in = row<F, pack<F>>(z_j + t * L);
-      if constexpr (activated) {
-        const Softplus<F, pack<F>> found = softplus<F, scaled, true>(in);
-        keep(to_step + t * L, found.value);
-        keep(to_slope + t * L, found.slope);
-      } else {
-        keep(to_step + t * L, in);
-      }
-    }
+    const F *const x_j = &x[j * stretch], *const dy_j = &dy[j * stretch];
+    steps<activated, usual>(j, n);
     for (int64_t i = 0; i < s.n_state; ++i) {
       const Vector<F> before = load_states(saved + i * s.channels, j * L);
-      states(k, i, j, n, x_j, before);
+      states<usual>(k, i, j, n, x_j, before);
       if (s.n_state == 1)
-        walk_back<activated, true>(k, i, j, n, x_j, dy_j, before, dB, dC);
+        walk_back<activated, true>(k, i, j, n, x_j, dy_j, dB, dC);
       else
-        walk_back<activated, false>(k, i, j, n, x_j, dy_j, before, dB, dC);
+        walk_back<activated, false>(k, i, j, n, x_j, dy_j, dB, dC);
     }
     if (s.n_state > 1) {
       Vector<F> sum = {};
@@ -241,29 +236,50 @@ template <class F> struct Backward {
     }
   }
 
-  // The decays and states of the segment again.
-  VMAMBA_INLINE void states(int64_t k, int64_t i, int64_t j, int n, const F *x_j, Vector<F> state) {
+  // The sizes of the segment's steps, and their derivatives.
+  template <bool activated, bool usual> VMAMBA_NOINLINE void steps(int64_t j, int n) const {
+    constexpr int L = lanes<F>;
+    const F *const z_j = &z[j * stretch];
+    F *const to_step = d, *const to_slope = slope;
+    for (int t = 0; t < n; t += pack<F>) {
+      prefetch_next(t, j);
+      const Pack<F, pack<F>> in = row<F, pack<F>>(z_j + t * L);
+      if constexpr (activated) {
+        const Softplus<F, pack<F>> found = softplus<F, usual, true>(in);
+        keep(to_step + t * L, found.value);
+        keep(to_slope + t * L, found.slope);
+      } else {
+        keep(to_step + t * L, in);
+      }
+    }
+  }
+
+  // The decays of the segment again, and the states: that before it and those after its positions.
+  template <bool usual>
+  VMAMBA_NOINLINE void states(int64_t k, int64_t i, int64_t j, int n, const F *x_j, Vector<F> state) {
     constexpr int L = lanes<F>;
     const Vector<F> a = load(p.a_log2(k) + i * p.pitch + j * L);
     const F *const step_of = d, *const B_of = &B[i];
     F *const to_decay = decay, *const to_h = h;
     const int64_t n_state = s.n_state;
+    store(to_h, state);
     for (int t = 0; t < n; t += pack<F>) {
-      const Pack<F, pack<F>> step = row<F, pack<F>>(step_of + t * L);
-      const Pack<F, pack<F>> factor = exp2<true>(rounded(step * Pack<F, pack<F>>::of([&](int) { return a; })));
+      using All = Pack<F, pack<F>>;
+      const All step = row<F, pack<F>>(step_of + t * L);
+      const All factor = exp2<true, usual>(rounded(step * All::of([&](int) { return a; })));
       keep(to_decay + t * L, factor);
       const int last = std::min(pack<F>, n - t);
       for (int l = 0; l < last; ++l) {
         state = fma<F>(factor.v[l], state, step.v[l] * load(x_j + (t + l) * L) * B_of[(t + l) * n_state]);
-        store(to_h + (t + l) * L, state);
+        store(to_h + (t + l + 1) * L, state);
       }
     }
   }
 
   // The gradients by state i; `only`: of no other, so that nothing is to be added to.
   template <bool activated, bool only>
-  VMAMBA_INLINE void walk_back(int64_t k, int64_t i, int64_t j, int n, const F *x_j, const F *dy_j,
-                               Vector<F> before, F *dB, F *dC) {
+  VMAMBA_NOINLINE void walk_back(int64_t k, int64_t i, int64_t j, int n, const F *x_j, const F *dy_j, F *dB,
+                                 F *dC) {
     constexpr int L = lanes<F>;
     const int64_t n_state = only ? 1 : s.n_state;
     const Vector<F> a = load(p.a(k) + i * p.pitch + j * L);
@@ -274,33 +290,35 @@ template <class F> struct Backward {
     F *const carried = &carry[i * p.pitch + j * L];
     dB += i * L, dC += i * L;
     // From one position to the next goes a single instruction, the longest chain of this loop.
-    Vector<F> gradient = load(carried), decay_ahead = splat<F>(1);
-    Vector<F> sum_decay = {}, sum = {}, state = load(h_of + (n - 1) * L);
-    for (int t = n - 1; t >= 0; --t) {
-      const Vector<F> out = load(dy_j + t * L), in = load(x_j + t * L), step = load(step_of + t * L);
-      gradient = fma<F>(gradient, decay_ahead, out * C_of[t * n_state]);
-      F *const to_B = dB + t * n_state * L, *const to_C = dC + t * n_state * L;
-      const Vector<F> for_B = gradient * (step * in), for_C = out * state;
-      store(to_B, j ? load(to_B) + for_B : for_B);
-      store(to_C, j ? load(to_C) + for_C : for_C);
-      decay_ahead = load(decay_of + t * L);
-      state = t ? load(h_of + (t - 1) * L) : before;
-      const Vector<F> exponent = gradient * decay_ahead * state, input = gradient * B_of[t * n_state];
-      sum_decay += exponent * step;
-      Vector<F> to_delta = exponent * a + input * in, to_x = input * step;
-      if constexpr (only) {
-        if constexpr (activated) to_delta *= load(slope_of + t * L);
-        store(dz_j + t * L, to_delta);
-        sum += to_delta;
-      } else {
-        if (i) to_delta += load(d_delta_of + t * L), to_x += load(dx_j + t * L);
-        store(d_delta_of + t * L, to_delta);
+    Vector<F> gradient = load(carried), decay_ahead = splat<F>(1), state = load(h_of + n * L);
+    for (int t = n - 1; t >= 0;) {
+      const int stop = std::max(t - plain, -1);
+      Vector<F> sum_decay = {}, sum = {};
+      for (; t > stop; --t) {
+        const Vector<F> out = load(dy_j + t * L), in = load(x_j + t * L), step = load(step_of + t * L);
+        gradient = fma<F>(gradient, decay_ahead, out * C_of[t * n_state]);
+        F *const to_B = dB + t * n_state * L, *const to_C = dC + t * n_state * L;
+        store(to_B, load(to_B) + gradient * (step * in));
+        store(to_C, load(to_C) + out * state);
+        decay_ahead = load(decay_of + t * L);
+        state = load(h_of + t * L);
+        const Vector<F> exponent = gradient * decay_ahead * state, input = gradient * B_of[t * n_state];
+        sum_decay += exponent * step;
+        Vector<F> to_delta = exponent * a + input * in, to_x = input * step;
+        if constexpr (only) {
+          if constexpr (activated) to_delta *= load(slope_of + t * L);
+          store(dz_j + t * L, to_delta);
+          sum += to_delta;
+        } else {
+          if (i) to_delta += load(d_delta_of + t * L), to_x += load(dx_j + t * L);
+          store(d_delta_of + t * L, to_delta);
+        }
+        store(dx_j + t * L, to_x);
       }
-      store(dx_j + t * L, to_x);
+      add(&sum_A[(k * n_state + i) * p.pitch + j * L], rest_A, sum_decay);
+      if constexpr (only) add(&sum_bias[k * p.pitch + j * L], rest_bias, sum);
     }
     store(carried, gradient * decay_ahead);
-    add(&sum_A[(k * n_state + i) * p.pitch + j * L], rest_A, sum_decay);
-    if constexpr (only) add(&sum_bias[k * p.pitch + j * L], rest_bias, sum);
   }
 
   // Kahan's sum, whose compensation lies `rest` behind it: of a long image there are very many segments.
@@ -319,18 +337,16 @@ template <class F> struct Backward {
   }
 
   void write_gradient_x(int64_t k, int n) {
-    const int64_t whole = p.count / lanes<F> * lanes<F>;
-    for (int t = 0; t < n; ++t) {
+    const int64_t count = p.count, whole = count / lanes<F> * lanes<F>, of_vector = stretch;
+    const F *from = dx.get(), *from_dy = dy.get();
+    for (int t = 0; t < n; ++t, from += lanes<F>, from_dy += lanes<F>) {
       F *const to = dx_row[t];
-      for (int64_t i = 0; i < whole; i += lanes<F>) {
-        __builtin_prefetch(dx_row[t + ahead] + i, 1);
-        const int64_t at = i / lanes<F> * stretch + t * lanes<F>;
-        store(to + i, load(&dx[at]) + (k ? load(to + i) : load(p.skip + i) * load(&dy[at])));
-      }
-      for (int64_t i = whole; i < p.count; ++i) {
-        const int64_t at = i / lanes<F> * stretch + t * lanes<F> + i % lanes<F>;
-        to[i] = dx[at] + (k ? to[i] : p.skip[i] * dy[at]);
-      }
+      const F *const later = dx_row[t + ahead];
+      for (int64_t i = 0; i < whole; i += line<F>) __builtin_prefetch(later + i, 1);
+      int64_t i = 0, at = 0;
+      for (; i < whole; i += lanes<F>, at += of_vector)
+        store(to + i, load(from + at) + (k ? load(to + i) : load(p.skip + i) * load(from_dy + at)));
+      for (int l = 0; i < count; ++i, ++l) to[i] = from[at + l] + (k ? to[i] : p.skip[i] * from_dy[at + l]);
     }
   }
 
@@ -343,7 +359,9 @@ template <class F> struct Backward {
         v[l] = i + l < count ? load(from + (i + l) * lanes<F>) : Vector<F>{};
       store(from + i, sum_lanes<F>(v));  // over vectors that are done with
     }
-    for (int t = 0; t < n; ++t, from += s.n_state) std::copy_n(from, s.n_state, out_row[t] + place);
+    const int64_t n_state = s.n_state;
+    for (int t = 0; t < n; ++t, from += n_state)
+      for (int64_t i = 0; i < n_state; ++i) out_row[t][place + i] = from[i];
   }
 
   // sum[r] += Σ_t delta[t][r] dz[t]
@@ -365,10 +383,10 @@ template <class F> struct Backward {
     Vector<F> part[R][J] = {};
     for (int t = 0; t < n; ++t) {
       const F *in = delta_row[t] + r, *of_t = &dz[j * stretch + t * lanes<F>];
-      for (int a = 0; a < J; ++a) {
-        const Vector<F> v = load(of_t + a * stretch);
-        for (int i = 0; i < R; ++i) part[i][a] += v * in[i];
-      }
+      Vector<F> v[J];
+      for (int a = 0; a < J; ++a) v[a] = load(of_t + a * stretch);
+      for (int i = 0; i < R; ++i)
+        for (int a = 0; a < J; ++a) part[i][a] += v[a] * in[i];
     }
     for (int i = 0; i < R; ++i)
       for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + (j + a) * lanes<F>, rest_W, part[i][a]);
@@ -390,9 +408,10 @@ template <class F> struct Backward {
           }
         }
         F found[lanes<F>];
-        store(found, sum_lanes<F>(part) * (p.scaled ? Simd<F>::ln2 : F(1)));
+        store(found, sum_lanes<F>(part) * (p.usual ? Simd<F>::ln2 : F(1)));
         const int last = std::min(T, n - t);
-        for (int a = 0; a < last; ++a) std::copy_n(found + a * R, R, out_row[t + a] + r);
+        for (int a = 0; a < last; ++a)
+          for (int i = 0; i < R; ++i) out_row[t + a][r + i] = found[a * R + i];
       }
     } else {
       inner_product<R / 2>(n, r, weight), inner_product<R / 2>(n, r + R / 2, weight);

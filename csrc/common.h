@@ -27,6 +27,7 @@ namespace VMAMBA_TARGET {
 constexpr int widest = 64;  // channels of a block
 constexpr int tile = 64;    // positions of a tile
 constexpr int ahead = 6;    // positions for which rows are asked for in advance
+template <class F> constexpr int64_t line = 64 / sizeof(F);  // of the cache, in values
 
 // float16 or bfloat16 → float, exactly.
 VMAMBA_INLINE float widen(uint16_t bits, int64_t type) {
@@ -148,18 +149,25 @@ template <class F> std::unique_ptr<F[]> allocate(int64_t n) { return std::unique
 // `pitch` channels, those beyond the block zero.
 template <class F> struct Parameters {
   const vmamba_scan &s;
-  const bool scaled;  // what softplus takes comes with the factor log2(e)
+  // As in the model: softplus, delta from its factors, and no A above 0. Then what softplus takes comes with the
+  // factor log2(e), and no exponential is of a positive number.
+  const bool usual;
   int64_t first = -1, count = 0, pitch = 0;
   std::unique_ptr<F[]> A, A_log2, weight, bias;  // [K][N], [K][N], [K][R], [K] rows
   F skip[widest];                                // the sum of D over routes
 
   explicit Parameters(const vmamba_scan &s)
       : s(s),
-        scaled(s.softplus && s.rank),
+        usual(s.softplus && s.rank && !grows(s)),
         A(allocate<F>(s.n_routes * s.n_state * widest)),
         A_log2(allocate<F>(s.n_routes * s.n_state * widest)),
         weight(allocate<F>(s.n_routes * s.rank * widest)),
         bias(allocate<F>(s.n_routes * widest)) {}
+
+  static bool grows(const vmamba_scan &s) {
+    const F *const A = static_cast<const F *>(s.A);
+    return std::any_of(A, A + s.n_routes * s.channels * s.n_state, [](F a) { return a > 0; });
+  }
 
   const F *a(int64_t k) const { return A.get() + k * s.n_state * pitch; }
   const F *a_log2(int64_t k) const { return A_log2.get() + k * s.n_state * pitch; }
@@ -182,7 +190,7 @@ template <class F> struct Parameters {
   void take(int64_t start, int64_t n) {
     if (start == first && n == count) return;
     first = start, count = n, pitch = (n + lanes<F> - 1) / lanes<F> * lanes<F>;
-    const F scale = scaled ? Simd<F>::log2e : F(1);
+    const F scale = usual ? Simd<F>::log2e : F(1);
     turn(s.A, s.n_state, F(1), A.get());
     turn(s.A, s.n_state, Simd<F>::log2e, A_log2.get());
     if (s.rank) turn(s.weight, s.rank, scale, weight.get());

@@ -5,15 +5,16 @@ namespace VMAMBA_TARGET {
 namespace {
 
 // For N = 1, what is computed side by side: vectors of channels, and positions.
-template <class F> constexpr int vectors_at_once = sizeof(F) == 8 ? 1 : 2;
-template <class F> constexpr int positions_at_once = sizeof(F) == 8 ? 1 : 3;
+template <class F> constexpr int vectors_at_once = sizeof(F) == 8 ? 1 : VMAMBA_VECTOR_BYTES == 64 ? 2 : 4;
+template <class F> constexpr int positions_at_once = sizeof(F) == 4 && VMAMBA_VECTOR_BYTES == 64 ? 3 : 1;
 
 template <class F> struct Forward {
   const vmamba_scan &s;
   F *const y, *const last, *const states;
   Parameters<F> p;
   std::unique_ptr<F[]> h, B, C, delta_copies;  // [N] rows, [tile][N], [tile][N], [tile][R] or rows
-  alignas(64) F z[tile * widest], x_copies[tile * widest], y_copies[tile * widest];
+  alignas(64) F z[tile * widest];              // [vectors][tile] vectors
+  alignas(64) F x_copies[tile * widest], y_copies[tile * widest];
   const F *x_row[tile + ahead], *delta_row[tile];
   F *y_row[tile + ahead], *y_home[tile];
 
@@ -70,9 +71,9 @@ template <class F> struct Forward {
       }
     std::fill_n(x_row + n, ahead, x_row[n - 1]);
     std::fill_n(y_row + n, ahead, y_row[n - 1]);
-    preactivation(p, k, delta_row, n, z, {p.pitch, lanes<F>});
+    preactivation(p, k, delta_row, n, z, {lanes<F>, tile * lanes<F>});
     if (s.softplus)
-      p.scaled ? recur<true, true>(k, n) : recur<true, false>(k, n);
+      p.usual ? recur<true, true>(k, n) : recur<true, false>(k, n);
     else
       recur<false, false>(k, n);
     if (!whole)
@@ -81,40 +82,44 @@ template <class F> struct Forward {
 
   // Rows of other lines of the image, which the processor does not foresee.
   template <int P> VMAMBA_INLINE void prefetch(int t, int64_t j) const {
-    for (int i = 0; i < P; ++i, j += lanes<F>) {
+    for (int i = 0; i < P; i += line<F> / lanes<F>, j += line<F>) {
       __builtin_prefetch(x_row[t] + j);
       __builtin_prefetch(y_row[t] + j, 1);
     }
   }
 
-  template <bool activated, bool scaled> void recur(int64_t k, int n) {
+  template <bool activated, bool usual> void recur(int64_t k, int n) {
     const int64_t vectors = p.pitch / lanes<F>;
     if (s.n_state > 1) {
-      in_pieces<pack<F>>(vectors, [&](int64_t j, auto P) { recur_many<activated, scaled, P>(k, j * lanes<F>, n); });
+      in_pieces<pack<F>>(vectors, [&](int64_t j, auto P) { recur_many<activated, usual, P>(k, j * lanes<F>, n); });
       return;
     }
     in_pieces<vectors_at_once<F>>(vectors, [&](int64_t j, auto P) {
-      k ? recur_one<activated, scaled, false, P>(k, j * lanes<F>, n)
-        : recur_one<activated, scaled, true, P>(k, j * lanes<F>, n);
+      k ? recur_one<activated, usual, false, P>(k, j * lanes<F>, n)
+        : recur_one<activated, usual, true, P>(k, j * lanes<F>, n);
     });
   }
 
-  template <bool activated, bool scaled, int P> VMAMBA_INLINE static Pack<F, P> step_size(Pack<F, P> z) {
+  // What softplus takes at position t, of the i-th vector from channel j on.
+  VMAMBA_INLINE Vector<F> taken(int64_t j, int64_t i, int64_t t) const {
+    return load(z + j * tile + (i * tile + t) * lanes<F>);
+  }
+
+  template <bool activated, bool usual, int P> VMAMBA_INLINE static Pack<F, P> step_size(Pack<F, P> z) {
     if constexpr (activated)
-      return softplus<F, scaled, false>(z).value;
+      return softplus<F, usual, false>(z).value;
     else
       return z;
   }
 
   // N = 1: all in one loop.
-  template <bool activated, bool scaled, bool writes, int P> void recur_one(int64_t k, int64_t j, int n) {
+  template <bool activated, bool usual, bool writes, int P> void recur_one(int64_t k, int64_t j, int n) {
     const Pack<F, P> a = row<F, P>(p.a_log2(k) + j), skip = row<F, P>(p.skip + j);
     Pack<F, P> state = row<F, P>(&h[j]);
     in_pieces<positions_at_once<F>>(n, [&](int64_t t, auto T) VMAMBA_INLINED {
       using All = Pack<F, T * P>;
-      const auto place = [&](int i) { return z + (t + i / P) * p.pitch + j + i % P * lanes<F>; };
-      const All d = step_size<activated, scaled>(All::of([&](int i) { return load(place(i)); }));
-      const All decay = exp2<true>(rounded(d * All::of([&](int i) { return a.v[i % P]; })));
+      const All d = step_size<activated, usual>(All::of([&](int i) { return taken(j, i % P, t + i / P); }));
+      const All decay = exp2<true, usual>(rounded(d * All::of([&](int i) { return a.v[i % P]; })));
       for (int i = 0; i < T; ++i, ++t) {
         prefetch<P>(t + ahead, j);
         const Pack<F, P> x = row<F, P>(x_row[t] + j);
@@ -125,12 +130,12 @@ template <class F> struct Forward {
     keep(&h[j], state);
   }
 
-  template <bool activated, bool scaled, int P> void recur_many(int64_t k, int64_t j, int n) {
+  template <bool activated, bool usual, int P> void recur_many(int64_t k, int64_t j, int n) {
     Pack<F, P> sum[tile], d[tile], dx[tile];
     const Pack<F, P> skip = row<F, P>(p.skip + j);
     for (int t = 0; t < n; ++t) {
       const Pack<F, P> x = row<F, P>(x_row[t] + j);
-      d[t] = step_size<activated, scaled>(row<F, P>(z + t * p.pitch + j));
+      d[t] = step_size<activated, usual>(Pack<F, P>::of([&](int i) { return taken(j, i, t); }));
       dx[t] = d[t] * x;
       sum[t] = k ? row<F, P>(y_row[t] + j) : skip * x;
     }
@@ -138,7 +143,7 @@ template <class F> struct Forward {
       const Pack<F, P> a = row<F, P>(p.a_log2(k) + i * p.pitch + j);
       Pack<F, P> state = row<F, P>(&h[i * p.pitch + j]);
       for (int t = 0; t < n; ++t) {
-        state = fma(exp2<true>(rounded(d[t] * a)), state, dx[t] * B[t * s.n_state + i]);
+        state = fma(exp2<true, usual>(rounded(d[t] * a)), state, dx[t] * B[t * s.n_state + i]);
         sum[t] = fma(state, Pack<F, P>(C[t * s.n_state + i]), sum[t]);
       }
       keep(&h[i * p.pitch + j], state);
@@ -187,7 +192,7 @@ void bare_loop(int64_t values, int64_t threads) {
     for (; round < last; ++round) {
       for (int64_t i = 0; i < cached; i += at_once * lanes<float>) {
         const auto z = Pack<float, at_once>::of([&](int j) { return load(from + i + j * lanes<float>); });
-        const auto decay = exp2<true>(rounded(softplus<float, true, false>(z).value * a));
+        const auto decay = exp2<true, true>(rounded(softplus<float, true, false>(z).value * a));
         for (int j = 0; j < at_once; ++j) store(to + i + j * lanes<float>, decay.v[j]);
       }
       asm volatile("" : : "r"(to), "r"(from) : "memory");  // the values are wanted

@@ -33,13 +33,14 @@ template <class F> struct Simd;
 // The polynomials are minimax fits of the relative error, the constant term of each exactly 1 (degree 6 and 11; 9 and 20):
 //   2^r = 1 + r·(exp2)(r) on [-1/2, 1/2], error 2.6e-9 and 1.8e-17 (float and double);
 //   log(1 + u) = u + u²·(log1p)(u) on [0, 1], error 5.1e-9 and 9.5e-18.
-// `round`, added and taken off, rounds to an integer. In its last bits it holds twice an exponent's bias, see `scale`.
+// `round` and `round_lifted`, added and taken off, round to an integer. In their last bits they hold what `scale` and
+// `falling_power` ask for.
 template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(VMAMBA_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
   static constexpr int32_t sign = INT32_MIN, mantissa = 23;
-  static constexpr float round = 0x1.8p23f + 2 * 127;
+  static constexpr float round = 0x1.8p23f + 2 * 127, round_lifted = 0x1.8p23f + 127 + 64;
   static constexpr float lowest = -151, highest = 129;
   static constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // the high one in few bits
@@ -54,7 +55,7 @@ template <> struct Simd<double> {
   typedef double Unaligned __attribute__((vector_size(VMAMBA_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
   static constexpr int64_t sign = INT64_MIN, mantissa = 52;
-  static constexpr double round = 0x1.8p52 + 2 * 1023;
+  static constexpr double round = 0x1.8p52 + 2 * 1023, round_lifted = 0x1.8p52 + 1023 + 64;
   static constexpr double lowest = -1076, highest = 1025;
   static constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
@@ -214,6 +215,38 @@ template <class F, int n, int P> VMAMBA_INLINE Pack<F, P> polynomial(const F (&c
   return sum;
 }
 
+// The same with even and odd powers apart but for c[0], two chains of half the length. It takes no instruction more
+// where x² is at hand.
+template <class F, int n, int P>
+VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x, Pack<F, P> square) {
+  constexpr int last_even = (n - 1) / 2 * 2, last_odd = n / 2 * 2 - 1;
+  Pack<F, P> even = c[last_even], odd = c[last_odd];
+#pragma GCC unroll 10
+  for (int i = last_even - 2; i > 0; i -= 2) even = fma(even, square, Pack<F, P>(c[i]));
+#pragma GCC unroll 10
+  for (int i = last_odd - 2; i > 0; i -= 2) odd = fma(odd, square, Pack<F, P>(c[i]));
+  return fma(fma(even, x, odd), x, Pack<F, P>(c[0]));
+}
+
+// 2^-64-fold.
+template <class F, int n> struct Lowered {
+  F c[n];
+  constexpr explicit Lowered(const F (&from)[n]) : c() {
+    for (int i = 0; i < n; ++i) c[i] = from[i] * F(0x1p-64);
+  }
+};
+template <class F> inline constexpr Lowered lowered_exp2(Simd<F>::exp2);
+
+// 2^(n + r) for a whole n from Simd::lowest to 0, which comes as n + Simd::round_lifted. 2^n is taken 2^64-fold, a
+// normal number, and the polynomial 2^-64-fold, so that one product gives even a subnormal result rightly rounded.
+template <class F, int P> VMAMBA_INLINE Pack<F, P> falling_power(Pack<F, P> shifted, Pack<F, P> r) {
+  using S = Simd<F>;
+  const Pack<F, P> p = fma(r, polynomial(lowered_exp2<F>.c, r), Pack<F, P>(F(0x1p-64)));
+  return Pack<F, P>::of([&](int i) {
+    return p.v[i] * (Vector<F>)((typename S::I)shifted.v[i] << S::mantissa);
+  });
+}
+
 // p · 2^n for a whole n within Simd::lowest and Simd::highest, which comes as n + Simd::round. In two factors, as
 // 2^n itself may be no normal number. NaN gives any factors, which does no harm: p is NaN too.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> scale(Pack<F, P> p, Pack<F, P> shifted) {
@@ -306,14 +339,18 @@ template <int P> VMAMBA_INLINE Pack<float, P> log1p_by_table(Pack<float, P> u) {
 #endif
 
 // 2^t, of an infinity and NaN too. A product is to be rounded first: t is used more than once.
-// To be taken to a high power, as the decay of a step is, it asks for `exact`; without it t is not positive.
-template <bool exact, class F, int P> VMAMBA_INLINE Pack<F, P> exp2(Pack<F, P> t) {
+// To be taken to a high power, as the decay of a step is, it asks for `exact`; `falling`: t is not positive.
+template <bool exact, bool falling, class F, int P> VMAMBA_INLINE Pack<F, P> exp2(Pack<F, P> t) {
   using S = Simd<F>;
 #ifdef VMAMBA_AVX512
   if constexpr (sizeof(F) == 4) return exp2_by_table<exact>(t);
 #endif
   t = at_least(t, S::lowest);
-  if constexpr (exact) t = at_most(t, S::highest);
+  if constexpr (falling) {
+    const Pack<F, P> shifted = t + S::round_lifted;
+    return falling_power(shifted, t - (shifted - S::round_lifted));
+  }
+  t = at_most(t, S::highest);
   const Pack<F, P> shifted = t + S::round, r = t - (shifted - S::round);
   return scale(fma(r, polynomial(S::exp2, r), Pack<F, P>(F(1))), shifted);
 }
@@ -323,9 +360,8 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> exp_negative(Pack<F, P> z) {
   using S = Simd<F>;
   z = at_least(z, S::lowest * S::ln2);
   using All = Pack<F, P>;
-  const All shifted = fma(z, All(S::log2e), All(S::round)), n = shifted - S::round;
-  const All r = fma(n, All(-S::ln2_low), fma(n, All(-S::ln2_high), z)) * S::log2e;
-  return scale(fma(r, polynomial(S::exp2, r), All(F(1))), shifted);
+  const All shifted = fma(z, All(S::log2e), All(S::round_lifted)), n = shifted - S::round_lifted;
+  return falling_power(shifted, fma(n, All(-S::ln2_low), fma(n, All(-S::ln2_high), z)) * S::log2e);
 }
 
 // log(1 + u) for u in [0, 1], to the last digits where u is small too.
@@ -334,7 +370,8 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> log1p(Pack<F, P> u) {
 #ifdef VMAMBA_AVX512
   if constexpr (sizeof(F) == 4) return log1p_by_table(u);
 #endif
-  return fma(u * u, polynomial(S::log1p, u), u);
+  const Pack<F, P> square = u * u;
+  return fma(square, polynomial(S::log1p, u, square), u);
 }
 
 template <class F, int P> struct Softplus {
@@ -349,12 +386,12 @@ VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
   using I = typename S::I;
   const auto magnitude =
       Pack<F, P>::of([&](int i) { return (Vector<F>)((I)t.v[i] | S::sign); });  // -|t|
-  const Pack<F, P> u = scaled ? exp2<false>(magnitude) : exp_negative(magnitude);
+  const Pack<F, P> u = scaled ? exp2<false, true>(magnitude) : exp_negative(magnitude);
   const Pack<F, P> linear = Pack<F, P>::of([&](int i) { return greater<F>(t.v[i], Vector<F>{}); });
   Softplus<F, P> found;
   found.value = scaled ? fma(linear, Pack<F, P>(S::ln2), log1p(u)) : linear + log1p(u);
   if constexpr (with_slope)
-    found.slope = Pack<F, P>::of([&](int i) { return t.v[i] > F(0) ? splat<F>(1) : u.v[i]; }) / (u + F(1));
+    found.slope = Pack<F, P>::of([&](int i) { return (I)t.v[i] < 0 ? u.v[i] : splat<F>(1); }) / (u + F(1));
   return found;
 }
 

@@ -1,5 +1,6 @@
 """What only the compiled engine can get wrong: threads, blocks of channels, addresses, memory."""
 
+import math
 import os
 import platform
 import subprocess
@@ -116,6 +117,36 @@ def test_softplus_to_the_last_digits(z: float, dtype: torch.dtype, rank: int | N
     torch.testing.assert_close(
         y.double().squeeze(), expected, rtol=rounding, atol=2 * torch.finfo(dtype).smallest_normal
     )
+
+
+@pytest.mark.parametrize("z", [-88.0, -95.0, -101.0])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_step_below_the_smallest_normal(z: float, rank: int | None) -> None:
+    one, x = torch.ones(1, 1, 1, 1, 1), 1e30
+    y = selective_scan_2d(
+        *(one[0] * x, one * z, -one[0, 0], one, one),
+        delta_weight=None if rank is None else one[0, 0],
+        routes=("row",),
+        backend="cpu",
+    )
+    smallest = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    assert abs(y.item() / x - math.exp(z)) <= smallest + 1e-5 * math.exp(z)
+
+
+@pytest.mark.parametrize("growth", [0.5, 40.0, 90.0])
+@pytest.mark.parametrize("n_state", [1, 2])
+def test_a_growing_state_among_shrinking_ones(growth: float, n_state: int) -> None:
+    """One channel's A above 0, up to infinite states: as the reference, and all the others as without it."""
+    call = operands(
+        1, 4, 5, 70, n_state, 2, ("row", "column_reversed"), dtype=torch.float32, requires_grad=False
+    )
+    shrinking = selective_scan_2d(**call, backend="cpu")
+    call["A"][:, 66] = growth
+    found, expected = (selective_scan_2d(**call, backend=backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found[..., 66].isfinite().all() == (growth < 1)
+    others = torch.arange(70) != 66
+    torch.testing.assert_close(found[..., others], shrinking[..., others])
 
 
 def test_calls_from_several_threads_at_once() -> None:
