@@ -30,8 +30,8 @@ _FEW = 128
 """Pixels up to which a convolution is a product over patches."""
 
 
-def _onednn_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The type in which oneDNN is to form x·weightᵀ, or None where it is not."""
+def _direct_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The type in which `_product` is to form x·weightᵀ, or None where `F.linear` is to."""
     if not (
         _ONEDNN
         and parts.runs_as_written(x)
@@ -50,8 +50,8 @@ def _onednn_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return None
 
 
-def _in_onednn(x: Tensor, weight: Tensor) -> bool:
-    return _onednn_type(x, weight) == torch.float32  # in bfloat16 `F.linear` goes there itself
+def _is_direct(x: Tensor, weight: Tensor) -> bool:
+    return _direct_type(x, weight) == torch.float32  # in bfloat16 `F.linear` goes there itself
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -183,7 +183,7 @@ def normed_product(x: Tensor, norm: nn.LayerNorm, layer: nn.Module) -> Tensor | 
         and isinstance(layer, Linear)
         and _untouched(layer, Linear)
         and layer._parameters["bias"] is None
-        and _in_onednn(x, layer.weight)
+        and _is_direct(x, layer.weight)
         and norm.weight.dtype == torch.float32
         and x.shape[-1] == layer.in_features
     ):
@@ -193,7 +193,7 @@ def normed_product(x: Tensor, norm: nn.LayerNorm, layer: nn.Module) -> Tensor | 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: (…, I), (O, I), (O,) → (…, O)."""
-    if _in_onednn(x, weight) and x.shape[-1] == weight.shape[-1]:  # else F.linear says what is wrong
+    if _is_direct(x, weight) and x.shape[-1] == weight.shape[-1]:  # else F.linear says what is wrong
         return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -242,7 +242,7 @@ class Mlp(nn.Module):
         known = ((self.fc1, Linear), (self.act, nn.GELU), (self.fc2, Linear))
         if not all(_untouched(layer, kind) for layer, kind in known):
             return None
-        dtype = _onednn_type(x, self.fc1.weight)
+        dtype = _direct_type(x, self.fc1.weight)
         if dtype is None or x.shape[-1] != self.fc1.in_features:
             return None
         return dtype if self.fc1.weight.dtype == self.fc2.weight.dtype else None
@@ -303,7 +303,7 @@ def convolved_silu(x: Tensor, conv: nn.Module) -> Tensor:
     known = isinstance(conv, nn.Conv2d) and _untouched(conv, nn.Conv2d) and conv.padding_mode == "zeros"
     if not known or not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str):
         return F.silu(conv(images).permute(0, 2, 3, 1))
-    dtype = _onednn_type(x, conv.weight)
+    dtype = _direct_type(x, conv.weight)
     geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
     if torch.is_grad_enabled() and dtype == torch.float32:
         return _ConvolvedSilu.apply(images, conv.weight, conv.bias, geometry).permute(0, 2, 3, 1)
@@ -330,7 +330,7 @@ class Conv2d(nn.Conv2d):
     def _is_small(self, x: Tensor) -> bool:
         return (
             not torch.is_grad_enabled()
-            and _in_onednn(x, self.weight)
+            and _is_direct(x, self.weight)
             and x.ndim == 4
             and x.shape[1] == self.in_channels >= 128
             and x.shape[0] * x.shape[2] * x.shape[3] <= _FEW * self.stride[0] * self.stride[1]
