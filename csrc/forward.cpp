@@ -158,7 +158,8 @@ template <class F> int64_t block_width(const vmamba_scan &s) {
   int64_t best = widest, least = INT64_MAX;
   for (int64_t width = widest; width > 0; width -= lanes<F>) {
     const int64_t blocks = (s.channels + width - 1) / width, tasks = blocks * s.batch;
-    const int64_t cost = (tasks + s.threads - 1) / s.threads * (std::min(width, s.channels) + overhead);
+    const int64_t rest = width % (vectors_at_once<F> * lanes<F>) ? lanes<F> : 0;  // fewer at once cost more
+    const int64_t cost = (tasks + s.threads - 1) / s.threads * (std::min(width, s.channels) + overhead + rest);
     if (cost < least) best = width, least = cost;
   }
   return best;
