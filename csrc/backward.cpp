@@ -11,8 +11,9 @@
 namespace VMAMBA_TARGET {
 namespace {
 
-constexpr int64_t most_groups = 16;  // of images: bounds what is kept for sums over them
-constexpr int plain = 16;            // positions over which gradients are summed plainly, before Kahan's sum takes over
+constexpr int64_t most_groups = 16;   // of images: bounds what is kept for sums over them
+constexpr int64_t enough_tasks = 64;  // beyond, groups would only be more to sum over
+constexpr int plain = 16;             // positions over which gradients are summed plainly, before Kahan's sum takes over
 
 template <class F> struct Backward {
   const vmamba_scan &s;
@@ -425,16 +426,20 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
             const F *by_group) {
   const int64_t rows = s.batch * s.height * s.width * s.n_routes, sums = s.rank + 2 * s.n_state;
   in_shares(rows, s.threads, [&](int64_t row, int64_t last) {
-    const auto total = allocate<F>(sums);
-    for (; row < last; ++row) {
-      std::copy_n(by_block + row * sums, sums, total.get());
+    const auto totals = allocate<F>(tile * sums);
+    for (int64_t n; row < last; row += n) {
+      n = std::min<int64_t>(tile, last - row);
+      std::copy_n(by_block + row * sums, n * sums, totals.get());
       for (int64_t block = 1; block < blocks; ++block) {
         const F *const share = by_block + (block * rows + row) * sums;
-        for (int64_t i = 0; i < sums; ++i) total[i] += share[i];
+        for (int64_t i = 0; i < n * sums; ++i) totals[i] += share[i];
       }
-      std::copy_n(&total[0], s.rank, static_cast<F *>(g.delta) + row * s.rank);
-      std::copy_n(&total[s.rank], s.n_state, static_cast<F *>(g.B) + row * s.n_state);
-      std::copy_n(&total[s.rank + s.n_state], s.n_state, static_cast<F *>(g.C) + row * s.n_state);
+      const F *from = totals.get();
+      const auto give = [&](void *to, int64_t count, int64_t at) {
+        for (int64_t i = 0; i < count; ++i, ++from) static_cast<F *>(to)[at * count + i] = *from;
+      };
+      for (int64_t at = row; at < row + n; ++at)
+        give(g.delta, s.rank, at), give(g.B, s.n_state, at), give(g.C, s.n_state, at);
     }
   });
 
@@ -461,7 +466,10 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
 }
 
 template <class F> int run(const vmamba_scan &s, const vmamba_gradients &g) {
-  const int64_t blocks = (s.channels + widest - 1) / widest, groups = std::min(s.batch, most_groups);
+  const int64_t blocks = (s.channels + widest - 1) / widest;
+  const int64_t most = std::clamp<int64_t>(enough_tasks / std::max<int64_t>(blocks, 1), 1, most_groups);
+  const int64_t images = std::max<int64_t>((s.batch + most - 1) / most, 1);  // of a group
+  const int64_t groups = (s.batch + images - 1) / images;
   const int64_t rows = s.batch * s.height * s.width * s.n_routes;
   std::unique_ptr<F[]> by_block, by_group;
   try {
@@ -473,7 +481,7 @@ template <class F> int run(const vmamba_scan &s, const vmamba_gradients &g) {
   const int status = each_block<Backward<F>>(
       s, widest, groups, [&] { return new Backward<F>(s, g, by_block.get(), by_group.get()); },
       [&](Backward<F> &worker, int64_t group, int64_t block, int64_t first, int64_t count) {
-        worker.images(group * s.batch / groups, (group + 1) * s.batch / groups, group, block, first, count);
+        worker.images(group * images, std::min((group + 1) * images, s.batch), group, block, first, count);
       });
   if (status == VMAMBA_OK) finish<F>(s, g, blocks, by_block.get(), groups, by_group.get());
   return status;

@@ -45,6 +45,12 @@ def test_any_number_of_channels(channels: int, rank: int | None) -> None:
     assert_accurate(*calls, backend="cpu")
 
 
+@pytest.mark.parametrize(("batch", "channels"), [(5, 1100), (19, 70), (0, 8)])
+def test_any_number_of_images(batch: int, channels: int) -> None:
+    """More than there are groups whose sums are kept apart, the last of them smaller, and none."""
+    assert_accurate(operands(batch, 3, 4, channels, 1, 9, dtype=torch.float32), backend="cpu")
+
+
 @pytest.mark.parametrize("n_state", [1, 4, 16, 17, 64])
 def test_any_state_size(n_state: int) -> None:
     """Over several saved states, whose distance grows with N."""
