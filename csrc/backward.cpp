@@ -13,8 +13,9 @@ namespace {
 
 constexpr int64_t most_groups = 16;   // of images: bounds what is kept for sums over them
 constexpr int64_t enough_tasks = 64;  // beyond, groups would only be more to sum over
-constexpr int plain = 16;             // positions over which gradients are summed plainly, before Kahan's sum takes over
+constexpr int plain = 16;             // positions of which A's gradient is summed plainly, before Kahan's sum has it
 
+// Loops copy the members that they read: a store of a vector may change any, for all that the compiler knows.
 template <class F> struct Backward {
   const vmamba_scan &s;
   const vmamba_gradients &g;
@@ -284,7 +285,6 @@ template <class F> struct Backward {
     constexpr int L = lanes<F>;
     const int64_t n_state = only ? 1 : s.n_state;
     const Vector<F> a = load(p.a(k) + i * p.pitch + j * L);
-    // A store of a vector may change any member, for all that the compiler knows.
     const F *const step_of = d, *const slope_of = slope, *const decay_of = decay, *const h_of = h;
     const F *const B_of = &B[i], *const C_of = &C[i];
     F *const dz_j = &dz[j * stretch], *const dx_j = &dx[j * stretch], *const d_delta_of = d_delta;
@@ -360,7 +360,7 @@ template <class F> struct Backward {
         v[l] = i + l < count ? load(from + (i + l) * lanes<F>) : Vector<F>{};
       store(from + i, sum_lanes<F>(v));  // over vectors that are done with
     }
-    const int64_t n_state = s.n_state;
+    const int64_t n_state = s.n_state;  // mostly 1, for which a call of memmove is much
     for (int t = 0; t < n; ++t, from += n_state)
       for (int64_t i = 0; i < n_state; ++i) out_row[t][place + i] = from[i];
   }
