@@ -1,353 +1,207 @@
-"""What a run writes and shows beside its checkpoints."""
+"""What a run does at its milestones: evaluate, write a row of metrics.csv, keep checkpoints."""
 
-import csv
-import io
 import logging
 import math
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
-from vmamba.errors import UserError
-from vmamba.train.checkpoint import (
-    earlier_checkpoints,
-    keep_as,
-    remove_checkpoint,
-    replacing,
-    step_path,
-    write_atomically,
-)
+from vmamba.train.best import write_best
+from vmamba.train.checkpoint import earlier_checkpoints, keep_as, remove_checkpoint, step_path
+from vmamba.train.curves import add_row, draw_curves, read_metrics
+from vmamba.train.means import gather
+from vmamba.train.optim import base_rate
+from vmamba.train.progress import ProgressLine
+from vmamba.train.stop import at_step
 
 log = logging.getLogger(__name__)
 
 
-class Interrupted(UserError):  # noqa: N818  (named as KeyboardInterrupt is)
-    """The run was stopped by a signal, behind a whole step and with a checkpoint."""
-
-
-class StopOnSignal(Callback):
-    """At Ctrl-C, SIGTERM or SIGUSR1 finish the step, write last.ckpt, raise `Interrupted`.
-
-    At a second Ctrl-C stop at once. Any process of the run may get the signal. To an epoch's last step
-    belongs its evaluation. A job of SLURM that is told to go (SIGTERM, or SIGUSR1 by `--signal`) is put into
-    the queue again. Outside the main thread signals are left alone.
-
-    Args:
-        folder: Of the run.
-        save: Writes last.ckpt.
-    """
-
-    SIGNALS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-    )
-
-    def __init__(self, folder: Path, save: Callable[[lightning.Trainer], None]) -> None:
-        self.folder, self.save = folder, save
-        self.asked: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch the signals within a block."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        self._listen()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _listen(self) -> None:
-        for number in self.SIGNALS:
-            signal.signal(number, self._ask)
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        # Lightning's handlers, set since, talk to other processes in the middle of a step.
-        if signal.getsignal(signal.SIGINT) == self._ask:
-            self._listen()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            print(
-                "\nfinishing the step, then writing a checkpoint; Ctrl-C again stops at once", file=sys.stderr
-            )
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if at_step(trainer) and not trainer.is_last_batch and self._any_asked(trainer):
-            self.save(trainer)
-            self._stop(trainer)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if trainer.current_epoch + 1 < pl_module.recipe.schedule.epochs and self._any_asked(trainer):
-            self._stop(trainer)  # `Checkpoints` has written one
-
-    def _any_asked(self, trainer: lightning.Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self.asked is not None, all=False)
-
-    def _stop(self, trainer: lightning.Trainer) -> None:
-        job = os.environ.get("SLURM_JOB_ID")
-        again = f"to go on: vmamba train --resume {self.folder}"
-        if job is not None and self.asked != signal.SIGINT and trainer.is_global_zero:
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                again = f"job {job} is in the queue again"
-            else:
-                log.warning("SLURM does not queue job %s again: %s", job, done.stderr.strip())
-        raise Interrupted(f"interrupted after step {trainer.global_step}; {again}")
-
-
-def at_step(trainer: lightning.Trainer) -> bool:
-    """Whether the batch just read was the last of a step."""
-    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-
-
-class Checkpoints(Callback):
-    """`last.ckpt` behind every epoch and every so many steps, `best.ckpt` where the score is the best so far.
+class Checkpoints:
+    """Writes `last.ckpt` and `best.ckpt`.
 
     Those that were the last before are kept under their step's number: one may be damaged. Lightning's own
     callback writes the last one only together with the best.
 
     Args:
         folder: Of the run.
-        every: Steps between checkpoints within an epoch.
         keep: Newest to keep.
         resumed_from: The checkpoint of the folder that the run goes on from.
-
-    Attributes:
-        scores: Of the last evaluation, be it before the run was resumed.
     """
 
-    def __init__(self, folder: Path, every: int | None, keep: int, resumed_from: Path | None = None) -> None:
-        self.folder, self.every, self.keep = folder / "checkpoints", every, keep
+    def __init__(self, folder: Path, keep: int, resumed_from: Path | None = None) -> None:
+        self.run, self.folder, self.keep = folder, folder / "checkpoints", keep
         self.resumed_from = resumed_from
-        self.best = -math.inf
-        self.scores: dict[str, float] = {}
-        self._at: int | None = None  # the step of last.ckpt, if it is whole
+        self._last_step: int | None = None  # of last.ckpt, if it is whole
+
+    def started(self, trainer: lightning.Trainer) -> None:
+        """Take note of the step that the run goes on from."""
+        if self.resumed_from == self.folder / "last.ckpt":
+            self._last_step = trainer.global_step
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Write last.ckpt."""
+        """Write last.ckpt, unless it is of this very step."""
+        if self._last_step == trainer.global_step:
+            return
         last = self.folder / "last.ckpt"
-        if trainer.is_global_zero and self._at is not None and self._at != trainer.global_step:
-            keep_as(last, step_path(last, self._at))
+        if trainer.is_global_zero and self._last_step is not None:
+            keep_as(last, step_path(last, self._last_step))
             for path in earlier_checkpoints(self.folder)[self.keep - 1 :]:
                 remove_checkpoint(path)
         trainer.save_checkpoint(last)
-        self._at = trainer.global_step
+        self._last_step = trainer.global_step
+
+    def save_best(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Write best.ckpt, and its weights as best.safetensors with config.json."""
+        best = self.folder / "best.ckpt"
+        trainer.save_checkpoint(best)
+        if trainer.is_global_zero:
+            write_best(best, module.model, self.run)
+
+
+class Milestones(Callback):
+    """At every epoch's end, or every so many steps, and at the last step: evaluate and keep what was reached.
+
+    Args:
+        folder: Of the run.
+        validation: The loader of the split "val".
+        checkpoints: Writes them.
+        progress: The line on the terminal.
+
+    Attributes:
+        scores: Of the last evaluation, be it before the run was resumed.
+        best: The best score so far, by the task's monitor; None before the first evaluation.
+        best_step: After which step that was.
+        stale: Evaluations since then.
+    """
+
+    def __init__(
+        self, folder: Path, validation: Any, checkpoints: Checkpoints, progress: ProgressLine
+    ) -> None:
+        self.folder, self.validation = folder, validation
+        self.checkpoints, self.progress = checkpoints, progress
+        self.scores: dict[str, float] = {}
+        self.best: float | None = None
+        self.best_step, self.stale = 0, 0
+        self._images, self._seconds, self._since = 0, 0.0, 0.0
+        self._module: Any = None
+        self._restored_means: dict[str, tuple[float, float]] = {}
+        self._left_out: dict[str, None] = {}
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        self._module = pl_module
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if self.resumed_from == self.folder / "last.ckpt":
-            self._at = trainer.global_step
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        due = self.every is not None and trainer.global_step % self.every == 0
-        if due and at_step(trainer) and not trainer.is_last_batch:
-            self.save(trainer)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        found = trainer.callback_metrics.items()
-        self.scores = {name: value.item() for name, value in found if name.startswith("val/")}
-        score = self.scores[f"val/{pl_module.monitor}"]
-        if not score <= self.best:
-            self.best = score
-            trainer.save_checkpoint(self.folder / "best.ckpt")
-        self.save(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "scores": self.scores}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.scores = state_dict["best"], state_dict["scores"]
-
-
-class Throughput(Callback):
-    """Training images a second, of the epoch so far, on the progress bar and in the metrics."""
-
-    def __init__(self) -> None:
-        self._start, self._seen = 0.0, 0
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._start, self._seen = time.perf_counter(), 0
+        self.checkpoints.started(trainer)
+        if trainer.is_global_zero:  # they are of all processes together
+            pl_module.means.restore(self._restored_means)
+        patience = pl_module.recipe.schedule.patience
+        trainer.should_stop = patience is not None and self.stale >= patience
+        self._since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._seen += len(batch.indices) * trainer.world_size
-        pl_module.log(
-            "images/s",
-            self._seen / (time.perf_counter() - self._start),
-            prog_bar=True,
-            on_step=True,
-            on_epoch=False,
-            batch_size=1,
-        )
+        now = time.perf_counter()
+        self._images += len(batch.indices) * trainer.world_size
+        self._seconds += now - self._since
+        self._since = now
+        self.progress.scores["images/s"] = self._images / self._seconds
+        self._tell_left_out(trainer.train_dataloader)
+        if at_step(trainer):
+            if trainer.global_step % pl_module.recipe.train.log_every == 0:
+                self._log(trainer, {f"train/{n}_step": v.item() for n, v in pl_module.losses.items()})
+            if not trainer.is_last_batch:  # else once the epoch is over
+                self._after_step(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if trainer.is_last_batch:  # else the run has stopped within an epoch
+            self._after_step(trainer, pl_module)
 
-class Blemishes(Callback):
-    """Tells of every sample that was left out once, and of steps left out, and counts both in the metrics."""
+    def _after_step(self, trainer: lightning.Trainer, module: Any) -> None:
+        step, train = trainer.global_step, module.recipe.train
+        due = trainer.is_last_batch if train.eval_every_steps is None else step % train.eval_every_steps == 0
+        if due or step == module.steps:
+            self._evaluate(trainer, module)
+        elif train.checkpoint_every is not None and step % train.checkpoint_every == 0:
+            self.checkpoints.save(trainer)
+        self._since = time.perf_counter()
 
-    def __init__(self) -> None:
-        self._told: dict[str, None] = {}
+    def _evaluate(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.progress.begin_evaluation(len(self.validation))
+        self.scores = module.evaluate(self.validation, self.progress.evaluated_batch)
+        self._tell_left_out(self.validation)
+        score = self.scores[module.monitor]
+        self.progress.scores[module.monitor] = score
+        improved = self._is_better(score, module.task.monitor_mode)
+        if improved:
+            self.best, self.best_step, self.stale = score, trainer.global_step, 0
+        else:
+            self.stale += 1
+        self._write_row(trainer, module)
+        if improved:
+            self.checkpoints.save_best(trainer, module)
+        self.checkpoints.save(trainer)
+        patience = module.recipe.schedule.patience
+        if patience is not None and self.stale >= patience:
+            log.info("stopped early: %d evaluations without a better %s", self.stale, module.monitor)
+            trainer.should_stop = True
 
-    def _tell(self, loader: Any) -> None:
+    def _is_better(self, score: float, mode: str) -> bool:
+        if self.best is None or math.isnan(self.best):
+            return True
+        return score > self.best if mode == "max" else score < self.best
+
+    def _write_row(self, trainer: lightning.Trainer, module: Any) -> None:
+        means = {f"train/{name}": value for name, value in module.means.means().items()}
+        values = {"images/s": self._images / max(self._seconds, 1e-9), **means, **self.scores}
+        if module.recipe.train.on_error == "skip":
+            values["skipped/samples"] = sum(gather(len(self._left_out)))
+        if module.recipe.train.on_nonfinite == "skip":
+            values["skipped/steps"] = module.skipped_steps
+        module.means.reset()
+        self._images, self._seconds = 0, 0.0
+        epoch, step = trainer.current_epoch + 1, trainer.global_step
+        if trainer.is_global_zero:
+            rate = base_rate(trainer.optimizers[0])
+            shown = {name: f"{value:.6g}" for name, value in sorted(values.items())}
+            row = {"epoch": epoch, "step": step, "lr": f"{rate:.6g}", **shown}
+            add_row(self.folder / "metrics.csv", row)
+        self._log(trainer, values)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.info("epoch %d, step %d of %d: %s", epoch, step, module.steps, text)
+
+    def _log(self, trainer: lightning.Trainer, values: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _tell_left_out(self, loader: Any) -> None:
         for message in loader.skipped:
-            if message not in self._told:
-                self._told[message] = None
+            if message not in self._left_out:
+                self._left_out[message] = None
                 log.warning("left out: %s", message)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self._tell(trainer.train_dataloader)
-
-    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self._tell(trainer.val_dataloaders)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        train = pl_module.recipe.train
-        if train.on_error == "skip":
-            pl_module.log("skipped/samples", float(len(self._told)), reduce_fx="sum", sync_dist=True)
-        if train.on_nonfinite == "skip":
-            pl_module.log("skipped/steps", float(pl_module.skipped_steps))
-
-
-class MetricsFile(Callback):
-    """`metrics.csv`, a row an epoch, and `curves.png` from it.
-
-    Args:
-        folder: Of the run. Rows that it holds already stay, but those of epochs that are run again.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.picture = folder / "metrics.csv", folder / "curves.png"
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
-        rows = [row for row in read_metrics(self.path) if int(row["epoch"]) < trainer.current_epoch]
-        found = {
-            name.removesuffix("_epoch"): f"{value.item():.6g}"
-            for name, value in sorted(trainer.callback_metrics.items())
-            if not name.endswith("_step")
-        }
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "lr": f"{rate:.6g}", **found}
-        rows.append({name: str(value) for name, value in row.items()})
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path, table.getvalue())
+    def on_fit_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        path = self.folder / "metrics.csv"
+        if trainer.is_global_zero and path.exists():
+            try:
+                draw_curves(read_metrics(path), self.folder / "curves.png")
+            except OSError as error:  # such as a full disk, which something more important has told of
+                log.warning("curves.png could not be written: %s", error)
 
     def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
         self.on_fit_end(trainer)
 
-    def on_fit_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.is_global_zero and self.path.exists():
-            draw_curves(read_metrics(self.path), self.picture)
+    def state_dict(self) -> dict[str, Any]:
+        state = {"best": self.best, "best_step": self.best_step, "stale": self.stale, "scores": self.scores}
+        means = {name: list(totals) for name, totals in self._module.means.totals().items()}
+        return {**state, "means": means, "images": self._images, "seconds": self._seconds}
 
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a `metrics.csv`; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
-    """Losses above, scores below, over the epochs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True)
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name.startswith(("train/", "val/")):
-            points = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
-            axes = upper if "loss" in name else lower
-            axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3)
-    upper.set_ylabel("loss")
-    lower.set(xlabel="epoch", ylabel="score")
-    lower.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-class ProgressLine(Callback):
-    """One line on stderr for the run: epoch, time left, losses, scores, images/s."""
-
-    def __init__(self) -> None:
-        self._line: Progress | None = None
-        self._drawn = 0.0
-
-    def _start(self, trainer: lightning.Trainer, what: str, total: int, done: int) -> None:
-        if trainer.is_global_zero:
-            columns = (
-                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=11)),
-                BarColumn(bar_width=8),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left {task.fields[shown]}", table_column=Column(no_wrap=True)),
-            )
-            self._line = Progress(*columns, console=Console(stderr=True))
-            self._line.add_task(what, total=total, completed=done, shown="")
-            self._line.start()
-
-    def _stop(self) -> None:
-        if self._line is not None:
-            self._line.stop()
-            self._line = None
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._start(trainer, "training", pl_module.steps, trainer.global_step)
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
-        now = time.perf_counter()
-        last = trainer.global_step == pl_module.steps
-        if self._line is None or (now - self._drawn < 0.2 and not last):  # a look at a metric waits for a GPU
-            return
-        self._drawn = now
-        self._line.update(
-            self._line.task_ids[0],
-            completed=trainer.global_step,
-            description=f"epoch {trainer.current_epoch + 1}/{pl_module.recipe.schedule.epochs}",
-            shown=" ".join(
-                f"{name.removeprefix('train/').removesuffix('_step')} {value:.{0 if value >= 10 else 3}f}"
-                for name, value in trainer.progress_bar_metrics.items()
-                if not name.endswith("_epoch")
-            ),
-        )
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._start(trainer, "evaluating", int(sum(trainer.num_val_batches)), 0)
-
-    def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if self._line is not None and trainer.state.fn == TrainerFn.VALIDATING:
-            self._line.advance(self._line.task_ids[0])
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        self._stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self._stop()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in ("best", "best_step", "stale", "scores"):
+            setattr(self, name, state_dict[name])
+        self._restored_means = {name: tuple(totals) for name, totals in state_dict["means"].items()}
+        self._images, self._seconds = state_dict["images"], state_dict["seconds"]

@@ -1,33 +1,31 @@
-"""Judge weights by a task's whole protocol, and predict."""
+"""Judge weights by a task's whole protocol."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
-import torch.distributed
+import torch
 from torch import Tensor, nn
 
-from vmamba.data import Loaded, read_image
+from vmamba.data import Loaded
 from vmamba.environment import environment
-from vmamba.errors import CheckpointError, DataError, RecipeError
-from vmamba.train.checkpoint import (
-    CONTENTS,
-    contents,
-    load_checkpoint,
-    model_weights,
-    weights_kinds,
-    write_atomically,
-)
-from vmamba.train.recipe import Recipe, check, override_values
-from vmamba.train.run import load_recipe, loader, settings, trainer_for
-from vmamba.train.task import Task, task_type
+from vmamba.errors import DataError, OutputError, RecipeError
+from vmamba.files import write_atomically
+from vmamba.models.checkpoints import Weights
+from vmamba.train.guard import NonFiniteError
+from vmamba.train.loaders import loader
+from vmamba.train.means import RunningMeans, gather
+from vmamba.train.progress import ProgressLine
+from vmamba.train.session import open_session
+from vmamba.train.task import Task, scores
+from vmamba.train.trainer import settings, trainer_for
 
-Weights = Literal["auto", "raw", "ema"]
-"""Of a run's checkpoint: its weights, their average, or the average where there is one."""
+log = logging.getLogger(__name__)
 
 
 class _Judge(lightning.LightningModule):
@@ -35,107 +33,69 @@ class _Judge(lightning.LightningModule):
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__()
-        self.task, self.model, self.whole = task, model, task.report_metrics()
+        self.task, self.model, self.metrics = task, model, task.report_metrics()
+        self.means = RunningMeans()
         self.samples = 0
         self.skipped: list[str] = []
         self.results: dict[str, Tensor] = {}
 
     def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
-        self.task.evaluate(self.model, loaded.batch, self.whole)
+        losses = self.task.validation_step(self.model, loaded.batch, self.metrics) or {}
+        self.means.add(losses, len(loaded.indices))
         self.samples += len(loaded.indices)
 
     def on_validation_epoch_end(self) -> None:
         loader: Any = self.trainer.val_dataloaders
-        found: list[Any] = [(self.samples, list(loader.skipped))]  # of each process
-        if torch.distributed.is_initialized():
-            found *= self.trainer.world_size
-            torch.distributed.all_gather_object(found, found[0])
-        self.samples = sum(samples for samples, _ in found)
-        self.skipped = [message for _, messages in found for message in messages]
+        of_processes = gather((self.samples, list(loader.skipped)))
+        self.samples = sum(samples for samples, _ in of_processes)
+        self.skipped = [message for _, messages in of_processes for message in messages]
         if not self.samples:
             raise DataError(f"not one sample can be read, the first: {self.skipped[0]}")
-        self.results = {name: value.detach().cpu() for name, value in self.whole.compute().items()}
+        means = self.means.means()
+        if not all(map(math.isfinite, means.values())):
+            raise NonFiniteError("the model's outputs are not finite; judge it with train.precision=32-true")
+        self.results = {name: torch.tensor(value) for name, value in means.items()}
+        self.results |= {name: value.detach().cpu() for name, value in self.metrics.compute().items()}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """What an evaluation gave.
 
     Attributes:
         source: The checkpoint or recipe.
-        task: Its name.
+        task: Of it.
         weights: "raw" or "ema".
         flip: Whether mirror images were looked at too.
         scales: Sizes of the crop that were looked at.
         samples: Looked at.
         skipped: What was wrong with those left out.
-        scores: The single numbers.
-        tables: Further results of the task, by name.
-        classes: Names.
+        results: Of the task's metrics and losses, by name: single numbers and tables.
     """
 
     source: str
-    task: str
+    task: Task
     weights: str
     flip: bool
     scales: list[float]
     samples: int
     skipped: list[str]
-    scores: dict[str, float]
-    tables: dict[str, Tensor]
-    classes: list[str]
+    results: Mapping[str, Tensor]
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """The single numbers."""
+        return scores(self.results)
 
-def load_run(
-    checkpoint: str | Path, overrides: Sequence[str] = (), weights: Weights = "auto"
-) -> tuple[Task, Recipe, nn.Module]:
-    """The task, recipe and trained model that a checkpoint holds; nothing else is needed.
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The results that are not single numbers."""
+        return {name: value for name, value in self.results.items() if value.numel() != 1}
 
-    Args:
-        checkpoint: `checkpoints/best.ckpt` or `last.ckpt` of a run, or its folder, for the best.
-        overrides: `section.key=value` each, laid over its recipe.
-        weights: Which.
-
-    Raises:
-        CheckpointError: It is missing, damaged, not of a run, would run code, or has no such weights.
-        RecipeError: An override does not fit.
-    """
-    task, recipe, model, _ = _open_run(checkpoint, overrides, weights)
-    return task, recipe, model
-
-
-def _open_run(
-    checkpoint: str | Path, overrides: Sequence[str], weights: Weights
-) -> tuple[Task, Recipe, nn.Module, str]:
-    path = checkpoint_of(checkpoint)
-    for override in overrides:
-        if override.startswith(("model.", "model=")):
-            raise RecipeError(
-                f"override {override!r}: the model is that of {path}; to judge other weights give a recipe"
-            )
-    found = load_checkpoint(path)
-    values, classes = contents(found, path)
-    values = override_values(values, overrides)
-    task_class = task_type(values.get("task"))
-    recipe = check(task_class.recipe_type, values, str(path))
-    task = task_class(recipe, classes)
-    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
-    model = task.build_model(recipe.model_copy(update={"model": untrained}))
-    try:
-        model.load_state_dict(model_weights(found, weights, path))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit its own model: {error}") from error
-    return task, recipe, model.eval(), _kind(found, weights)
-
-
-def _kind(checkpoint: Mapping[str, Any], weights: str) -> str:
-    return weights_kinds(checkpoint)[-1] if weights == "auto" else weights
-
-
-def checkpoint_of(place: str | Path) -> Path:
-    """A checkpoint, or the best one of a run's folder."""
-    path = Path(place)
-    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return list(self.task.classes)
 
 
 def evaluate(
@@ -149,14 +109,14 @@ def evaluate(
     """Judge weights on the "val" split of their recipe's data.
 
     Args:
-        what: As `load_run`; or a recipe, whose `model.weights` are judged.
+        what: A run, a checkpoint of it, or a recipe whose `model.weights` are judged; see `open_session`.
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
         scales: Average over these sizes of the crop.
 
     Raises:
-        CheckpointError: As `load_run`.
+        CheckpointError: As `open_session`.
         RecipeError: An override does not fit, the recipe names no weights, or a scale is not above 0 or too
             small for the model.
         DataError: The data are missing, damaged, or of other classes than the model.
@@ -164,76 +124,64 @@ def evaluate(
     """
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
-    from_recipe = Path(what).suffix in (".yaml", ".yml")
-    task, recipe, model, kind = (_open_recipe if from_recipe else _open_run)(what, overrides, weights)
+    session = open_session(what, overrides, weights)
+    recipe, model = session.recipe, session.model
     # Nothing is learnt: each process has the whole model.
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"strategy": "ddp"})})
     if flip or tuple(scales) != (1.0,):
-        model = task.averaged(model, flip, scales)
+        model = session.task.averaged(model, flip, scales)
     with settings(recipe):
-        trainer = trainer_for(recipe, [])
-        data = loader(task, recipe, "val", trainer)
-        module = _Judge(task, model)
+        trainer = trainer_for(recipe, [ProgressLine()])
+        data = loader(session.task, recipe, "val", trainer)
+        module = _Judge(session.task, model)
         trainer.validate(module, data, verbose=False)
-    scores, tables = task.split_results(module.results)
+    for message in module.skipped:
+        log.warning("left out: %s", message)
     return Evaluation(
         source=str(what),
-        task=task.name,
-        weights=kind,
+        task=session.task,
+        weights=session.weights,
         flip=flip,
         scales=list(scales),
         samples=module.samples,
         skipped=module.skipped,
-        scores=scores,
-        tables=tables,
-        classes=list(task.classes),
+        results=module.results,
     )
 
 
-def _open_recipe(
-    path: str | Path, overrides: Sequence[str], weights: Weights
-) -> tuple[Task, Recipe, nn.Module, str]:
-    recipe: Any = load_recipe(path, overrides)
-    task_class = task_type(recipe.task)
-    if recipe.model.weights is None:
-        raise RecipeError(
-            f"{path}: names no weights to judge; set model.weights to 'pretrained' or a checkpoint's path"
-        )
-    source = recipe.model.weights
-    kind = recipe.model.weights_kind if weights == "auto" else weights
-    classes = None
-    if source == "pretrained":
-        if kind == "ema":
-            raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
-    elif Path(source).suffix != ".safetensors" and CONTENTS in (found := load_checkpoint(source)):
-        _, classes = contents(found, source)  # the data have to have the same, in the same order
-        kind = _kind(found, kind)
-    recipe = task_class.without_training_data(recipe)
-    judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
-    task = task_class(recipe, classes)
-    model = task.build_model(recipe.model_copy(update={"model": judged}))
-    return task, recipe, model.eval(), "raw" if kind == "auto" else kind
-
-
-def write_evaluation(found: Evaluation, folder: str | Path) -> None:
-    """results.json, and the task's tables and pictures, into a folder."""
-    folder = Path(folder)
-    values = {
-        **{"source": found.source, "weights": found.weights, "flip": found.flip, "scales": found.scales},
-        **{"samples": found.samples, "skipped": found.skipped, "scores": found.scores},
-        "environment": environment(),
-    }
-    write_atomically(folder / "results.json", json.dumps(values, indent=2) + "\n")
-    task_type(found.task).write_tables(found.tables, found.classes, folder)
-
-
-def predict(images: Sequence[str | Path], checkpoint: str | Path, weights: Weights = "auto") -> list[Any]:
-    """A prediction for each image file; all are read before the model runs.
+def check_folder(folder: str | Path) -> None:
+    """Make a folder for results, before the work whose results they are.
 
     Raises:
-        DataError: A file is missing or no image; the message names it.
-        CheckpointError: As `load_run`.
+        OutputError: It cannot be made or written to.
     """
-    decoded = [read_image(path) for path in images]
-    task, _, model = load_run(checkpoint, weights=weights)
-    return [prediction for image in decoded for prediction in task.predict(model, [image])]
+    probe = Path(folder) / ".probe"
+    try:
+        write_atomically(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
+    """Write results.json, and the task's tables and pictures, into a folder.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    folder = Path(folder)
+    values = {
+        "source": evaluation.source,
+        "weights": evaluation.weights,
+        "flip": evaluation.flip,
+        "scales": evaluation.scales,
+        "samples": evaluation.samples,
+        "skipped": evaluation.skipped,
+        "scores": evaluation.scores,
+        "environment": environment(),
+    }
+    try:
+        write_atomically(folder / "results.json", json.dumps(values, indent=2) + "\n")
+        evaluation.task.report(evaluation.results, folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error

@@ -1,15 +1,14 @@
 """The one Lightning module: it trains and evaluates any task."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from timm.optim import create_optimizer_v2, muon, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+import torch.distributed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,11 +16,19 @@ from torch.distributed.tensor import DTensor
 
 import vmamba
 from vmamba.data import Loaded, SampleKey, draw_seed, seeded
-from vmamba.nn import VSSBlock
-from vmamba.train.checkpoint import CONTENTS
+from vmamba.errors import DataError
+from vmamba.models.checkpoints import CONTENTS
 from vmamba.train.guard import NonFiniteError, first_nonfinite
+from vmamba.train.means import RunningMeans, gather
+from vmamba.train.optim import (
+    create_optimizer,
+    create_scheduler,
+    muon_in_float32,
+    sharding_units,
+    total_steps,
+)
 from vmamba.train.recipe import Recipe
-from vmamba.train.task import Task
+from vmamba.train.task import Task, scores
 
 MOST_SKIPPED = 10
 """So many steps in a row without a finite gradient are not an accident any more."""
@@ -42,17 +49,28 @@ class TaskModule(lightning.LightningModule):
         task: What is trained.
         recipe: Of the task.
         model: From the task.
-        steps: Of the whole run, for the schedule. Lightning's own estimate would set up the data before the
+        steps_per_epoch: For the schedule. Lightning's own estimate would set up the data before the
             checkpoint is read, and leave the loader's state in it unread.
+        contents: What checkpoints keep beside recipe and classes.
 
     Attributes:
         ema: The average of the model's weights, where the recipe asks for one.
+        losses: Of the last batch, by name.
+        means: Of the losses since the last row of metrics.csv.
         skipped_steps: Of this process' run, those left out for a gradient that was not finite.
     """
 
-    def __init__(self, task: Task, recipe: Recipe, model: nn.Module, steps: int = 1) -> None:
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        model: nn.Module,
+        steps_per_epoch: int = 1,
+        contents: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.task, self.recipe, self.model, self.steps = task, recipe, model, steps
+        self.task, self.recipe, self.model, self.steps_per_epoch = task, recipe, model, steps_per_epoch
+        self.contents = dict(contents or {})
         self.val_metrics: Any = nn.ModuleDict({"raw": task.metrics()})
         self.ema: ModelEmaV3 | None = None
         if recipe.train.ema_decay is not None:
@@ -61,38 +79,39 @@ class TaskModule(lightning.LightningModule):
             self.val_metrics["ema"] = task.metrics()
         if recipe.train.compile:
             self.model.compile()
+        self.losses: dict[str, Tensor] = {}
+        self.means = RunningMeans()
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._step_parts: list[tuple[int, list[int]]] = []  # batch number and samples of the step so far
+        self._step_batches: list[tuple[int, list[int]]] = []  # number and samples of the step's batches so far
         self._finite: Tensor | None = None
+        self._scheduler: Any = None
+        self._group_settings: list[dict[str, Any]] = []
 
     def configure_model(self) -> None:
         """Shard the model, block by block, and the average alike, where the strategy is FSDP."""
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
+        mesh = self.device_mesh["data_parallel"]
         for model in [self.model] if self.ema is None else [self.model, self.ema.module]:
-            for module in model.modules():
-                if isinstance(module, VSSBlock):
-                    fully_shard(module, mesh=self.device_mesh["data_parallel"])
-            fully_shard(model, mesh=self.device_mesh["data_parallel"])
+            for block in sharding_units(model):
+                fully_shard(block, mesh=mesh)
+            if not isinstance(model, FSDPModule):  # it may be a single block
+                fully_shard(model, mesh=mesh)
 
-    def on_validation_model_eval(self) -> None:
-        super().on_validation_model_eval()
-        self._gather(True)
-
-    def on_validation_model_train(self) -> None:
-        self._gather(False)
-        super().on_validation_model_train()
-
-    def _gather(self, whole: bool) -> None:
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
         """Hold shards as a whole model while it is judged: processes may have another number of batches."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.set_reshard_after_forward(not whole, recurse=False)
-                if whole:
-                    module.unshard()
-                else:
-                    module.reshard()
+        sharded = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
 
     def train(self, mode: bool = True) -> "TaskModule":
         """Set the mode; a frozen model keeps that of evaluation: its features stay the same at every step."""
@@ -105,36 +124,23 @@ class TaskModule(lightning.LightningModule):
         # A checkpoint is taken between steps: there, what this step reads is done.
         loader: Any = self.trainer.train_dataloader
         loader.consumed = (batch_idx + 1) * loader.batch_size * self.trainer.world_size
-        self._step_parts.append((batch_idx, loaded.indices))
+        self._step_batches.append((batch_idx, loaded.indices))
         losses = self._losses(loaded.batch, batch_idx)
         loss = losses["loss"]
         finite = loss.detach().isfinite()
         self._finite = finite if self._finite is None else self._finite & finite
-        for name, value in losses.items():
-            self.log(
-                f"train/{name}_step",
-                value.detach(),
-                prog_bar=True,
-                on_step=True,
-                batch_size=loader.batch_size,
-            )
-            self.log(
-                *(f"train/{name}", value.detach()),
-                on_step=False,
-                on_epoch=True,
-                sync_dist=self.trainer.world_size > 1,
-                batch_size=loader.batch_size,
-            )
+        self.losses = {name: value.detach() for name, value in losses.items()}
+        self.means.add(self.losses, loader.batch_size)
         return loss
 
-    def _losses(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def _losses(self, batch: Any, batch_idx: int) -> Mapping[str, Tensor]:
         seed = self.recipe.train.seed
         with self._drawing(
             "mix", seed, self.current_epoch, batch_idx // self.trainer.accumulate_grad_batches
         ):
-            batch = self.task.mix(batch)
+            batch = self.task.augment_batch(batch)
         with self._drawing("step", seed, self.global_step, batch_idx, self.global_rank):
-            return self.task.loss(self.model, batch)
+            return self.task.training_step(self.model, batch)
 
     def _loss(self, batch: Any, batch_idx: int) -> Tensor:
         return self._losses(batch, batch_idx)["loss"]
@@ -187,7 +193,7 @@ class TaskModule(lightning.LightningModule):
         loader: Any = self.trainer.train_dataloader
         data = loader.dataset.dataset
         source, names = "", []
-        for batch_idx, indices in self._step_parts:
+        for batch_idx, indices in self._step_batches:
             mine = [data.name(index) for index in indices]
             names += mine
             if isinstance(self.model, FSDPModule):
@@ -213,60 +219,116 @@ class TaskModule(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         emulated = self.device.type == "cpu" and "muon" in self.recipe.optim.name
-        with _muon_in_float32() if emulated else nullcontext():
+        with muon_in_float32() if emulated else nullcontext():
             super().optimizer_step(*args, **kwargs)
-        self._step_parts, self._finite = [], None
+        self._step_batches, self._finite = [], None
         if self.ema is not None:
             # Given the step, timm starts with a copy of the weights behind the first one.
             self.ema.update(self.model, step=self.global_step if self.recipe.train.ema_warmup else None)
 
-    def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
-        self.task.evaluate(self.model, loaded.batch, self.val_metrics["raw"])
-        if self.ema is not None:
-            self.task.evaluate(self.ema.module, loaded.batch, self.val_metrics["ema"])
+    def evaluate(self, loader: Any, after_batch: Callable[[], None]) -> dict[str, float]:
+        """Scores and mean losses of the weights, and of their average, on a loader's samples.
 
-    def on_validation_epoch_end(self) -> None:
-        for weights, metrics in self.val_metrics.items():
-            prefix = "" if weights == "raw" else f"{weights}_"
-            for name, value in metrics.compute().items():
-                self.log(f"val/{prefix}{name}", value, prog_bar=f"{prefix}{name}" == self.monitor)
-            metrics.reset()
+        Args:
+            loader: Of the split "val".
+            after_batch: Is called after each.
+
+        Returns:
+            By name: val/<score> and val/ema_<score>.
+
+        Raises:
+            DataError: Not one sample can be read.
+            NonFiniteError: A loss or the score that chooses the best checkpoint is not finite, and
+                `train.on_nonfinite` says to stop.
+        """
+        self._broadcast_buffers()
+        judged = {"raw": self.model} if self.ema is None else {"raw": self.model, "ema": self.ema.module}
+        means = {weights: RunningMeans() for weights in judged}
+        seen_here: list[int] = []
+        seen: list[tuple[list[int], Tensor]] = []  # samples of each batch, and whether its losses are finite
+        with self._whole(), evaluation_mode(self), torch.no_grad():
+            for loaded in loader:
+                seen_here += loaded.indices
+                batch = self.trainer.strategy.batch_to_device(loaded.batch)
+                finite = []
+                for weights, model in judged.items():
+                    with self.trainer.precision_plugin.val_step_context():
+                        losses = self.task.validation_step(model, batch, self.val_metrics[weights])
+                    means[weights].add(losses or {}, len(loaded.indices))
+                    finite += [value.isfinite().all() for value in (losses or {}).values()]
+                if finite:
+                    seen.append((loaded.indices, torch.stack(finite).all()))
+                after_batch()
+            if not sum(gather(len(seen_here))):
+                raise DataError(f"not one sample can be read, the first: {next(iter(loader.skipped), 'none')}")
+            found: dict[str, float] = {}
+            for weights, metrics in self.val_metrics.items():
+                prefix = "val/" if weights == "raw" else f"val/{weights}_"
+                for name, value in {**means[weights].means(), **scores(metrics.compute())}.items():
+                    found[f"{prefix}{name}"] = value
+                metrics.reset()
+        self._check_evaluation(found, seen, loader.dataset.dataset)
+        return found
+
+    def _broadcast_buffers(self) -> None:
+        """Give each process the first one's buffers, such as BatchNorm's running means."""
+        if self.trainer.world_size > 1 and not isinstance(self.model, FSDPModule):
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _check_evaluation(
+        self, found: Mapping[str, float], seen: Sequence[tuple[list[int], Tensor]], dataset: Any
+    ) -> None:
+        if self.monitor not in found:
+            expected = ", ".join(sorted(found))
+            raise DataError(f"the evaluation gave no {self.monitor}, only {expected or 'nothing'}")
+        good = bool(torch.stack([finite for _, finite in seen]).all()) if seen else True
+        good = good and torch.tensor(found[self.monitor]).isfinite().item() is True
+        if self.trainer.strategy.reduce_boolean_decision(good, all=True):
+            return
+        names = [dataset.name(index) for indices, finite in seen if not finite for index in indices][:3]
+        where = f", first for {', '.join(names)}" if names else ""
+        message = (
+            f"the evaluation after step {self.global_step} is not finite{where}: the model's outputs are NaN "
+            "or infinite; lower optim.lr, or train in a wider precision"
+        )
+        if self.recipe.train.on_nonfinite == "raise":
+            raise NonFiniteError(message)
+        log.warning("%s", message)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return total_steps(self.recipe.schedule, self.steps_per_epoch)
 
     @property
     def monitor(self) -> str:
         """The score by which the best checkpoint is chosen: of the average where there is one."""
-        return self.task.monitor if self.ema is None else f"ema_{self.task.monitor}"
+        return monitored(self.task, self.recipe)
 
     def configure_optimizers(self) -> Any:
-        optim, schedule = self.recipe.optim, self.recipe.schedule
-        free: set[str] = set(getattr(self.model, "no_weight_decay", set)())
-        if optim.decay == "paper":  # it decays what is of two dimensions with the authors: all but D
-            free = {name for name in free if name.rpartition(".")[2] not in ("A_log", "dt_bias")}
-        groups: Any = partial(param_groups_weight_decay, no_weight_decay_list=free)
-        if optim.layer_decay is not None:
-            groups = partial(
-                param_groups_layer_decay, no_weight_decay_list=free, layer_decay=optim.layer_decay
-            )
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=optim.name,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            betas=optim.betas,
-            param_group_fn=partial(groups, weight_decay=optim.weight_decay),
-        )
-        warmup = min(self.steps - 1, round(self.steps * schedule.warmup_epochs / schedule.epochs))
-        scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=self.steps - warmup,
-            lr_min=schedule.min_lr,
-            warmup_t=warmup,
-            warmup_lr_init=schedule.warmup_lr,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        scheduler.step_update(self.global_step)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        optimizer = create_optimizer(self.model, self.recipe.optim)
+        self._scheduler = create_scheduler(optimizer, self.recipe.schedule, self.steps_per_epoch)
+        self._group_settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
+        self._scheduler.step_update(self.global_step)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the schedule out: it is a function of the recipe, which may have been extended."""
+        checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self) -> None:
+        # The optimiser's state was restored with the settings of the groups; they too may be others now.
+        optimizer: Any = self.trainer.optimizers[0]
+        for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
+            group.update(settings)
+        self._scheduler.step_update(self.global_step)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         scheduler.step_update(self.global_step)  # timm's count updates, not calls
@@ -276,15 +338,22 @@ class TaskModule(lightning.LightningModule):
             "version": vmamba.__version__,
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.task.classes),
+            **self.contents,
         }
 
 
+def monitored(task: Task | type[Task], recipe: Recipe) -> str:
+    """The column of metrics.csv by which the best checkpoint is chosen."""
+    return f"val/{'' if recipe.train.ema_decay is None else 'ema_'}{task.monitor}"
+
+
 @contextmanager
-def _muon_in_float32() -> Iterator[None]:
-    """timm's Muon forms its updates in bfloat16 and takes no other type; most CPUs only emulate that."""
-    original = muon.zeropower_via_newtonschulz
-    muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32)
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its submodules back into its own afterwards."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
     try:
         yield
     finally:
-        muon.zeropower_via_newtonschulz = original
+        for each, training in modes:
+            each.training = training

@@ -5,10 +5,13 @@ What every task has in common stands here; a task adds its own `data` and `augme
 
 import copy
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -56,7 +59,7 @@ class OptimRecipe(Section):
     """timm's optimisers."""
 
     name: str = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=1e6)
     weight_decay: float = Field(default=0.05, ge=0)
     decay: Literal["clean", "paper"] = Field(
         default="clean",
@@ -68,26 +71,99 @@ class OptimRecipe(Section):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
-        known: Any = list_optimizers()
-        if name not in known:
-            close = difflib.get_close_matches(name, known) or known
+    def _exists(cls, name: str) -> str:
+        names: Any = list_optimizers()
+        if name not in names:
+            close = difflib.get_close_matches(name, names) or names
             raise ValueError(f"no optimiser {name!r} in timm; there are {', '.join(close)}")
         return name
 
+    @field_validator("betas")
+    @classmethod
+    def _within_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"expected two numbers from 0 to below 1, got {list(betas)}")
+        return betas
+
 
 class ScheduleRecipe(Section):
-    """Linear warm-up, then a cosine down to `min_lr`, set for every step."""
+    """The length of a run, and its learning rate: linear warm-up, then the curve `name`, set for every step.
 
-    epochs: int = Field(default=300, ge=1)
-    warmup_epochs: float = Field(default=20, ge=0)
+    Give the length as `epochs` or as `steps`, and the warm-up as `warmup_epochs` or as `warmup_steps`.
+    """
+
+    name: Literal["cosine", "multistep", "polynomial"] = Field(
+        default="cosine",
+        description="'cosine' and 'polynomial' fall from optim.lr to min_lr, 'multistep' by `gamma` at each "
+        "milestone",
+    )
+    epochs: int | None = Field(default=None, ge=1, description="300 if `steps` is not given either")
+    steps: int | None = Field(default=None, ge=1, description="steps of the optimiser, instead of epochs")
+    warmup_epochs: float | None = Field(
+        default=None, ge=0, description="20 for a run of epochs if `warmup_steps` is not given either"
+    )
+    warmup_steps: int | None = Field(default=None, ge=0)
     warmup_lr: float = Field(default=5e-7, ge=0)
     min_lr: float = Field(default=5e-6, ge=0)
+    milestones: list[float] = Field(
+        default_factory=list,
+        description="of 'multistep': where the rate falls, in epochs or steps as the run's length is, counted "
+        "from the start of the run",
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="of 'multistep': the factor at a milestone")
+    power: float = Field(default=1.0, gt=0, description="of 'polynomial'; 1 is a straight line")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop after as many evaluations in a row without a better score; null to go on to the end",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("epochs") is None and values.get("steps") is None:
+            values["epochs"] = 300
+        if values.get("warmup_epochs") is None and values.get("warmup_steps") is None:
+            if values.get("epochs") is not None:
+                values["warmup_epochs"] = 20.0
+            else:
+                values["warmup_steps"] = 0
+        return values
+
+    @model_validator(mode="after")
+    def _one_unit_each(self) -> "ScheduleRecipe":
+        for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"{one} {getattr(self, one)} and {other} {getattr(self, other)}: give one of them; set "
+                    f"the other to null"
+                )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "ScheduleRecipe":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} is not below epochs {self.epochs}")
+        for unit in ("epochs", "steps"):
+            length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
+            if length is not None and warmup is not None and warmup >= length:
+                raise ValueError(f"warmup_{unit} {warmup} is not below {unit} {length}")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> "ScheduleRecipe":
+        length = self.epochs or self.steps
+        assert length is not None
+        if (self.name == "multistep") != bool(self.milestones):
+            raise ValueError(
+                "milestones: missing; 'multistep' needs them"
+                if self.name == "multistep"
+                else f"milestones: only 'multistep' has them, and name is {self.name!r}"
+            )
+        ordered = all(low < high for low, high in pairwise([0.0, *self.milestones, float(length)]))
+        if self.milestones and not ordered:
+            raise ValueError(f"milestones {self.milestones} do not rise from above 0 to below {length}")
         return self
 
 
@@ -113,7 +189,7 @@ class TrainRecipe(Section):
     ema_warmup: bool = Field(default=False, description="let the average follow faster at first")
     workers: int = Field(default=4, ge=0, description="of the data, in each process")
     threads: int | None = Field(
-        default=None, ge=1, description="threads of PyTorch on the CPU; null for its default"
+        default=None, ge=1, le=1024, description="threads of PyTorch on the CPU; null for its default"
     )
     grad_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
     compile: bool = Field(default=False, description="run the model through torch.compile")
@@ -131,10 +207,16 @@ class TrainRecipe(Section):
     collective_timeout: float = Field(
         default=600, gt=0, description="seconds after which a process that does not answer is held for hung"
     )
+    eval_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between evaluations; null to evaluate after every epoch. The last step of a run "
+        "is always followed by one",
+    )
     checkpoint_every: int | None = Field(
         default=None,
         ge=1,
-        description="steps between checkpoints within an epoch; one follows each epoch anyway",
+        description="steps between checkpoints; one follows each evaluation anyway",
     )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="the newest, to fall back on if one is damaged"
@@ -215,11 +297,16 @@ def read_values(source: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         values = yaml.load(text, _Loader)
         node = yaml.compose(text, _Loader)
+        if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+            raise RecipeError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
+        json.dumps(values, default=str)  # walks through all of it
+        return values, dict(_lines(node, ""))
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not YAML: {error}") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
-    return values, dict(_lines(node, ""))
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{source}: a section that contains itself, or is nested too deep") from None
 
 
 def _lines(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
@@ -230,28 +317,79 @@ def _lines(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _lines(value, f"{name}.")
 
 
-def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Lay `key.key=value` over plain values; a value is YAML. Returns a copy.
+def override_values(
+    values: dict[str, Any], overrides: Sequence[str], recipe_type: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """Lay `key.key=value` over plain values. Returns a copy.
+
+    Args:
+        values: As in a recipe's YAML.
+        overrides: Each is text where the recipe has text, taken as it stands ("null" is still none where the
+            recipe allows none); elsewhere YAML.
+        recipe_type: Says where the recipe has text; without it every value is YAML.
 
     Raises:
-        RecipeError: An override is not of that form.
+        RecipeError: An override is not of that form, or its value is empty.
     """
     values = copy.deepcopy(values)
     for override in overrides:
-        path, equals, value = override.partition("=")
+        path, equals, text = override.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
             raise RecipeError(f"override {override!r}: expected section.key=value, such as optim.lr=1e-3")
+        if not text.strip():
+            raise RecipeError(
+                f"override {override!r}: the value is empty (an unset variable of the shell?); write "
+                f"{path}=null for none"
+            )
         section = values
         for key in keys[:-1]:
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
                 raise RecipeError(f"override {override!r}: {key!r} is a value, not a section")
-        try:
-            section[keys[-1]] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+        section[keys[-1]] = _override_value(text, override, _annotations(recipe_type, keys))
     return values
+
+
+def _override_value(text: str, override: str, annotations: set[Any]) -> Any:
+    """The value of an override, for a field that takes these types."""
+    if str in annotations and not (list in annotations and text.lstrip().startswith("[")):
+        if text == "null" and type(None) in annotations:
+            return None
+        return int(text) if int in annotations and text.isdecimal() else text
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+
+
+def _annotations(section: Any, keys: Sequence[str]) -> set[Any]:
+    """The plain types that the field at a path of keys takes; empty where there is no such field."""
+    sections = {section}
+    for key in keys:
+        fields = [each.model_fields for each in sections if _is_section(each)]
+        sections = {
+            kind for names in fields if key in names for kind in _alternatives(names[key].annotation)
+        }
+    return sections
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """What a type may be: the members of a union, str for a literal text, list for a list of something."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _alternatives(member)
+    elif origin is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    elif origin is Literal:
+        yield from {type(value) for value in get_args(annotation)}
+    else:
+        yield origin or annotation
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def check(
@@ -280,7 +418,7 @@ def check(
 
 
 def _explain(recipe_type: type[Section], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location = [str(key) for key in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "missing":
         return f"{name}: missing"
@@ -289,10 +427,10 @@ def _explain(recipe_type: type[Section], problem: Any) -> str:
     if problem["type"] != "extra_forbidden":
         return f"{name}: {problem['msg']}, got {problem['input']!r}"
     section: Any = recipe_type
-    for part in location[:-1]:
-        section = section.model_fields[part].annotation
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], known, n=3)
+    for key in location[:-1]:
+        section = section.model_fields[key].annotation
+    keys = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], keys, n=3)
     return f"{name}: no such key; " + (
-        f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(known)}"
+        f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(keys)}"
     )

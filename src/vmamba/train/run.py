@@ -1,90 +1,83 @@
-"""Train by a recipe, and go on with a run."""
+"""The life of a run: start it, go on with it, extend it."""
 
 import json
 import logging
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from vmamba.data import EpochSampler, ResumableLoader, seeded
 from vmamba.environment import environment
-from vmamba.errors import DataError, ProcessError, RecipeError
-from vmamba.train.callbacks import (
-    Blemishes,
-    Checkpoints,
-    MetricsFile,
-    ProgressLine,
-    StopOnSignal,
-    Throughput,
-)
-from vmamba.train.checkpoint import (
-    AtomicCheckpointIO,
-    contents,
-    earlier_checkpoints,
-    newest_checkpoint,
-    write_atomically,
-)
+from vmamba.errors import DataError, OutputError, ProcessError, RecipeError
+from vmamba.files import write_atomically
+from vmamba.models.checkpoints import CONTENTS, contents, run_folder
+from vmamba.train.callbacks import Checkpoints, Milestones
+from vmamba.train.checkpoint import newest_checkpoint
+from vmamba.train.curves import check_metrics
+from vmamba.train.loaders import batches_of_a_step, loader
+from vmamba.train.lock import locked
+from vmamba.train.log import RunLog, run_log
 from vmamba.train.module import TaskModule
-from vmamba.train.recipe import Recipe, check, override_values, read_values
-from vmamba.train.task import Task, task_type
+from vmamba.train.progress import ProgressLine
+from vmamba.train.recipe import Recipe, check, override_values
+from vmamba.train.session import Session, training_session
+from vmamba.train.stop import StopOnSignal, holds_run, how_to_go_on
+from vmamba.train.task import Task
+from vmamba.train.tasks import task_type
+from vmamba.train.trainer import is_first_process, settings, trainer_for
 
 log = logging.getLogger(__name__)
 
-_NOISE = [
-    ".*does not have many workers.*",  # for small sets none is fastest
-    ".*is smaller than the logging interval.*",  # the epoch's mean is there all the same
-    r".*module\(s\) in eval mode at the start of training.*",  # the average's
-    ".*It is recommended to use .self.log.*sync_dist=True.*",  # torchmetrics has done it
-    ".*Grad strides do not match bucket view strides.*",  # of depthwise kernels: a few kilobytes
-    ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # Lightning's use of PyTorch
-]
-"""Warnings of Lightning that say nothing to the user."""
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with.
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        source: A YAML file.
-        overrides: `section.key=value` each, laid over it.
-
-    Raises:
-        RecipeError: Something in it is missing, unknown or of the wrong type; the message names each.
+    Attributes:
+        folder: Of the run.
+        scores: Of the last evaluation, as in metrics.csv.
+        monitor: The score that chooses the best checkpoint.
+        best: Its best value.
+        best_step: The step after which that was reached.
     """
-    values, lines = read_values(source)
-    values = override_values(values, overrides)
-    for override in overrides:  # what it says stands on no line of the file
-        lines.pop(override.partition("=")[0], None)
-    return check(task_type(values.get("task")).recipe_type, values, str(source), lines)
+
+    folder: Path
+    scores: dict[str, float]
+    monitor: str
+    best: float | None
+    best_step: int
 
 
-def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Resumption:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    step: int
+    contents: Mapping[str, Any]
+    changes: Mapping[str, list[Any]]
+    """Old and new value of each key of the recipe that is another one now."""
+
+
+def train(recipe: Recipe, folder: str | Path) -> Outcome:
     """Run a recipe.
 
     Args:
         recipe: From `load_recipe`.
-        folder: Of the run: recipe.yaml, env.json, metrics.csv, curves.png, log.txt, tensorboard/ and
-            checkpoints/ with best.ckpt, last.ckpt and those kept from before.
-        resume_from: A checkpoint of the folder to go on from; see `resume`.
-
-    Returns:
-        The metrics of the last evaluation.
+        folder: Of the run: recipe.yaml, env.json, history.jsonl, metrics.csv, curves.png, log.txt,
+            best.safetensors with config.json, tensorboard/, and checkpoints/ with best.ckpt, last.ckpt and
+            those kept from before.
 
     Raises:
-        RecipeError: The folder holds a run already, or the recipe does not fit the machine.
+        RecipeError: The folder holds a run already or another process runs there, or the recipe does not fit
+            the machine.
         DataError: The data are missing or damaged, or a process that reads them died.
         CheckpointError: A checkpoint is damaged or cannot be written.
         NonFiniteError: A loss or gradient is not finite.
@@ -92,94 +85,100 @@ def train(recipe: Recipe, folder: str | Path, *, resume_from: Path | None = None
         Interrupted: A signal came; last.ckpt is written.
     """
     folder = Path(folder)
-    if resume_from is None and holds_run(folder):
-        raise RecipeError(f"{folder}: holds a run already; resume it with --resume, or name another folder")
-    with settings(recipe):
-        task = task_type(recipe.task)(recipe)
-        checkpoints = Checkpoints(
-            folder, recipe.train.checkpoint_every, recipe.train.keep_checkpoints, resume_from
+    _refuse_a_run(folder)
+    with run_log(is_first_process()) as told:
+        return _run(recipe, folder, told)
+
+
+def _refuse_a_run(folder: Path) -> None:
+    if holds_run(folder):
+        raise RecipeError(
+            f"{folder}: holds a run already; go on with it (vmamba resume {folder}), or name another folder"
         )
-        stop = StopOnSignal(folder, checkpoints.save)
-        trainer = trainer_for(
-            recipe,
-            [
-                Throughput(),
-                Blemishes(),
-                MetricsFile(folder),
-                checkpoints,  # behind the row of the epoch
-                stop,  # behind its checkpoint
-            ],
-            _loggers(recipe, folder),
-        )
-        trainer.accumulate_grad_batches = _parts(recipe, trainer.world_size)[1]
-        training, validation = (loader(task, recipe, split, trainer) for split in ("train", "val"))
-        with seeded("initialisation", recipe.train.seed):
-            model: Any = task.build_model(recipe)
-        if recipe.train.grad_checkpointing:
-            model.set_grad_checkpointing(True)
-        if trainer.is_global_zero:
-            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-            found = {**environment(), "lightning": lightning.__version__, "processes": trainer.world_size}
-            write_atomically(folder / "env.json", json.dumps(found, indent=2) + "\n")
-        steps = recipe.schedule.epochs * (len(training) // trainer.accumulate_grad_batches)
-        module = TaskModule(task, recipe, model, steps)
-        with stop.listening(), _log_file(folder, trainer), _deaths_told(folder, trainer):
-            trainer.fit(module, training, validation, ckpt_path=resume_from)
-    return checkpoints.scores
-
-
-def holds_run(folder: str | Path) -> bool:
-    """Whether there is a checkpoint to go on from, be it damaged."""
-    checkpoints = Path(folder) / "checkpoints"
-    return (checkpoints / "last.ckpt").exists() or bool(earlier_checkpoints(checkpoints))
-
-
-def is_first_process() -> bool:
-    """Whether it is this process' turn to speak for all of a run."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 RESUMABLE = {
-    *("micro_batch_size", "workers", "threads", "grad_checkpointing", "compile", "accelerator", "devices"),
-    *("nodes", "strategy", "collective_timeout", "checkpoint_every", "keep_checkpoints", "on_nonfinite"),
-    *("on_error", "loader_timeout", "log_every", "loggers"),
-}
-"""Keys of `train` that may change when a run is resumed: they say how it runs, not what it learns."""
+    f"train.{key}"
+    for key in (
+        *("micro_batch_size", "workers", "threads", "grad_checkpointing", "compile", "accelerator"),
+        *("devices", "nodes", "strategy", "collective_timeout", "checkpoint_every", "keep_checkpoints"),
+        *("on_nonfinite", "on_error", "loader_timeout", "log_every", "loggers"),
+    )
+} | {"data.root"}
+"""Keys of a recipe that may change when a run is resumed: they say how it runs, not what it learns."""
+
+EXTENDABLE = ("schedule.", "augment.", "optim.lr", "optim.weight_decay", "optim.betas", "optim.clip_grad")
+"""Beginnings of the keys that may change when it is extended: the optimiser's state still fits."""
 
 
 def resume(
-    folder: str | Path, overrides: Sequence[str] = (), *, recipe: Recipe | None = None
-) -> dict[str, float]:
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    recipe: Recipe | None = None,
+    extend: bool = False,
+) -> Outcome:
     """Go on with the run in a folder, by the recipe in it, from its newest whole checkpoint; see `train`.
 
     Args:
-        folder: Of the run.
-        overrides: `train.key=value` each, of the keys in `RESUMABLE`, laid over its recipe; or `data.root`.
+        folder: Of the run; its `checkpoints` or a file in them will do.
+        overrides: `section.key=value` each, laid over its recipe.
         recipe: What the caller holds the run's recipe to be.
+        extend: Let what is learnt change too: the schedule (a finished run goes on where it is longer), the
+            rate and other settings in `EXTENDABLE`. The optimiser keeps its state, and the run's history.jsonl
+            and its checkpoints say what changed at which step.
 
     Raises:
         RecipeError: An override would change what is learnt, or `recipe` is another one.
+        DataError: The classes, or the number of samples, are not those that the run began with.
     """
-    newest, checkpoint = newest_checkpoint(Path(folder) / "checkpoints")
-    values, _ = contents(checkpoint, newest)
-    may_change = {"data.root", *(f"train.{key}" for key in RESUMABLE)}
-    for override in overrides:
-        if override.partition("=")[0] not in may_change:
+    with run_log(is_first_process()) as told:
+        folder = run_folder(folder)
+        newest, checkpoint = newest_checkpoint(folder / "checkpoints")
+        values, _ = contents(checkpoint, newest)
+        task_class = task_type(values.get("task"))
+        before = check(task_class.recipe_type, values, str(newest))
+        _check_overrides(overrides, extend)
+        changed = override_values(values, overrides, task_class.recipe_type)
+        after = check(task_class.recipe_type, changed, str(newest))
+        if recipe is not None:
+            after = task_class.resolve(recipe)
+        changes = _changes(before, after)
+        if refused := [key for key in changes if not _may_change(key, extend)]:
             raise RecipeError(
-                f"override {override!r}: a resumed run keeps its recipe; what may change is "
-                f"{', '.join(sorted(may_change))}"
-            )
-    found = check(task_type(values.get("task")).recipe_type, override_values(values, overrides), str(newest))
-    if recipe is not None:
-        mine, theirs = _flat(recipe.model_dump()), _flat(found.model_dump())
-        differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        if changed := [key for key in differing if key not in may_change]:
-            raise RecipeError(
-                f"{folder}: holds a run of another recipe, it differs in {', '.join(changed)}; name another "
+                f"{folder}: holds a run of another recipe, it differs in {', '.join(refused)}; name another "
                 "folder"
             )
-        found = recipe
-    return train(found, folder, resume_from=newest)
+        resumption = _Resumption(newest, checkpoint["global_step"], checkpoint[CONTENTS], changes)
+        return _run(after, folder, told, resumption)
+
+
+def _may_change(key: str, extend: bool) -> bool:
+    return key in RESUMABLE or (extend and (key.startswith(EXTENDABLE) or key == "train.eval_every_steps"))
+
+
+def _check_overrides(overrides: Sequence[str], extend: bool) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if _may_change(key, extend):
+            continue
+        if _may_change(key, True):
+            raise RecipeError(
+                f"override {override!r}: a resumed run keeps what it learns by; to change it on purpose add "
+                "--extend"
+            )
+        also = " and, with --extend, schedule.*, augment.*, optim.lr, …" if not extend else ""
+        raise RecipeError(
+            f"override {override!r}: a resumed run keeps its recipe; what may change is "
+            f"{', '.join(sorted(RESUMABLE))}{also}"
+        )
+
+
+def _changes(before: Recipe, after: Recipe) -> dict[str, list[Any]]:
+    old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, after))
+    return {
+        key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -192,142 +191,131 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _parts(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """Samples of one pass through the model in one process, and passes of a step."""
-    train = recipe.train
-    share, rest = divmod(train.batch_size, processes)
-    if rest or not share:
-        raise RecipeError(
-            f"train.batch_size: {train.batch_size} samples of a step do not divide among {processes} "
-            "processes"
+def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None = None) -> Outcome:
+    with settings(recipe):
+        recipe = task_type(recipe.task).resolve(recipe)
+        progress = ProgressLine()
+        trainer = trainer_for(recipe, [progress], _loggers(recipe, folder))
+        trainer.accumulate_grad_batches = batches_of_a_step(recipe, trainer.world_size)[1]
+        session = training_session(recipe)
+        training = loader(session.task, recipe, "train", trainer)
+        validation = loader(session.task, recipe, "val", trainer)
+        samples = {"train": len(training.dataset.dataset), "val": len(validation.dataset.dataset)}  # type: ignore[attr-defined]
+        if resumed is not None:
+            _compare_data(resumed, session.task, samples)
+        history = [*(resumed.contents.get("history", []) if resumed else []), _event(resumed)]
+        module = TaskModule(
+            session.task,
+            recipe,
+            session.model,
+            len(training) // trainer.accumulate_grad_batches,
+            {"samples": samples, "history": history},
         )
-    part = min(train.micro_batch_size or share, share)
-    if share % part:
-        raise RecipeError(
-            f"train.micro_batch_size: {part} does not divide the {share} samples that each of {processes} "
-            f"processes takes of train.batch_size {train.batch_size}"
-        )
-    return part, share // part
+        if resumed is not None and resumed.step > module.steps:
+            raise RecipeError(
+                f"schedule: {module.steps} steps are fewer than the {resumed.step} that the run has done"
+            )
+        from_path = None if resumed is None else resumed.path
+        checkpoints = Checkpoints(folder, recipe.train.keep_checkpoints, from_path)
+        milestones = Milestones(folder, validation, checkpoints, progress)
+        stop = StopOnSignal(folder, checkpoints.save, module.steps)
+        trainer.callbacks += [milestones, stop]  # type: ignore[attr-defined]
+        with locked(folder) if trainer.is_global_zero else nullcontext():
+            if trainer.is_global_zero:
+                _prepare(folder, recipe, trainer, history[-1], fresh=resumed is None)
+                told.open(folder)
+                _introduce(session, trainer, samples, module)
+            with stop.listening(), _lost_process_explained(folder, trainer):
+                trainer.fit(module, training, ckpt_path=from_path)
+    return Outcome(folder, milestones.scores, module.monitor, milestones.best, milestones.best_step)
 
 
-def loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) -> ResumableLoader:
-    """The batches of a split that a process reads."""
-    training = split == "train"
-    dataset: Any = task.dataset(split)
-    train = recipe.train
-    part, _ = _parts(recipe, trainer.world_size)
-    if task.pairs and part % 2:
-        raise RecipeError(
-            f"train.batch_size: {train.batch_size} gives each of {trainer.world_size} processes {part} "
-            "samples at a time, an odd number; Mixup and CutMix pair them"
-        )
-    sampler = EpochSampler(
-        len(dataset),
-        seed=train.seed,
-        shuffle=training,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        chunk=part if training else 1,
-        step=train.batch_size if training else 1,
-        groups=getattr(dataset, "groups", None),
-    )
-    if training and not len(sampler):
+def _event(resumed: _Resumption | None) -> dict[str, Any]:
+    """A line of history.jsonl."""
+    event: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": 0 if resumed is None else resumed.step,
+        "command": sys.argv,
+    }
+    if resumed is not None and resumed.changes:
+        event["changes"] = dict(resumed.changes)
+    return event
+
+
+def _compare_data(resumed: _Resumption, task: Task, samples: Mapping[str, int]) -> None:
+    """Refuse to go on with other data: the order of samples and the meaning of labels would change."""
+    classes = list(resumed.contents["classes"])
+    if task.classes != classes:
+        missing = [name for name in classes if name not in task.classes]
+        extra = [name for name in task.classes if name not in classes]
+        how = f"missing {missing}, extra {extra}" if missing or extra else "in another order"
         raise DataError(
-            f"{len(dataset)} training samples do not fill one batch: set train.batch_size, which is "
-            f"{train.batch_size}, to at most {len(dataset)}"
+            f"the data's {len(task.classes)} classes are not the {len(classes)} that the run was started "
+            f"with: {how}; give it its data again (data.root=…), or start a new run from its weights "
+            f"(model.weights={resumed.path})"
         )
-    return ResumableLoader(
-        dataset,
-        sampler,
-        task.collate(),
-        on_error="raise" if train.on_error == "raise" else "replace" if training else "drop",
-        timeout=train.loader_timeout,
-        batch_size=part,
-        num_workers=train.workers,
-        persistent_workers=train.workers > 0,
-        pin_memory=torch.cuda.is_available(),
+    for split, number in resumed.contents.get("samples", {}).items():
+        if samples[split] != number:
+            raise DataError(
+                f"the split {split!r} has {samples[split]} samples, and had {number} when the run was "
+                f"started; give it its data again (data.root=…), or start a new run from its weights "
+                f"(model.weights={resumed.path})"
+            )
+
+
+_FILES = ("recipe.yaml", "env.json", "history.jsonl", "log.txt", "metrics.csv", "curves.png", "config.json")
+_FOLDERS = ("checkpoints", "tensorboard")
+
+
+def _prepare(
+    folder: Path, recipe: Recipe, trainer: lightning.Trainer, event: dict[str, Any], fresh: bool
+) -> None:
+    """Write what a run's folder begins with, after a look at what lies there already."""
+    if fresh:
+        _refuse_a_run(folder)
+    for name in _FILES:
+        if (folder / name).is_dir():
+            raise RecipeError(f"{folder / name}: a folder, where the run writes a file; move it away")
+    for name in _FOLDERS:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise RecipeError(f"{folder / name}: a file, where the run makes a folder; move it away")
+    metrics, past = folder / "metrics.csv", folder / "history.jsonl"
+    check_metrics(metrics)
+    try:
+        if fresh:  # of a run that never came to a checkpoint
+            metrics.unlink(missing_ok=True)
+            past.unlink(missing_ok=True)
+        lines = past.read_text(encoding="utf-8") if past.exists() else ""
+        write_atomically(past, f"{lines}{json.dumps(event)}\n")
+        write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+        values = {**environment(), "lightning": lightning.__version__, "processes": trainer.world_size}
+        write_atomically(folder / "env.json", json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error})") from error
+
+
+def _introduce(
+    session: Session, trainer: lightning.Trainer, samples: Mapping[str, int], module: TaskModule
+) -> None:
+    """Say at the start what is trained on what."""
+    parameters = sum(parameter.numel() for parameter in session.model.parameters())
+    device, processes = trainer.strategy.root_device, trainer.world_size
+    log.info(
+        "%s of %s M parameters for %d classes; %d samples to train on, %d to evaluate",
+        session.recipe.model.name,
+        f"{parameters / 1e6:.2f}",
+        len(session.task.classes),
+        samples["train"],
+        samples["val"],
     )
-
-
-def trainer_for(
-    recipe: Recipe, callbacks: list[Callback], loggers: Sequence[Logger] | bool = False
-) -> lightning.Trainer:
-    """Lightning's loop as a recipe has it, on the machine at hand."""
-    train = recipe.train
-    if train.accelerator == "gpu" and not torch.accelerator.is_available():
-        raise RecipeError("train.accelerator: there is no GPU here, or this PyTorch is built without one")
-    on_cpu = train.accelerator == "cpu" or not torch.accelerator.is_available()
-    if train.precision in ("16-mixed", "64-true") and train.strategy == "fsdp":
-        raise RecipeError(
-            f"train.precision: {train.precision} does not go with train.strategy fsdp; use bf16-mixed"
-        )
-    if on_cpu:
-        _warn_of_emulation(train.precision)
-    devices, nodes = _processes(recipe, on_cpu)
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    precision: Any = train.precision
-    if precision == "16-mixed" and on_cpu:  # by its name Lightning takes bfloat16 there
-        plugins.append(MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu")))
-        precision = None
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # `StopOnSignal` does it
-    return lightning.Trainer(
-        accelerator="cpu" if on_cpu else train.accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=_strategy(recipe, devices, nodes),
-        max_epochs=recipe.schedule.epochs,
-        precision=precision,
-        gradient_clip_val=recipe.optim.clip_grad,
-        callbacks=[*callbacks, ProgressLine()],
-        plugins=plugins,
-        logger=loggers,
-        log_every_n_steps=train.log_every,
-        enable_checkpointing=False,  # `Checkpoints` does it
-        enable_progress_bar=False,  # `ProgressLine` is one
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # `EpochSampler` deals to the ranks itself
-        num_sanity_val_steps=0,
+    log.info(
+        "%d steps of %d samples on %s%s, %s",
+        module.steps,
+        session.recipe.train.batch_size,
+        device,
+        f", {processes} processes" if processes > 1 else "",
+        f"{torch.get_num_threads()} threads" if device.type == "cpu" else session.recipe.train.precision,
     )
-
-
-def _warn_of_emulation(precision: str) -> None:
-    """Tell that a CPU has no instructions for a half precision: its products take many times as long."""
-    kind = {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(precision)
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
-    if supported is not None and not supported():
-        log.warning(
-            "train.precision: this CPU has no instructions for %s and emulates it, many times "
-            "slower; train.precision=32-true is faster here",
-            precision,
-        )
-
-
-def _processes(recipe: Recipe, on_cpu: bool) -> tuple[int, int]:
-    """Processes a node, and nodes: those of the recipe, of torchrun or of SLURM, or one for each GPU here."""
-    devices, nodes = recipe.train.devices, recipe.train.nodes
-    env = os.environ
-    if TorchElasticEnvironment.detect():
-        local = int(env["LOCAL_WORLD_SIZE"])
-        devices, nodes = devices or local, nodes or int(env["WORLD_SIZE"]) // local
-    elif SLURMEnvironment.detect():
-        nodes = nodes or int(env.get("SLURM_NNODES", "1"))
-        devices = devices or int(env["SLURM_NTASKS"]) // nodes
-    return devices or (1 if on_cpu else torch.accelerator.device_count()), nodes or 1
-
-
-def _strategy(recipe: Recipe, devices: int, nodes: int) -> Any:
-    if devices == 1 and nodes == 1:
-        return "auto"
-    timeout = timedelta(seconds=recipe.train.collective_timeout)
-    if recipe.train.strategy == "fsdp":
-        return ModelParallelStrategy(
-            data_parallel_size=devices * nodes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            timeout=timeout,
-        )
-    return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
 
 
 def _loggers(recipe: Recipe, folder: Path) -> list[Logger]:
@@ -347,61 +335,15 @@ def _loggers(recipe: Recipe, folder: Path) -> list[Logger]:
 
 
 @contextmanager
-def _log_file(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
-    """What is told while it runs, in log.txt too."""
-    if not trainer.is_global_zero:
-        yield
-        return
-    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("vmamba")
-    logger.addHandler(handler)
-    try:
-        yield
-    except Exception as error:
-        handler.emit(logger.makeRecord(logger.name, logging.ERROR, "", 0, str(error), (), None))
-        raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def _deaths_told(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
-    """A broken connection between the processes as what it means."""
+def _lost_process_explained(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
+    """Say of a broken connection between the processes what it means."""
     try:
         yield
     except RuntimeError as error:
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
         if trainer.world_size == 1 or not lost:
             raise
-        again = (
-            f"To go on: vmamba train --resume {folder}"
-            if holds_run(folder)
-            else "There is no checkpoint yet: start the run again"
-        )
         raise ProcessError(
             f"process {trainer.global_rank} of {trainer.world_size} lost another one, which died or hangs; "
-            f"its own message says why, if it had time. {again} ({error})"
+            f"its own message says why, if it had time; {how_to_go_on(folder)} ({error})"
         ) from error
-
-
-@contextmanager
-def settings(recipe: Recipe) -> Iterator[None]:
-    """The recipe's threads, and Lightning without its advice, for the length of a run."""
-    threads = torch.get_num_threads()
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    try:
-        with warnings.catch_warnings():
-            for message in _NOISE:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

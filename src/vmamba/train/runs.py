@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import DataError, RecipeError
-from vmamba.train.callbacks import read_metrics
-from vmamba.train.recipe import read_values
-from vmamba.train.task import task_type
+from vmamba.train.curves import read_metrics
+from vmamba.train.module import monitored
+from vmamba.train.recipe import check, read_values
+from vmamba.train.stop import holds_run
+from vmamba.train.tasks import task_type
 
 
 @dataclass(frozen=True)
@@ -21,18 +23,19 @@ class Run:
     Attributes:
         name: The folder, from where was looked.
         model: Its name.
-        epochs: Done.
-        of: Planned.
-        step: Of the optimiser, at the last row.
+        epochs: Begun, at the last evaluation.
+        of: Planned, in `unit`.
+        unit: "epochs" or "steps": in which the recipe gives the length of the run.
+        step: Of the optimiser, at the last evaluation.
         score: The name of the scores that follow.
-        last: Of the last epoch.
+        last: Of the last evaluation.
         best: Of the best.
-        best_epoch: Which that was, from 1; of equals the first, as best.ckpt is.
-        train_loss: Of the last epoch.
-        val_loss: Of the last epoch, if the task has one.
-        images_per_second: In training, in the last epoch.
+        best_epoch: In which epoch that was, from 1; of equals the first, as best.ckpt is.
+        train_loss: Since the evaluation before the last.
+        val_loss: Of the last evaluation, if the task has one.
+        images_per_second: In training, since the evaluation before the last.
         changed: When the last row was written.
-        state: "finished" or "unfinished".
+        state: "finished", "unfinished", or "no checkpoint" where there is nothing to go on from or to judge.
         problem: Why the folder cannot be read, in one line; the rest is empty then.
     """
 
@@ -40,6 +43,7 @@ class Run:
     model: str = ""
     epochs: int = 0
     of: int = 0
+    unit: str = "epochs"
     step: int = 0
     score: str = ""
     last: float | None = None
@@ -74,9 +78,9 @@ def find_runs(folder: str | Path, sort: str = "name") -> list[Run]:
     if sort not in SORTS:
         raise DataError(f"no order {sort!r}; there are {', '.join(SORTS)}")
     runs = [_read(place, _name(place, folder)) for place in _places(folder)]
-    known = [run for run in runs if getattr(run, sort) not in (None, "")]
+    sortable = [run for run in runs if getattr(run, sort) not in (None, "")]
     rest = [run for run in runs if getattr(run, sort) in (None, "")]
-    return sorted(known, key=lambda run: getattr(run, sort), reverse=sort not in _UPWARDS) + rest
+    return sorted(sortable, key=lambda run: getattr(run, sort), reverse=sort not in _UPWARDS) + rest
 
 
 def _places(folder: Path) -> Iterator[Path]:
@@ -91,45 +95,50 @@ def _name(place: Path, folder: Path) -> str:
 
 def _read(place: Path, name: str) -> Run:
     try:
-        values, _ = read_values(place / "recipe.yaml")
-        model, epochs = values["model"]["name"], values["schedule"]["epochs"]
-        monitor = task_type(values["task"]).monitor
-        ema = values["train"].get("ema_decay") is not None
-        chosen = f"val/ema_{monitor}" if ema else f"val/{monitor}"
-        if not isinstance(model, str) or not isinstance(epochs, int):
-            raise TypeError(f"model.name {model!r}, schedule.epochs {epochs!r}")
-        file = place / "metrics.csv"
-        rows = read_metrics(file)
-        if not rows:
-            return Run(name, model, of=epochs)
-        found = [(_number(row, chosen), int(row["epoch"]) + 1) for row in rows]
-        best, at = max(
-            ((score, epoch) for score, epoch in found if score is not None),
-            key=lambda each: (each[0], -each[1]),
-            default=(None, None),
-        )
-        return Run(
-            name,
-            model,
-            epochs=found[-1][1],
-            of=epochs,
-            step=int(rows[-1]["step"]),
-            score=chosen,
-            last=found[-1][0],
-            best=best,
-            best_epoch=at,
-            train_loss=_number(rows[-1], "train/loss"),
-            val_loss=_number(rows[-1], "val/loss"),
-            images_per_second=_number(rows[-1], "images/s"),
-            changed=datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
-            state="finished" if found[-1][1] >= epochs else "unfinished",
-        )
+        return _described(place, name)
     except RecipeError as error:
         reason = str(error)
     except (KeyError, TypeError, ValueError, AttributeError, OSError, csv.Error) as error:
         reason = repr(error)
     reason = " ".join(reason.split())
     return Run(name, state="", problem=f"{place}: not a run of vmamba, or a damaged one ({reason})")
+
+
+def _described(place: Path, name: str) -> Run:
+    values, _ = read_values(place / "recipe.yaml")
+    task = task_type(values.get("task"))
+    recipe = check(task.recipe_type, values, str(place / "recipe.yaml"))
+    schedule, chosen = recipe.schedule, monitored(task, recipe)
+    unit, of = ("steps", schedule.steps) if schedule.epochs is None else ("epochs", schedule.epochs)
+    assert of is not None
+    file = place / "metrics.csv"
+    rows = read_metrics(file)
+    if not rows:
+        return Run(name, recipe.model.name, of=of, unit=unit)
+    last = rows[-1]
+    epochs, step = int(last["epoch"]), int(last["step"])
+    scored = [(score, int(row["epoch"])) for row in rows if (score := _number(row, chosen)) is not None]
+    sign = 1 if task.monitor_mode == "max" else -1
+    best, best_epoch = max(scored, key=lambda each: (sign * each[0], -each[1]), default=(None, None))
+    finished = (step if unit == "steps" else epochs) >= of
+    state = "finished" if finished else "unfinished"
+    return Run(
+        name,
+        recipe.model.name,
+        epochs=epochs,
+        of=of,
+        unit=unit,
+        step=step,
+        score=chosen,
+        last=_number(last, chosen),
+        best=best,
+        best_epoch=best_epoch,
+        train_loss=_number(last, "train/loss"),
+        val_loss=_number(last, "val/loss"),
+        images_per_second=_number(last, "images/s"),
+        changed=datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
+        state=state if holds_run(place) else "no checkpoint",
+    )
 
 
 def _number(row: dict[str, str], name: str) -> float | None:

@@ -1,28 +1,56 @@
 """The contract between a task and the training loop.
 
-A task says what its recipe holds, where its data come from, what the loss is, and how it is judged; loop, run
-folder, checkpoints and the command are the same for all. Add a task by subclassing `Task` and registering it.
+A task says what its recipe holds, where its data come from, what the loss is, and how it is judged. Loop, run
+folder, checkpoints and the command are the same for all tasks. To add one, write a module in
+`vmamba/train/tasks/` with a subclass of `Task`, and name it in the table of `vmamba/train/tasks/__init__.py`.
 """
 
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
-import timm
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torchmetrics import MetricCollection
 
-from vmamba.errors import CheckpointError, RecipeError
-from vmamba.train.checkpoint import load_weights, write_atomically
-from vmamba.train.recipe import ModelRecipe, Recipe
+from vmamba.data import SampleKey
+from vmamba.errors import RecipeError
+from vmamba.files import write_atomically
+from vmamba.train.recipe import Recipe
 
-log = logging.getLogger(__name__)
+Batch = Any
+"""What `Task.collate` makes of a list of samples: any nest of tuples, lists and dicts with tensors in it."""
+
+
+class SampleDataset(Protocol):
+    """What the loop asks of a dataset; samples may be anything that `Task.collate` understands."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        """A sample, augmented as a function of (seed, epoch, index).
+
+        Raises:
+            DataError: It cannot be read; with `train.on_error: skip` it is left out.
+        """
+
+    def name(self, index: int) -> str:
+        """What to call a sample in a message."""
+
+
+class Metrics(Protocol):
+    """What `Task.metrics` returns, such as a `torchmetrics.Metric` or a `MetricCollection`.
+
+    It must be a `torch.nn.Module`, so that it moves to the model's device, and `compute` must give the result
+    over all processes, as torchmetrics' do. How it is updated is between `metrics` and `validation_step`.
+    """
+
+    def compute(self) -> Mapping[str, Tensor]:
+        """Results by name. Those of one value are scores, the others are tables for `Task.report`."""
+
+    def reset(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,81 +59,103 @@ class Prediction(ABC):
 
     @abstractmethod
     def text(self, top: int) -> str:
-        """For a terminal, with the `top` likeliest findings."""
+        """One line for a terminal, with the `top` likeliest answers."""
 
 
 class Task(ABC):
     """One kind of problem.
 
     Args:
-        recipe: Of the task's own type.
+        recipe: Of the task's own type. The task keeps it, resolved, as `self.recipe`.
         classes: Names of the classes; default those of the data. A checkpoint gives them, so that a model can
             predict without its data.
     """
 
     name: ClassVar[str]
+    """As in a recipe's `task`."""
     recipe_type: ClassVar[type[Recipe]]
     monitor: ClassVar[str]
-    """The metric of `metrics` by which the best checkpoint is chosen; higher is better."""
+    """The score by which the best checkpoint is chosen: one of `metrics`, or "loss" for the validation loss."""
+    monitor_mode: ClassVar[Literal["max", "min"]] = "max"
+    """Whether a better score is higher or lower."""
+
+    recipe: Any
+    classes: list[str]
+    needs_pairs: bool = False
+    """`augment_batch` needs batches of an even size."""
 
     @abstractmethod
     def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...
 
-    classes: list[str]
-    pairs = False
-    """`mix` needs batches of an even size."""
+    @classmethod
+    def resolve(cls, recipe: Any) -> Any:
+        """The recipe with what it leaves to the model (image size, mean, std, …) filled in.
 
-    @abstractmethod
-    def dataset(self, split: str) -> Dataset[Any]:
-        """ "train" or "val", indexed by `vmamba.data.SampleKey`; its `name(index)` is for messages.
-
-        Raises:
-            DataError: The data are missing or damaged.
+        A resolved recipe stays as it is. The run's recipe.yaml is the resolved one.
         """
-
-    @abstractmethod
-    def build_model(self, recipe: Any) -> nn.Module:
-        """The model, with the weights that the recipe names."""
-
-    def collate(self) -> Callable[[list[Any]], Any] | None:
-        """How samples become a batch; None for PyTorch's default."""
-        return None
-
-    def mix(self, batch: Any) -> Any:
-        """Augment a training batch as a whole, on its device.
-
-        Every part of a step's batch is mixed with the same draws, and neighbours lie in the same part: what
-        depends on these alone is the same on any number of processes.
-        """
-        return batch
-
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Forward and losses of a training batch; "loss" is what is minimised, the others are shown."""
-
-    @abstractmethod
-    def metrics(self) -> MetricCollection:
-        """New metrics of an evaluation."""
+        return recipe
 
     @classmethod
     def without_training_data(cls, recipe: Any) -> Any:
         """The recipe for where there are no data but those of the split "val"."""
         return recipe
 
-    def report_metrics(self) -> MetricCollection:
+    @abstractmethod
+    def dataset(self, split: Literal["train", "val"]) -> SampleDataset:
+        """The samples of a split.
+
+        Raises:
+            DataError: The data are missing or damaged.
+        """
+
+    def collate(self) -> Callable[[list[Any]], Batch] | None:
+        """How samples become a batch; None for PyTorch's default."""
+        return None
+
+    @abstractmethod
+    def build_model(self, recipe: Any) -> nn.Module:
+        """The model, with the weights that the recipe names."""
+
+    def augment_batch(self, batch: Batch) -> Batch:
+        """Augment a training batch as a whole, on its device.
+
+        A step may be computed in several batches, on several processes. All are augmented with the same
+        random draws, and neighbouring samples lie in the same batch: what depends on the draws and the
+        neighbours alone is the same on any number of processes.
+        """
+        return batch
+
+    @abstractmethod
+    def training_step(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Forward and losses of a training batch; "loss" is what is minimised, the others are shown."""
+
+    @abstractmethod
+    def metrics(self) -> Any:
+        """New metrics of an evaluation during training, see `Metrics`."""
+
+    def report_metrics(self) -> Any:
         """New metrics of a whole report, those of `metrics` among them."""
         return self.metrics()
 
-    def split_results(self, results: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Single numbers, and tables, of what `report_metrics` found."""
-        numbers = {name: value.item() for name, value in results.items() if value.numel() == 1}
-        return numbers, {name: value for name, value in results.items() if value.numel() != 1}
+    @abstractmethod
+    def validation_step(
+        self, model: nn.Module, batch: Batch, metrics: Any
+    ) -> Mapping[str, Tensor] | None:
+        """Forward of an evaluation batch, into the metrics.
 
-    @classmethod
-    def write_tables(cls, tables: Mapping[str, Tensor], classes: Sequence[str], folder: Path) -> None:
-        """Write the tables as files, and as pictures where that helps; by default as one JSON."""
-        values = {"classes": list(classes), **{name: table.tolist() for name, table in tables.items()}}
-        write_atomically(folder / "tables.json", json.dumps(values) + "\n")
+        Returns:
+            Mean losses of the batch by name, logged as val/<name>; None if the task has none.
+        """
+
+    def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the tables among an evaluation's results as files, and as pictures where that helps.
+
+        By default one JSON holds them all.
+        """
+        tables = {name: value.tolist() for name, value in results.items() if value.numel() != 1}
+        if tables:
+            text = json.dumps({"classes": list(self.classes), **tables})
+            write_atomically(folder / "tables.json", text + "\n")
 
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         """The model with test-time augmentation.
@@ -116,75 +166,10 @@ class Task(ABC):
         raise RecipeError(f"test-time augmentation: not for {self.name}")
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, batch: Any, metrics: MetricCollection) -> None:
-        """Forward of an evaluation batch, into the metrics."""
-
-    @abstractmethod
-    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Prediction]:
-        """One prediction an image."""
+    def predictor(self, model: nn.Module) -> Callable[[Sequence[Image.Image]], Sequence[Prediction]]:
+        """What turns images into a prediction each, with a model in evaluation mode."""
 
 
-TASKS: dict[str, type[Task]] = {}
-"""Every task by its name in a recipe."""
-
-
-def register_task(task: type[Task]) -> type[Task]:
-    """Make a task known under its `name`; a class decorator."""
-    TASKS[task.name] = task
-    return task
-
-
-def task_type(name: Any) -> type[Task]:
-    """The task of a recipe's `task`.
-
-    Raises:
-        RecipeError: There is none of that name.
-    """
-    if not isinstance(name, str) or name not in TASKS:
-        raise RecipeError(f"task: unknown task {name!r}; expected one of {', '.join(map(repr, TASKS))}")
-    return TASKS[name]
-
-
-def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
-    """A model of timm's registry, by a recipe's section; its `args` win over `defaults`.
-
-    Raises:
-        RecipeError: The model or one of its arguments is unknown.
-        CheckpointError: `weights` does not fit or cannot be read.
-    """
-    import vmamba  # noqa: F401  (registers the variants)
-
-    if not timm.is_model(recipe.name):
-        close = timm.list_models(f"*{recipe.name}*")[:5] or timm.list_models("*vmamba*")
-        raise RecipeError(f"model.name: unknown model {recipe.name!r}; there are {', '.join(close)}, …")
-    pretrained = recipe.weights == "pretrained"
-    arguments = {**defaults, **recipe.args}
-    classes = arguments.get("num_classes")
-    known = timm.get_pretrained_cfg(recipe.name) if pretrained else None
-    learnt = classes if known is None or classes is None else known.num_classes
-    if learnt != classes:
-        arguments["num_classes"] = learnt  # given another number timm would let any weight be missing
-    try:
-        model: Any = timm.create_model(recipe.name, pretrained=pretrained, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(f"model.args: {recipe.name} does not take them: {error}") from error
-    except (RuntimeError, OSError) as error:
-        if not pretrained:
-            raise
-        raise CheckpointError(
-            f"model.weights: the pretrained weights of {recipe.name} cannot be had, or do not fit: {error}"
-        ) from error
-    if learnt != classes:
-        differ = (
-            f"{recipe.name}: the pretrained classifier is for {learnt} classes, the model's for {classes}"
-        )
-        if not recipe.new_classifier:
-            raise CheckpointError(differ)
-        log.warning("%s: it starts anew", differ)
-        model.reset_classifier(classes)
-    if recipe.weights is not None and not pretrained:
-        load_weights(model, recipe.weights, recipe.weights_kind, recipe.new_classifier)
-    if recipe.freeze == "backbone":
-        model.eval().requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
-    return model
+def scores(results: Mapping[str, Tensor]) -> dict[str, float]:
+    """The single numbers among the results of metrics."""
+    return {name: value.item() for name, value in results.items() if value.numel() == 1}

@@ -4,15 +4,19 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
+from vmamba.train.loaders import batches_of_a_step, loader
 from vmamba.train.module import TaskModule
 from vmamba.train.recipe import Recipe
-from vmamba.train.run import loader, settings, trainer_for
-from vmamba.train.task import task_type
+from vmamba.train.session import training_session
+from vmamba.train.stop import at_step
+from vmamba.train.tasks import task_type
+from vmamba.train.trainer import settings, trainer_for
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def bench_loader(recipe: Recipe, workers: int, batches: int = 20) -> Loading:
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": workers})})
     with settings(changed):
         task = task_type(changed.task)(changed)
-        source = _endless(loader(task, changed, "train", trainer_for(changed, [])))
+        source = _endless(loader(task, task.recipe, "train", trainer_for(changed, [])))
         for _ in range(max(2, 2 * workers)):
             next(source)
         rates = []
@@ -68,47 +72,68 @@ def _endless(data: Any) -> Iterator[Any]:
         epoch += 1
 
 
+class _SameBatch:
+    """A loader that yields one batch again and again, as a training loader does its own."""
+
+    def __init__(self, data: Any, times: int) -> None:
+        self.batch_size, self.dataset, self.collate_fn = data.batch_size, data.dataset, data.collate_fn
+        self.consumed = 0
+        self._loaded, self._times = next(iter(data)), times
+
+    def __len__(self) -> int:
+        return self._times
+
+    def __iter__(self) -> Iterator[Any]:
+        return repeat(self._loaded, self._times)
+
+
+class _StepTimes(Callback):
+    """The seconds from the start of each step to its end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if at_step(trainer):
+            if trainer.strategy.root_device.type != "cpu":
+                torch.accelerator.synchronize()
+            now = time.perf_counter()
+            self.seconds.append(now - self._start)
+            self._start = now
+
+
 def bench_step(recipe: Recipe, rounds: int = 5) -> float:
     """Images a second of one process' training steps, on a batch that is there already.
 
-    A step is augmentation of the batch, forward, backward, clipping, update and average, on the device, in
-    the precision and in the parts of the recipe.
+    The steps are those of training: the same module in the same loop, in the precision and the passes of the
+    recipe.
 
     Args:
         recipe: Of the run.
         rounds: Steps to time, behind two of warm-up; the median counts.
     """
+    steps = rounds + 2
+    schedule = {"epochs": None, "steps": max(steps, 1000), "warmup_epochs": None, "warmup_steps": 0}
+    if recipe.schedule.milestones:
+        schedule |= {"name": "cosine", "milestones": []}
+    alone = recipe.train.model_copy(update={"devices": 1, "nodes": 1, "workers": 0})
+    recipe = recipe.model_copy(
+        update={"schedule": recipe.schedule.model_copy(update=schedule), "train": alone}
+    )
     with settings(recipe):
-        task = task_type(recipe.task)(recipe)
-        trainer = trainer_for(recipe, [])
-        device = trainer.strategy.root_device
-        data: Any = loader(task, recipe, "train", trainer)
-        first = next(iter(data))
-        batch = trainer.strategy.batch_to_device(first.batch, device)
-        parts = recipe.train.batch_size // (len(first.indices) * trainer.world_size)
-        model: Any = task.build_model(recipe)
-        if recipe.train.grad_checkpointing:
-            model.set_grad_checkpointing(True)
-        module = TaskModule(task, recipe, model, steps=1000).to(device).train()
-        optimizer = module.configure_optimizers()["optimizer"]
-        precision = trainer.precision_plugin
-        times = []
-        for _ in range(rounds + 2):
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            for _ in range(parts):
-                with precision.forward_context():
-                    loss = task.loss(model, task.mix(batch))["loss"] / parts
-                loss.backward()
-            if recipe.optim.clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
-            optimizer.step()
-            if module.ema is not None:
-                module.ema.update(model)
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            times.append(time.perf_counter() - start)
-    return parts * len(first.indices) / statistics.median(times[2:])
+        times = _StepTimes()
+        trainer = trainer_for(recipe, [times])
+        size, passes = batches_of_a_step(recipe, trainer.world_size)
+        trainer.accumulate_grad_batches = passes
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        session = training_session(recipe)
+        data = _SameBatch(loader(session.task, session.recipe, "train", trainer), steps * passes)
+        trainer.fit(TaskModule(session.task, session.recipe, session.model, steps), data)
+    return size * passes / statistics.median(times.seconds[2:])
 
 
 def verdict(loadings: Sequence[Loading], step: float, workers: int) -> str:
@@ -119,14 +144,14 @@ def verdict(loadings: Sequence[Loading], step: float, workers: int) -> str:
         step: Images a second of the model.
         workers: Of the recipe.
     """
-    enough = [found for found in loadings if found.workers > 0 and found.images_per_second > step]
+    enough = [each for each in loadings if each.workers > 0 and each.images_per_second > step]
     if enough:
-        least = min(enough, key=lambda found: found.workers)
+        least = min(enough, key=lambda each: each.workers)
         return (
             f"the model is the slower one, {step:,.0f} images/s: {_of(least.workers)}, {_rate(least)}, keep "
             f"up with it (the recipe has {workers})"
         )
-    best = max(loadings, key=lambda found: found.images_per_second)
+    best = max(loadings, key=lambda each: each.images_per_second)
     if best.workers == 0 and best.images_per_second > step:
         turns = 1 / (1 / best.images_per_second + 1 / step)
         return (
@@ -140,8 +165,8 @@ def verdict(loadings: Sequence[Loading], step: float, workers: int) -> str:
     )
 
 
-def _rate(found: Loading) -> str:
-    return f"{found.images_per_second:,.0f} images/s"
+def _rate(loading: Loading) -> str:
+    return f"{loading.images_per_second:,.0f} images/s"
 
 
 def _of(workers: int) -> str:

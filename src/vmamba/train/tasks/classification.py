@@ -1,22 +1,18 @@
 """Image classification."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from timm.data import Mixup, create_transform
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-)
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from vmamba.data import (
@@ -37,8 +33,9 @@ from vmamba.errors import DataError, RecipeError
 from vmamba.train.averaging import AveragedViews
 from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
 from vmamba.train.guard import NonFiniteError
+from vmamba.train.model import create_model, require_name
 from vmamba.train.recipe import Recipe, Section
-from vmamba.train.task import Prediction, Task, create_model, register_task
+from vmamba.train.task import Prediction, Task
 
 
 class DataRecipe(Section):
@@ -72,20 +69,22 @@ class DataRecipe(Section):
     )
     cache_gb: float = Field(default=100, gt=0, description="size in 10⁹ bytes that it is kept below")
     channels: Literal[1, 3] = 3
-    image_size: int = Field(default=224, ge=8)
-    crop_pct: float = Field(
-        default=0.875, gt=0, le=1, description="of the resized image's side, in evaluation"
+    image_size: int | None = Field(
+        default=None, ge=8, description="null, here and below, for what the model's own configuration says"
     )
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
-    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
+    crop_pct: float | None = Field(
+        default=None, gt=0, le=1, description="of the resized image's side, in evaluation"
+    )
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    mean: tuple[float, ...] | None = Field(default=None, strict=False)
+    std: tuple[float, ...] | None = Field(default=None, strict=False)
 
     @model_validator(mode="after")
     def _a_value_each_channel(self) -> "DataRecipe":
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.channels:
+            if values is not None and len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
-        if min(self.std) <= 0:
+        if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std {self.std} is not above 0")
         return self
 
@@ -166,21 +165,6 @@ class ClassificationRecipe(Recipe):
         return self
 
 
-class CalibrationError(MulticlassCalibrationError):
-    """torchmetrics' expected calibration error, of logits.
-
-    Raises:
-        NonFiniteError: Logits are NaN or infinite, of which no other metric tells.
-    """
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        scores = preds.softmax(1)  # torchmetrics would hold logits from 0 to 1 for probabilities
-        if scores.isnan().any():
-            raise NonFiniteError("the model's outputs are not finite; judge it with train.precision=32-true")
-        # It would give a confidence of 1 a sixteenth bin.
-        super().update(scores.clamp(max=1 - torch.finfo(scores.dtype).eps), target)
-
-
 @dataclass(frozen=True)
 class ClassScore:
     """A class and the probability given to it."""
@@ -199,7 +183,6 @@ class Classification(Prediction):
         return ", ".join(f"{c.label} {c.score:.1%}" for c in self.classes[:top])
 
 
-@register_task
 class ClassificationTask(Task):
     """Images of one class each; softmax cross-entropy, with Mixup and CutMix where the recipe asks."""
 
@@ -208,10 +191,10 @@ class ClassificationTask(Task):
     monitor = "top1"
 
     def __init__(self, recipe: ClassificationRecipe, classes: Sequence[str] | None = None) -> None:
-        self.recipe = recipe
+        self.recipe: Any = self.resolve(recipe)
         self._sources: dict[str, ImageSource] = {}
         self.classes = list(classes) if classes is not None else self._source("train").classes
-        augment = recipe.augment
+        augment = self.recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
             self.mixup = Mixup(
@@ -222,7 +205,22 @@ class ClassificationTask(Task):
                 label_smoothing=augment.label_smoothing,
                 num_classes=len(self.classes),
             )
-        self.pairs = self.mixup is not None
+        self.needs_pairs = self.mixup is not None
+
+    @classmethod
+    def resolve(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
+        """Size, crop, interpolation, mean and std from the model's pretrained configuration."""
+        data = recipe.data
+        require_name(recipe.model.name)
+        cfg: Any = timm.get_pretrained_cfg(recipe.model.name)
+        cfg = PretrainedCfg() if cfg is None else cfg
+        mean, std = (_for_channels(values, data.channels) for values in (cfg.mean, cfg.std))
+        # timm has more interpolations than the recipe: "random" is for training, others are rare.
+        interpolation = cfg.interpolation if cfg.interpolation == "bilinear" else "bicubic"
+        defaults = {"image_size": cfg.input_size[-1], "crop_pct": cfg.crop_pct, "mean": mean, "std": std}
+        defaults["interpolation"] = interpolation
+        missing = {name: value for name, value in defaults.items() if getattr(data, name) is None}
+        return recipe.model_copy(update={"data": data.model_copy(update=missing)})
 
     def _source(self, split: str) -> ImageSource:
         if split not in self._sources:
@@ -304,9 +302,22 @@ class ClassificationTask(Task):
         return ClassificationDataset(source, self.transform(split == "train"), self.recipe.train.seed)
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
-        return create_model(recipe.model, num_classes=len(self.classes), in_chans=recipe.data.channels)
+        data = self.resolve(recipe).data
+        model: Any = create_model(recipe.model, num_classes=len(self.classes), in_chans=data.channels)
+        # What timm reads, from the model or from an export of it: as the run has it, not as the registry.
+        cfg = {
+            "num_classes": len(self.classes),
+            "input_size": (data.channels, data.image_size, data.image_size),
+            "crop_pct": data.crop_pct,
+            "interpolation": data.interpolation,
+            "mean": data.mean,
+            "std": data.std,
+            "label_names": list(self.classes),
+        }
+        model.pretrained_cfg = model.default_cfg = {**getattr(model, "pretrained_cfg", {}), **cfg}
+        return model
 
-    def mix(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def augment_batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of neighbours (2k, 2k + 1), drawn once; labels become (B, classes), smoothed."""
         if self.mixup is None:
             return batch
@@ -316,7 +327,7 @@ class ClassificationTask(Task):
         order = torch.cat([pairs[0], pairs[1].flip(0)])
         return self.mixup(images[order], labels[order])
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def training_step(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
         logits = model(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -328,8 +339,12 @@ class ClassificationTask(Task):
             "accuracy": (logits.argmax(1) == labels).float().mean(),
         }
 
-    def metrics(self) -> MetricCollection:
-        number = len(self.classes)
+    def metrics(self) -> Any:
+        """Accuracies: of the likeliest class, and of the five likeliest."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
+        number = max(2, len(self.classes))  # torchmetrics takes no fewer
         return MetricCollection(
             {
                 "top1": MulticlassAccuracy(number, average="micro"),
@@ -342,9 +357,13 @@ class ClassificationTask(Task):
         data = recipe.data.model_copy(update={"train_split": recipe.data.val_split})
         return recipe.model_copy(update={"data": data})
 
-    def report_metrics(self) -> MetricCollection:
+    def report_metrics(self) -> Any:
         """top1, top5, the expected calibration error over 15 bins of confidence, and the confusion matrix."""
-        number = len(self.classes)
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        from vmamba.train.metrics import CalibrationError
+
+        number = max(2, len(self.classes))
         metrics = self.metrics()
         metrics.add_metrics(
             {
@@ -354,34 +373,52 @@ class ClassificationTask(Task):
         )
         return metrics
 
-    @classmethod
-    def write_tables(cls, tables: Mapping[str, Tensor], classes: Sequence[str], folder: Path) -> None:
+    def validation_step(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], metrics: Any
+    ) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = model(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, labels)
+        if len(self.classes) == 1:  # torchmetrics takes at least two: a second one that is never likely
+            logits = F.pad(logits, (0, 1), value=-1e4)
+        metrics.update(logits.float(), labels)
+        return {"loss": loss}
+
+    def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
         """per_class.csv, confusion.csv and confusion.png."""
-        confusion = tables["confusion"]
+        number = len(self.classes)
+        confusion = results["confusion"][:number, :number]
         columns = [field.name for field in fields(ClassResult)]
-        found = [astuple(result) for result in per_class(confusion, classes)]
-        write_csv(folder / "per_class.csv", columns, found)
-        rows = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
-        write_csv(folder / "confusion.csv", ["true class", *classes], rows)
-        draw_confusion(confusion, classes, folder / "confusion.png")
+        rows = [astuple(result) for result in per_class(confusion, self.classes)]
+        write_csv(folder / "per_class.csv", columns, rows)
+        counts = [[name, *row] for name, row in zip(self.classes, confusion.tolist(), strict=True)]
+        write_csv(folder / "confusion.csv", ["true class", *self.classes], counts)
+        draw_confusion(confusion, self.classes, folder / "confusion.png")
 
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         return AveragedViews(model, flip, scales)
 
-    def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> None:
-        images, labels = batch
-        metrics.update(model(images).float(), labels)
-
-    def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Prediction]:
+    def predictor(self, model: nn.Module) -> Callable[[Sequence[Image.Image]], list[Prediction]]:
         transform = self.transform(training=False)
         mode = "RGB" if self.recipe.data.channels == 3 else "L"
         device = next(model.parameters()).device
-        batch = torch.stack([transform(image.convert(mode)) for image in images]).to(device)
-        with torch.inference_mode():
-            scores = model.eval()(batch).float().softmax(1).cpu()
-        return [
-            Classification(
-                [ClassScore(self.classes[i], row[i].item()) for i in row.argsort(descending=True).tolist()]
-            )
-            for row in scores
-        ]
+
+        def predict(images: Sequence[Image.Image]) -> list[Prediction]:
+            batch = torch.stack([transform(image.convert(mode)) for image in images]).to(device)
+            with torch.inference_mode():
+                probabilities = model(batch).float().softmax(1).cpu()
+            if not probabilities.isfinite().all():
+                raise NonFiniteError("the model's outputs are not finite; try it in float32")
+            return [self._classification(row) for row in probabilities]
+
+        return predict
+
+    def _classification(self, probabilities: Tensor) -> Classification:
+        order = probabilities.argsort(descending=True).tolist()
+        return Classification([ClassScore(self.classes[i], probabilities[i].item()) for i in order])
+
+
+def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A value for each channel; where the model was made for others, their mean."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

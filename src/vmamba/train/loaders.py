@@ -1,0 +1,80 @@
+"""The batches that a process reads."""
+
+from typing import Any, Literal
+
+import lightning
+import torch
+
+from vmamba.data import EpochSampler, ResumableLoader
+from vmamba.errors import DataError, RecipeError
+from vmamba.train.recipe import Recipe
+from vmamba.train.task import Task
+
+
+def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Samples of one pass through the model in one process, and passes of a step.
+
+    Raises:
+        RecipeError: The batch size does not divide so.
+    """
+    train = recipe.train
+    share, rest = divmod(train.batch_size, processes)
+    if rest or not share:
+        raise RecipeError(
+            f"train.batch_size: {train.batch_size} samples of a step do not divide among {processes} "
+            "processes"
+        )
+    size = min(train.micro_batch_size or share, share)
+    if share % size:
+        raise RecipeError(
+            f"train.micro_batch_size: {size} does not divide the {share} samples that each of {processes} "
+            f"processes takes of train.batch_size {train.batch_size}"
+        )
+    return size, share // size
+
+
+def loader(
+    task: Task, recipe: Recipe, split: Literal["train", "val"], trainer: lightning.Trainer
+) -> ResumableLoader:
+    """The batches of a split that a process reads.
+
+    Raises:
+        DataError: The data are missing or damaged, or fewer than a step takes.
+        RecipeError: The batch size does not fit the processes or the task.
+    """
+    training = split == "train"
+    dataset: Any = task.dataset(split)
+    train = recipe.train
+    size, _ = batches_of_a_step(recipe, trainer.world_size)
+    if task.needs_pairs and size % 2:
+        key = "train.batch_size" if train.micro_batch_size is None else "train.micro_batch_size"
+        raise RecipeError(
+            f"{key}: {getattr(train, key.removeprefix('train.'))} gives each of {trainer.world_size} "
+            f"processes {size} samples at a time, an odd number; Mixup and CutMix pair them"
+        )
+    sampler = EpochSampler(
+        len(dataset),
+        seed=train.seed,
+        shuffle=training,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        chunk=size if training else 1,
+        step=train.batch_size if training else 1,
+        groups=getattr(dataset, "groups", None),
+    )
+    if training and not len(sampler):
+        raise DataError(
+            f"{len(dataset)} training samples do not fill one batch: set train.batch_size, which is "
+            f"{train.batch_size}, to at most {len(dataset)}"
+        )
+    return ResumableLoader(
+        dataset,
+        sampler,
+        task.collate(),
+        on_error="raise" if train.on_error == "raise" else "replace" if training else "drop",
+        timeout=train.loader_timeout,
+        batch_size=size,
+        num_workers=train.workers,
+        persistent_workers=train.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

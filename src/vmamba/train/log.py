@@ -1,0 +1,97 @@
+"""What a run tells: on the terminal and in log.txt alike."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LOGGER = logging.getLogger("vmamba")
+
+
+class _Terminal(logging.Handler):
+    """Writes to whatever stderr is at the time: a progress line puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        text = f"{prefix}{record.getMessage()}\n"
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stderr.flush()
+
+
+class _File(logging.Handler):
+    """Keeps what is told until the folder of the run may be written to, then writes it to log.txt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._kept: list[str] = []
+        self._path: Path | None = None
+        self._failed = False
+
+    def open(self, path: Path) -> None:
+        self._path = path
+        kept, self._kept = self._kept, []
+        for line in kept:
+            self._write(line)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if self._path is None:
+            self._kept.append(line)
+        else:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        assert self._path is not None
+        try:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{line}\n")
+        except OSError as error:  # such as a full disk; the terminal still has it
+            if not self._failed:
+                self._failed = True
+                sys.stderr.write(f"{self._path}: cannot be written ({error.strerror})\n")
+
+
+class RunLog:
+    """The log of one run.
+
+    Args:
+        file: Where log records go beside the terminal.
+    """
+
+    def __init__(self, file: _File) -> None:
+        self._file = file
+
+    def open(self, folder: Path) -> None:
+        """From now on, and with all that was told before, write to log.txt in a folder."""
+        self._file.open(folder / "log.txt")
+
+
+@contextmanager
+def run_log(speaks: bool) -> Iterator[RunLog]:
+    """Tell what this library logs within a block on the terminal, and keep it for log.txt.
+
+    Args:
+        speaks: Whether it is this process' turn to speak for all of a run.
+    """
+    file = _File()
+    if not speaks:
+        yield RunLog(file)
+        return
+    handlers: list[logging.Handler] = [_Terminal(), file]
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.INFO)
+    for handler in handlers:
+        _LOGGER.addHandler(handler)
+    try:
+        yield RunLog(file)
+    except Exception as error:
+        # The caller prints the error.
+        file.handle(_LOGGER.makeRecord(_LOGGER.name, logging.ERROR, "", 0, str(error), (), None))
+        raise
+    finally:
+        _LOGGER.setLevel(level)
+        for handler in handlers:
+            _LOGGER.removeHandler(handler)

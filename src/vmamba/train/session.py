@@ -1,0 +1,146 @@
+"""A task with its recipe and its model: what training, evaluation, benchmarks and studies start from."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from vmamba.data import seeded
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.models.checkpoints import Checkpoint, Weights, expand, open_checkpoint, resolve_checkpoint
+from vmamba.train.optim import enable_grad_checkpointing
+from vmamba.train.recipe import Recipe, check, override_values, read_values
+from vmamba.train.task import Task
+from vmamba.train.tasks import task_type
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stands ready to be trained, judged or asked.
+
+    Attributes:
+        source: The run, checkpoint or recipe that it comes from.
+        task: With its data.
+        recipe: Resolved; it is the task's.
+        model: In evaluation mode, but for training.
+        weights: "raw" or "ema"; "new" where nothing was learnt yet.
+    """
+
+    source: str
+    task: Task
+    recipe: Any
+    model: nn.Module
+    weights: Literal["raw", "ema", "new"]
+
+    def predictor(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """What turns images into a prediction each."""
+        return self.task.predictor(self.model.eval())
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: A YAML file.
+        overrides: `section.key=value` each, laid over it.
+
+    Raises:
+        RecipeError: Something in it is missing, unknown or of the wrong type; the message names each.
+    """
+    values, lines = read_values(expand(source))
+    for override in overrides:  # what it says stands on no line of the file
+        name, _, value = override.partition("=")
+        if name == "task":
+            values["task"] = value
+        lines.pop(name, None)
+    recipe_type = task_type(values.get("task")).recipe_type
+    return check(recipe_type, override_values(values, overrides, recipe_type), str(source), lines)
+
+
+def training_session(recipe: Recipe, source: str = "recipe") -> Session:
+    """The task and the model that a recipe trains, before its first step.
+
+    Raises:
+        RecipeError: The recipe does not fit the model.
+        DataError: The data are missing or damaged.
+        CheckpointError: The weights to start from do not fit or cannot be read.
+    """
+    task = task_type(recipe.task)(recipe)
+    with seeded("initialisation", recipe.train.seed):
+        model = task.build_model(task.recipe)
+    if recipe.train.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    return Session(source, task, task.recipe, model, "new")
+
+
+def open_session(source: str | Path, overrides: Sequence[str] = (), weights: Weights = "auto") -> Session:
+    """The task, the recipe and the trained model that a run holds or a recipe names.
+
+    Args:
+        source: A run's folder, for its best checkpoint; a checkpoint of it; or a recipe with `model.weights`.
+        overrides: `section.key=value` each, laid over the recipe.
+        weights: Which of a run's; "auto" takes the average where there is one, and leaves it to a recipe's
+            `model.weights_kind`.
+
+    Raises:
+        CheckpointError: It is missing, damaged, not of a run, would run code, or has no such weights.
+        RecipeError: An override does not fit, or a recipe names no weights.
+        DataError: A recipe's data are missing.
+    """
+    path = expand(source)
+    # A run's own recipe.yaml is not meant for its weights to be looked up by.
+    if path.suffix in (".yaml", ".yml") and not (path.parent / "checkpoints").is_dir():
+        return _open_recipe(path, overrides, weights)
+    return _open_run(source, overrides, weights)
+
+
+def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights) -> Session:
+    path = resolve_checkpoint(source)
+    for override in overrides:
+        if override.startswith(("model.", "model=")):
+            raise RecipeError(
+                f"override {override!r}: the model is that of {path}; to judge other weights give a recipe"
+            )
+    checkpoint = open_checkpoint(path)
+    if checkpoint.recipe is None:
+        raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
+    task_class = task_type(checkpoint.recipe.get("task"))
+    values = override_values(dict(checkpoint.recipe), overrides, task_class.recipe_type)
+    task = task_class(check(task_class.recipe_type, values, str(path)), checkpoint.classes)
+    recipe = task.recipe
+    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
+    model = task.build_model(recipe.model_copy(update={"model": untrained}))
+    kind: Any = checkpoint.kind(weights)
+    try:
+        model.load_state_dict(checkpoint.state_dict(kind))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit its own model: {error}") from error
+    return Session(str(source), task, recipe, model.eval(), kind)
+
+
+def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Session:
+    recipe: Any = load_recipe(path, overrides)
+    task_class = task_type(recipe.task)
+    if recipe.model.weights is None:
+        raise RecipeError(
+            f"{path}: names no weights to judge; set model.weights to 'pretrained' or a checkpoint's path"
+        )
+    kind: Any = recipe.model.weights_kind if weights == "auto" else weights
+    checkpoint: Checkpoint | None = None
+    if recipe.model.weights != "pretrained":
+        checkpoint = open_checkpoint(recipe.model.weights)
+        kind = checkpoint.kind(kind)
+    elif kind == "ema":
+        raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
+    # The data have to have a run's classes, in the same order.
+    of_run = checkpoint is not None and checkpoint.recipe is not None
+    classes = checkpoint.classes if checkpoint is not None and of_run else None
+    judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
+    task = task_class(task_class.without_training_data(recipe), classes)
+    model = task.build_model(task.recipe.model_copy(update={"model": judged}))
+    return Session(str(path), task, task.recipe, model.eval(), "raw" if kind == "auto" else kind)
