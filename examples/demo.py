@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from vmamba.analysis.receptive_field import draw, receptive_field
 from vmamba.data import MnistSubset, SampleKey
 from vmamba.train.evaluation import evaluate, load_run
-from vmamba.train.run import load_recipe, train
+from vmamba.train.run import train
+from vmamba.train.session import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "mnist_pico.yaml"
 

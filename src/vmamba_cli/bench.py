@@ -159,7 +159,7 @@ def data(
 
     from vmamba_cli._extra import load
 
-    checked = load("vmamba.train.run", "train").load_recipe(recipe, overrides or [])
+    checked = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
     bench = load("vmamba.train.throughput", "train")
     try:
         numbers = [int(number) for number in (workers or str(checked.train.workers)).split(",")]

@@ -8,8 +8,8 @@ from PIL import Image
 from images import COLOURS, make_folder, tiny_values
 from vmamba.data import EpochSampler, ImageFolder, MnistSubset, ResumableLoader, SampleKey, read_image
 from vmamba.errors import DataError
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.recipe import check, override_values
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 
 @pytest.fixture

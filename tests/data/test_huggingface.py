@@ -9,9 +9,9 @@ import pytest
 from images import COLOURS, make_folder, tiny_values
 from vmamba.data import HuggingFaceImages, ImageFolder
 from vmamba.errors import DataError
-from vmamba.train.classification import ClassificationRecipe
 from vmamba.train.recipe import check
 from vmamba.train.run import train
+from vmamba.train.tasks.classification import ClassificationRecipe
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

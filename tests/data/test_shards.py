@@ -27,9 +27,9 @@ from vmamba.data import (
 from vmamba.data.shards import expand_braces
 from vmamba.data.storage import download
 from vmamba.errors import DataError, RecipeError
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.recipe import check, override_values
 from vmamba.train.run import train
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 fsspec = pytest.importorskip("fsspec")
 NAMES = sorted(COLOURS)

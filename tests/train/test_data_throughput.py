@@ -1,8 +1,8 @@
 import pytest
 
 from images import make_folder, tiny_values
-from vmamba.train.classification import ClassificationRecipe
 from vmamba.train.recipe import check, override_values
+from vmamba.train.tasks.classification import ClassificationRecipe
 from vmamba.train.throughput import Loading, bench_loader, bench_step, verdict
 
 

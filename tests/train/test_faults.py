@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from images import assert_same, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
-from vmamba.train.callbacks import Interrupted
-from vmamba.train.checkpoint import load_checkpoint, model_weights, newest_checkpoint
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.checkpoint import newest_checkpoint
 from vmamba.train.guard import NonFiniteError, first_nonfinite
 from vmamba.train.recipe import check, override_values
+from vmamba.train.stop import Interrupted
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 STEPS = 4  # of an epoch: 18 images in batches of 4
 
@@ -39,12 +40,16 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 
 def weights(out: Path, name: str = "last") -> dict[str, Tensor]:
-    return load_checkpoint(out / "checkpoints" / f"{name}.ckpt")["state_dict"]
+    return read_checkpoint(out / "checkpoints" / f"{name}.ckpt")["state_dict"]
+
+
+def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
     """Have `action` change what the loss of a step is, counted from 1."""
-    loss, calls = ClassificationTask.loss, [0]
+    loss, calls = ClassificationTask.training_step, [0]
 
     def wrapped(self: Any, model: nn.Module, batch: Any) -> Any:
         calls[0] += 1
@@ -52,7 +57,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
             batch = action(model, batch, calls[0]) or batch
         return loss(self, model, batch)
 
-    monkeypatch.setattr(ClassificationTask, "loss", wrapped)
+    monkeypatch.setattr(ClassificationTask, "training_step", wrapped)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
@@ -295,7 +300,7 @@ def test_the_average_is_what_its_definition_says(folder: Path, tmp_path: Path) -
     """Of decay 0 it is the weights; of decay d after a step, d times the old ones and the rest the new."""
     run.train(recipe(folder, "train.ema_decay=0.0"), tmp_path / "none")
     state = weights(tmp_path / "none")
-    for name, value in model_weights({"state_dict": state}).items():
+    for name, value in below(state, "model.").items():
         torch.testing.assert_close(state[f"ema.module.{name}"], value, rtol=0, atol=0)
     once = recipe(
         folder,
@@ -310,7 +315,7 @@ def test_the_average_is_what_its_definition_says(folder: Path, tmp_path: Path) -
 
     with seeded("initialisation", once.train.seed):
         first = ClassificationTask(once).build_model(once).state_dict()
-    for name, value in model_weights({"state_dict": state}).items():
+    for name, value in below(state, "model.").items():
         expected = 0.7 * first[name] + 0.3 * value
         torch.testing.assert_close(state[f"ema.module.{name}"], expected, rtol=1e-6, atol=1e-7)
     rows = (tmp_path / "once" / "metrics.csv").read_text()

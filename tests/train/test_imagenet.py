@@ -7,8 +7,9 @@ import torch
 
 from images import make_folder
 from vmamba.data.pack import write_shards, write_tar
+from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
-from vmamba.train.checkpoint import load_checkpoint
+from vmamba.train.session import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "imagenet"
 DROP_PATH = {
@@ -32,7 +33,7 @@ def test_a_recipe_for_each_model() -> None:
 @pytest.mark.parametrize("name", DROP_PATH)
 def test_values_of_the_paper(name: str) -> None:
     """Section 5.1; rates are 5e-4, 5e-7 and 5e-6 for 512 images."""
-    recipe = run.load_recipe(RECIPES / f"{name}.yaml").model_dump()
+    recipe = load_recipe(RECIPES / f"{name}.yaml").model_dump()
     scale = recipe["train"]["batch_size"] / 512
     ema = None if name == "vanilla_vmamba_tiny" else 0.9999
     expected = {
@@ -88,10 +89,11 @@ def test_a_miniature(form: str, place: Path, tmp_path: Path) -> None:
     where = [f"data.root={place / form}"]
     if form == "shards":
         where.append(f"data.classes={place / form / 'classes.txt'}")
-    recipe = run.load_recipe(RECIPES / "vmamba_tiny_s2l5.yaml", [*where, *FORMS[form], *smaller])
-    scores = run.train(recipe, tmp_path)
-    assert scores.keys() == {"val/top1", "val/top5", "val/ema_top1", "val/ema_top5"}
-    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    recipe = load_recipe(RECIPES / "vmamba_tiny_s2l5.yaml", [*where, *FORMS[form], *smaller])
+    scores = run.train(recipe, tmp_path).scores
+    kinds = ("", "ema_")
+    assert scores.keys() == {f"val/{kind}{name}" for kind in kinds for name in ("loss", "top1", "top5")}
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 4
     assert checkpoint["MixedPrecision"]["scale"] > 0
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
@@ -101,18 +103,18 @@ def test_a_miniature(form: str, place: Path, tmp_path: Path) -> None:
 
 def test_what_decays(place: Path, tmp_path: Path) -> None:
     """By the paper, of the scan's parameters D alone is free; clean, A and the bias of delta are too."""
-    from vmamba.train.classification import ClassificationTask
     from vmamba.train.module import TaskModule
+    from vmamba.train.tasks.classification import ClassificationTask
 
     for decay, free in (("paper", {"D"}), ("clean", {"D", "A_log", "dt_bias"})):
-        recipe = run.load_recipe(
+        recipe = load_recipe(
             RECIPES / "vmamba_tiny_s2l5.yaml",
             [f"data.root={place / 'folder'}", f"optim.decay={decay}", "train.ema_decay=null"],
         )
         task = ClassificationTask(recipe)  # type: ignore[arg-type]
         with torch.device("meta"):
             model = task.build_model(recipe)
-        groups = TaskModule(task, recipe, model, steps=10).configure_optimizers()["optimizer"].param_groups
+        groups = TaskModule(task, recipe, model, 10).configure_optimizers()["optimizer"].param_groups
         decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             last = name.rpartition(".")[2]

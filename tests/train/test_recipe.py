@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from vmamba.errors import RecipeError
-from vmamba.train.classification import ClassificationRecipe
 from vmamba.train.recipe import check, override_values
-from vmamba.train.run import load_recipe
+from vmamba.train.session import load_recipe
+from vmamba.train.tasks.classification import ClassificationRecipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

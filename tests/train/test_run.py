@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from images import COLOURS, assert_same, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.models.checkpoints import open_checkpoint, read_checkpoint
 from vmamba.train import run
-from vmamba.train.callbacks import Interrupted
-from vmamba.train.checkpoint import load_checkpoint, model_weights
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
-from vmamba.train.evaluation import evaluate, predict
+from vmamba.train.evaluation import evaluate
 from vmamba.train.recipe import check, override_values
+from vmamba.train.session import load_recipe, open_session
+from vmamba.train.stop import Interrupted
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.trainer import trainer_for
 
 STEPS = 4  # of an epoch: 18 images in batches of 4
 
@@ -33,7 +36,7 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 
 def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return model_weights(load_checkpoint(out / "checkpoints" / f"{name}.ckpt"))
+    return dict(open_checkpoint(out / "checkpoints" / f"{name}.ckpt").state_dict())
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -43,7 +46,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
     """Have `action` run in the middle of a step, counted from 1."""
-    loss, calls = ClassificationTask.loss, [0]
+    loss, calls = ClassificationTask.training_step, [0]
 
     def wrapped(self: Any, model: Any, batch: Any) -> Any:
         calls[0] += 1
@@ -51,16 +54,24 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
             action()
         return loss(self, model, batch)
 
-    monkeypatch.setattr(ClassificationTask, "loss", wrapped)
+    monkeypatch.setattr(ClassificationTask, "training_step", wrapped)
 
 
 def test_run_folder(whole: Path, folder: Path) -> None:
-    assert [row["epoch"] for row in rows(whole)] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows(whole)] == ["1", "2", "3"]
     assert [row["step"] for row in rows(whole)] == ["4", "8", "12"]
     for row in rows(whole):
-        assert {"lr", "images/s", "train/loss", "train/accuracy", "val/top1", "val/top5"} <= row.keys()
+        assert {
+            "lr",
+            "images/s",
+            "train/loss",
+            "train/accuracy",
+            "val/loss",
+            "val/top1",
+            "val/top5",
+        } <= row.keys()
         assert all(float(value) >= 0 for value in row.values())
-    assert run.load_recipe(whole / "recipe.yaml") == recipe(folder)
+    assert load_recipe(whole / "recipe.yaml") == ClassificationTask.resolve(recipe(folder))
     assert json.loads((whole / "env.json").read_text())["torch"] == torch.__version__
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
@@ -91,9 +102,9 @@ def test_interrupt_and_resume_end_with_the_same_weights(
 ) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted, match=f"--resume {tmp_path}"):
+        with pytest.raises(Interrupted, match=f"to go on: vmamba resume {tmp_path}"):
             run.train(recipe(folder), tmp_path)
-    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == step
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run.resume(tmp_path)
     assert_same(weights(tmp_path), weights(whole))
@@ -120,7 +131,7 @@ def test_a_second_interrupt_stops_at_once(
         os.kill(os.getpid(), signal.SIGINT)
 
     at_step(monkeypatch, 2, twice)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Interrupted, match="stopped at once, in the middle of a step; there is no checkpoint"):
         run.train(recipe(folder), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -139,7 +150,7 @@ def test_a_crash_costs_the_epoch_and_nothing_else(
             run.train(recipe(folder), tmp_path)
     run.resume(tmp_path)
     assert_same(weights(tmp_path), weights(whole))
-    assert [row["epoch"] for row in rows(tmp_path)] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
 def test_workers_change_nothing(folder: Path, whole: Path, tmp_path: Path) -> None:
@@ -148,9 +159,9 @@ def test_workers_change_nothing(folder: Path, whole: Path, tmp_path: Path) -> No
 
 
 def test_a_finished_run_resumed_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
-    scores = run.train(recipe(folder, "schedule.epochs=2"), tmp_path)
+    outcome = run.train(recipe(folder, "schedule.epochs=2"), tmp_path)
     before = weights(tmp_path)
-    assert run.resume(tmp_path) == scores
+    assert run.resume(tmp_path) == outcome
     assert_same(weights(tmp_path), before)
 
 
@@ -171,7 +182,8 @@ def test_evaluate_needs_the_checkpoint_alone(whole: Path, folder: Path, tmp_path
 
 def test_predict(whole: Path, folder: Path) -> None:
     images = sorted((folder / "val").glob("*/0.png"))
-    predictions = predict(images, whole / "checkpoints" / "last.ckpt")
+    predict = open_session(whole / "checkpoints" / "last.ckpt").predictor()
+    predictions = predict([Image.open(path) for path in images])
     assert len(predictions) == len(images)
     for prediction in predictions:
         scores = [found.score for found in prediction.classes]
@@ -214,7 +226,7 @@ def test_weights_of_a_run_start_another(folder: Path, whole: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.name=vmamba_pic", "model.name: unknown model 'vmamba_pic'; there are .*vmamba_pico"),
+        ("model.name=vmamba_pic", "model.name: unknown model 'vmamba_pic'; did you mean vmamba_pico"),
         ("model.args={no_such: 1}", "model.args: .*no_such"),
         ("data.root=null", "data.root: missing"),
         ("data.root=/nowhere", "/nowhere/train: no such folder"),
@@ -244,9 +256,9 @@ def test_a_half_precision_that_the_processor_lacks_is_told(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     told = "this CPU has no instructions for"
-    run.trainer_for(recipe(folder, "train.accelerator=cpu"), [])
+    trainer_for(recipe(folder, "train.accelerator=cpu"), [])
     assert told not in caplog.text
-    run.trainer_for(recipe(folder, "train.accelerator=cpu", "train.precision=bf16-mixed"), [])
+    trainer_for(recipe(folder, "train.accelerator=cpu", "train.precision=bf16-mixed"), [])
     assert (f"{told} bf16-mixed" in caplog.text) is not supported
 
 

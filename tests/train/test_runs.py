@@ -6,9 +6,9 @@ import pytest
 from images import make_folder, tiny_values
 from vmamba.errors import DataError
 from vmamba.train import run
-from vmamba.train.classification import ClassificationRecipe
 from vmamba.train.recipe import check, override_values
 from vmamba.train.runs import SORTS, find_runs
+from vmamba.train.tasks.classification import ClassificationRecipe
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_every_order_has_every_run(sort: str, place: Path) -> None:
 def test_a_run_itself(tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images")
     recipe = check(ClassificationRecipe, tiny_values(images), "test")
-    scores = run.train(recipe, tmp_path / "mine")
+    scores = run.train(recipe, tmp_path / "mine").scores
     (found,) = find_runs(tmp_path / "mine")
     assert (found.name, found.score, found.epochs) == ("mine", "val/top1", 3)
     assert found.last == pytest.approx(scores["val/top1"], abs=1e-5)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from images import make_folder, tiny_values
 from vmamba.errors import CheckpointError, RecipeError
+from vmamba.models import load_weights
+from vmamba.models.checkpoints import open_checkpoint, read_checkpoint
 from vmamba.train import run
-from vmamba.train.callbacks import Interrupted
-from vmamba.train.checkpoint import load_checkpoint, load_weights, model_weights
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.module import TaskModule
 from vmamba.train.recipe import check, override_values
+from vmamba.train.stop import Interrupted
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 SMALL = (
     "model={name: vmamba_pico, args: {depths: [1, 1], dims: [8, 16], stem_stride: 4, drop_path_rate: 0.5}}"
@@ -58,13 +59,13 @@ def test_other_classes_and_another_resolution(
     )
     model = ClassificationTask(changed).build_model(changed)
     assert "its classifier is for 3 classes, the model's for 2: it starts anew" in caplog.text
-    expected = model_weights(load_checkpoint(source), "ema")
+    expected = open_checkpoint(source).state_dict("ema")
     for name, value in model.state_dict().items():
         if name.startswith("head.fc."):
             assert value.shape[0] == 2
         else:
             assert torch.equal(value, expected[name]), name
-    scores = run.train(changed, tmp_path)
+    scores = run.train(changed, tmp_path).scores
     assert scores["val/top1"] >= 0
 
 
@@ -72,7 +73,7 @@ def test_other_classes_and_another_resolution(
 def test_which_weights_of_a_run(kind: str, source: Path, folder: Path) -> None:
     changed = recipe(folder, f"model.weights={source}", f"model.weights_kind={kind}")
     model = ClassificationTask(changed).build_model(changed)
-    expected = model_weights(load_checkpoint(source), kind)
+    expected = open_checkpoint(source).state_dict(kind)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
@@ -108,9 +109,10 @@ def test_a_model_without_a_classifier_takes_only_what_fits(tmp_path: Path) -> No
 def test_a_linear_probe_trains_the_classifier_alone(source: Path, two_classes: Path, tmp_path: Path) -> None:
     changed = recipe(two_classes, f"model.weights={source}", "model.freeze=backbone", "schedule.epochs=2")
     run.train(changed, tmp_path)
-    before = model_weights(load_checkpoint(source), "ema")
-    found = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    after = model_weights(found)
+    before = open_checkpoint(source).state_dict("ema")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    found = read_checkpoint(last)
+    after = open_checkpoint(last).state_dict()
     changed_names = {
         name for name in after if not name.startswith("head.fc") and not after[name].equal(before[name])
     }
@@ -124,7 +126,7 @@ def test_a_linear_probe_has_no_drop_path(source: Path, folder: Path) -> None:
     """The features of an image are the same from step to step."""
     changed = recipe(folder, f"model.weights={source}", "model.freeze=backbone")
     task = ClassificationTask(changed)
-    module = TaskModule(task, changed, task.build_model(changed), steps=4)
+    module = TaskModule(task, changed, task.build_model(changed), 4)
     for _ in range(2):
         images = torch.randn(2, 3, 32, 32)
         assert torch.equal(module.model(images), module.model(images))
@@ -142,7 +144,7 @@ def test_a_resumed_linear_probe_ends_with_the_same_weights(
 ) -> None:
     changed = recipe(folder, f"model.weights={source}", "model.freeze=backbone", "schedule.epochs=2")
     run.train(changed, tmp_path / "whole")
-    loss, calls = ClassificationTask.loss, [0]
+    loss, calls = ClassificationTask.training_step, [0]
 
     def interrupted(self: ClassificationTask, model: nn.Module, batch: Any) -> Any:
         calls[0] += 1
@@ -151,12 +153,12 @@ def test_a_resumed_linear_probe_ends_with_the_same_weights(
         return loss(self, model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassificationTask, "loss", interrupted)
+        patch.setattr(ClassificationTask, "training_step", interrupted)
         with pytest.raises(Interrupted):
             run.train(changed, tmp_path / "stopped")
     run.resume(tmp_path / "stopped")
     whole, resumed = (
-        model_weights(load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt"))
+        open_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt").state_dict()
         for name in ("whole", "stopped")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -164,7 +166,7 @@ def test_a_resumed_linear_probe_ends_with_the_same_weights(
 
 def pretrained(folder: Path, source: Path, tmp_path: Path, *overrides: str) -> ClassificationRecipe:
     """A recipe whose "pretrained" weights, of three classes by timm's registry, lie in a file."""
-    torch.save(model_weights(load_checkpoint(source)), tmp_path / "weights.pth")
+    torch.save(open_checkpoint(source).state_dict("raw"), tmp_path / "weights.pth")
     overlay = f"model.args.pretrained_cfg_overlay={{file: {tmp_path / 'weights.pth'}, num_classes: 3}}"
     return recipe(folder, "model.weights=pretrained", overlay, *overrides)
 
@@ -180,7 +182,7 @@ def test_pretrained_weights_on_other_classes(
     cfg = timm.get_pretrained_cfg("vmamba_pico")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: replace(cfg, num_classes=3))
     same = pretrained(folder, source, tmp_path)
-    expected = model_weights(load_checkpoint(source))
+    expected = open_checkpoint(source).state_dict("raw")
     model = ClassificationTask(same).build_model(same)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not caplog.text
@@ -200,7 +202,7 @@ def test_pretrained_weights_on_other_classes(
 
 
 def test_the_authors_average(source: Path, folder: Path, tmp_path: Path) -> None:
-    raw, ema = (model_weights(load_checkpoint(source), kind) for kind in ("raw", "ema"))
+    raw, ema = (open_checkpoint(source).state_dict(kind) for kind in ("raw", "ema"))
     torch.save({"model": raw, "model_ema": ema}, tmp_path / "authors.pth")
     for kind, expected in (("auto", raw), ("raw", raw), ("ema", ema)):
         changed = recipe(folder, f"model.weights={tmp_path / 'authors.pth'}", f"model.weights_kind={kind}")
@@ -213,7 +215,7 @@ def test_layer_wise_rates(folder: Path) -> None:
     changed = recipe(folder, "optim.layer_decay=0.5", "schedule.warmup_epochs=0")
     task = ClassificationTask(changed)
     model = task.build_model(changed)
-    optimizer = TaskModule(task, changed, model, steps=4).configure_optimizers()["optimizer"]
+    optimizer = TaskModule(task, changed, model, 4).configure_optimizers()["optimizer"]
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     by_name = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
     assert by_name["head.fc.weight"] == 1
@@ -230,7 +232,7 @@ def test_muon_in_float32(folder: Path) -> None:
     changed = recipe(folder, "optim.name=muon", "optim.weight_decay=0", "optim.lr=1")
     task = ClassificationTask(changed)
     model = task.build_model(changed)
-    module = TaskModule(task, changed, model, steps=4)
+    module = TaskModule(task, changed, model, 4)
     optimizer = module.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = 1.0

@@ -91,7 +91,9 @@ def create_model(
 
 
 def _new_classifier(model: Any, recipe: ModelRecipe, pretrained: int, classes: int) -> None:
-    difference = f"{recipe.name}: the pretrained classifier is for {pretrained} classes, the model's for {classes}"
+    difference = (
+        f"{recipe.name}: the pretrained classifier is for {pretrained} classes, the model's for {classes}"
+    )
     if not recipe.new_classifier:
         raise CheckpointError(difference)
     log.warning("%s: it starts anew", difference)

@@ -83,7 +83,9 @@ class TaskModule(lightning.LightningModule):
         self.means = RunningMeans()
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._step_batches: list[tuple[int, list[int]]] = []  # number and samples of the step's batches so far
+        self._step_batches: list[
+            tuple[int, list[int]]
+        ] = []  # number and samples of the step's batches so far
         self._finite: Tensor | None = None
         self._scheduler: Any = None
         self._group_settings: list[dict[str, Any]] = []
@@ -260,7 +262,9 @@ class TaskModule(lightning.LightningModule):
                     seen.append((loaded.indices, torch.stack(finite).all()))
                 after_batch()
             if not sum(gather(len(seen_here))):
-                raise DataError(f"not one sample can be read, the first: {next(iter(loader.skipped), 'none')}")
+                raise DataError(
+                    f"not one sample can be read, the first: {next(iter(loader.skipped), 'none')}"
+                )
             found: dict[str, float] = {}
             for weights, metrics in self.val_metrics.items():
                 prefix = "val/" if weights == "raw" else f"val/{weights}_"

@@ -158,9 +158,7 @@ def create_scheduler(
         unit = 1 if schedule.epochs is None else steps_per_epoch
         # timm lets the rate fall one update early: its milestones are compared with t + 1.
         milestones = [round(milestone * unit) + 1 for milestone in schedule.milestones]
-        return MultiStepLRScheduler(
-            optimizer, milestones, schedule.gamma, warmup_prefix=False, **common
-        )
+        return MultiStepLRScheduler(optimizer, milestones, schedule.gamma, warmup_prefix=False, **common)
     # The curve begins behind the warm-up.
     curve: dict[str, Any] = {"t_initial": steps - warmup, "lr_min": schedule.min_lr, "warmup_prefix": True}
     if schedule.name == "polynomial":
@@ -188,9 +186,7 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
     """
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [
-        module
-        for module in model.modules()
-        if isinstance(module, VSSBlock) or type(module).__name__ in named
+        module for module in model.modules() if isinstance(module, VSSBlock) or type(module).__name__ in named
     ]
 
 

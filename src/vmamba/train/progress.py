@@ -64,9 +64,7 @@ class ProgressLine(Callback):
             description=f"epoch {trainer.current_epoch + 1}/{epochs}"
             if epochs is not None
             else f"step {trainer.global_step}/{pl_module.steps}",
-            shown=" ".join(
-                f"{name} {value:.{0 if value >= 10 else 3}f}" for name, value in values.items()
-            ),
+            shown=" ".join(f"{name} {value:.{0 if value >= 10 else 3}f}" for name, value in values.items()),
         )
 
     def begin_evaluation(self, batches: int) -> None:

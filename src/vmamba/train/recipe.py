@@ -107,15 +107,15 @@ class ScheduleRecipe(Section):
     min_lr: float = Field(default=5e-6, ge=0)
     milestones: list[float] = Field(
         default_factory=list,
-        description="of 'multistep': where the rate falls, in epochs or steps as the run's length is, counted "
-        "from the start of the run",
+        description="of 'multistep': where the rate falls, in the unit of the run's length, counted from its "
+        "start",
     )
     gamma: float = Field(default=0.1, gt=0, le=1, description="of 'multistep': the factor at a milestone")
     power: float = Field(default=1.0, gt=0, description="of 'polynomial'; 1 is a straight line")
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="stop after as many evaluations in a row without a better score; null to go on to the end",
+        description="stop after so many evaluations in a row without a better score; null for the whole run",
     )
 
     @model_validator(mode="before")
@@ -368,9 +368,7 @@ def _annotations(section: Any, keys: Sequence[str]) -> set[Any]:
     sections = {section}
     for key in keys:
         fields = [each.model_fields for each in sections if _is_section(each)]
-        sections = {
-            kind for names in fields if key in names for kind in _alternatives(names[key].annotation)
-        }
+        sections = {kind for names in fields if key in names for kind in _alternatives(names[key].annotation)}
     return sections
 
 

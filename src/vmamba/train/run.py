@@ -125,8 +125,8 @@ def resume(
         overrides: `section.key=value` each, laid over its recipe.
         recipe: What the caller holds the run's recipe to be.
         extend: Let what is learnt change too: the schedule (a finished run goes on where it is longer), the
-            rate and other settings in `EXTENDABLE`. The optimiser keeps its state, and the run's history.jsonl
-            and its checkpoints say what changed at which step.
+            rate and other settings in `EXTENDABLE`. The optimiser keeps its state; history.jsonl and the
+            checkpoints say what changed at which step.
 
     Raises:
         RecipeError: An override would change what is learnt, or `recipe` is another one.
@@ -176,9 +176,7 @@ def _check_overrides(overrides: Sequence[str], extend: bool) -> None:
 
 def _changes(before: Recipe, after: Recipe) -> dict[str, list[Any]]:
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, after))
-    return {
-        key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)
-    }
+    return {key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Task(ABC):
     """As in a recipe's `task`."""
     recipe_type: ClassVar[type[Recipe]]
     monitor: ClassVar[str]
-    """The score by which the best checkpoint is chosen: one of `metrics`, or "loss" for the validation loss."""
+    """The score that chooses the best checkpoint: one of `metrics`, or "loss" for the validation loss."""
     monitor_mode: ClassVar[Literal["max", "min"]] = "max"
     """Whether a better score is higher or lower."""
 
@@ -138,9 +138,7 @@ class Task(ABC):
         return self.metrics()
 
     @abstractmethod
-    def validation_step(
-        self, model: nn.Module, batch: Batch, metrics: Any
-    ) -> Mapping[str, Tensor] | None:
+    def validation_step(self, model: nn.Module, batch: Batch, metrics: Any) -> Mapping[str, Tensor] | None:
         """Forward of an evaluation batch, into the metrics.
 
         Returns:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from vmamba.train.loaders import batches_of_a_step, loader
 from vmamba.train.module import TaskModule
-from vmamba.train.recipe import Recipe
+from vmamba.train.recipe import Recipe, ScheduleRecipe
 from vmamba.train.session import training_session
 from vmamba.train.stop import at_step
 from vmamba.train.tasks import task_type
@@ -117,19 +117,15 @@ def bench_step(recipe: Recipe, rounds: int = 5) -> float:
         rounds: Steps to time, behind two of warm-up; the median counts.
     """
     steps = rounds + 2
-    schedule = {"epochs": None, "steps": max(steps, 1000), "warmup_epochs": None, "warmup_steps": 0}
-    if recipe.schedule.milestones:
-        schedule |= {"name": "cosine", "milestones": []}
-    alone = recipe.train.model_copy(update={"devices": 1, "nodes": 1, "workers": 0})
-    recipe = recipe.model_copy(
-        update={"schedule": recipe.schedule.model_copy(update=schedule), "train": alone}
-    )
+    share = recipe.train.batch_size // trainer_for(recipe, []).world_size
+    alone = recipe.train.model_copy(update={"batch_size": share, "devices": 1, "nodes": 1, "workers": 0})
+    schedule = ScheduleRecipe(steps=steps, warmup_steps=0)
+    recipe = recipe.model_copy(update={"schedule": schedule, "train": alone})
     with settings(recipe):
         times = _StepTimes()
         trainer = trainer_for(recipe, [times])
         size, passes = batches_of_a_step(recipe, trainer.world_size)
         trainer.accumulate_grad_batches = passes
-        trainer.fit_loop.epoch_loop.max_steps = steps
         session = training_session(recipe)
         data = _SameBatch(loader(session.task, session.recipe, "train", trainer), steps * passes)
         trainer.fit(TaskModule(session.task, session.recipe, session.model, steps), data)

@@ -33,7 +33,7 @@ from vmamba.errors import DataError, RecipeError
 from vmamba.train.averaging import AveragedViews
 from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
 from vmamba.train.guard import NonFiniteError
-from vmamba.train.model import create_model, require_name
+from vmamba.train.model import create_model, require_model
 from vmamba.train.recipe import Recipe, Section
 from vmamba.train.task import Prediction, Task
 
@@ -211,7 +211,7 @@ class ClassificationTask(Task):
     def resolve(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
         """Size, crop, interpolation, mean and std from the model's pretrained configuration."""
         data = recipe.data
-        require_name(recipe.model.name)
+        require_model(recipe.model.name)
         cfg: Any = timm.get_pretrained_cfg(recipe.model.name)
         cfg = PretrainedCfg() if cfg is None else cfg
         mean, std = (_for_channels(values, data.channels) for values in (cfg.mean, cfg.std))
@@ -303,7 +303,12 @@ class ClassificationTask(Task):
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
         data = self.resolve(recipe).data
-        model: Any = create_model(recipe.model, num_classes=len(self.classes), in_chans=data.channels)
+        model: Any = create_model(
+            recipe.model,
+            num_classes=len(self.classes),
+            in_chans=data.channels,
+            image_size=(data.image_size, data.image_size),
+        )
         # What timm reads, from the model or from an export of it: as the run has it, not as the registry.
         cfg = {
             "num_classes": len(self.classes),
