@@ -5,9 +5,9 @@
 A small model is trained on images made up here, with Mixup, drop path, an average of the weights, data
 workers and a checkpoint every third step: once without interruption; then once for each kill, with 0 to 2
 workers, killed at a random moment of a random step and started again by the same command, with another number
-of workers. Raw and averaged weights, the optimiser's state and metrics.csv (but for its speed and the means
-over an epoch's steps, which cover those since the start) must be the same to the last bit. The kill comes up
-to 150 ms after the step begins: in forward, backward, update, evaluation, or while a checkpoint is written.
+of workers. Raw and averaged weights, the optimiser's state and metrics.csv (but for its speed) must be the
+same to the last bit. The kill comes up to 150 ms after the step begins: in forward, backward, update,
+evaluation, or while a checkpoint is written.
 
 `--processes 2` shares each step among two, of which the first is killed.
 """
@@ -91,7 +91,7 @@ def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         rows = [
             {key: value for key, value in row.items() if key != "images/s"} for row in csv.DictReader(file)
         ]
-    return states, [{key: row[key] for key in row if not key.startswith("train/")} for row in rows]
+    return states, rows
 
 
 def same(one: Any, other: Any) -> bool:

@@ -1,6 +1,8 @@
 """Entry point of the `vmamba` command."""
 
+import difflib
 import importlib
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -8,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-VERBS = ("train", "eval", "predict", "runs", "info", "list", "bench")
+VERBS = ("train", "resume", "eval", "predict", "runs", "info", "list", "bench")
 
 
 class _Verbs(TyperGroup):
@@ -27,20 +29,41 @@ class _Verbs(TyperGroup):
         app.command(cmd_name)(module.command)
         return typer.main.get_command(app)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that is called; a mistyped one is answered with those near to it."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            close = difflib.get_close_matches(args[0], VERBS, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(VERBS)}"
+            ctx.fail(f"no verb {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """What the user can mend is one message and exit status 2, an interrupt 130."""
         try:
             return super().invoke(ctx)
         except Exception as error:
-            # A `UserError` can only be here if its module is loaded already: nothing is imported for it.
-            errors = sys.modules.get("vmamba.errors")
-            if errors is None or not isinstance(error, errors.UserError) or ctx.params["debug"]:
+            if ctx.params["debug"] or not _is_the_users(error):
                 raise
             interrupted = type(error).__name__ == "Interrupted"
             if interrupted and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
                 raise typer.Exit(0) from error  # the first process speaks for all
-            typer.secho(f"vmamba: {error}", fg=typer.colors.RED, err=True)
+            _say(str(error))
             raise typer.Exit(130 if interrupted else 2) from error
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether an error's message alone says what to do: ours for users, and those of files."""
+    # A `UserError` can only be here if its module is loaded already: nothing is imported for it.
+    errors = sys.modules.get("vmamba.errors")
+    if errors is not None and isinstance(error, errors.UserError):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ChildProcessError)
+
+
+def _say(message: str) -> None:
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    text = message.encode(encoding, "backslashreplace").decode(encoding)
+    typer.secho(f"vmamba: {text}", fg=typer.colors.RED, err=True)
 
 
 app = typer.Typer(
@@ -74,7 +97,25 @@ def vmamba(
 
 def main() -> None:
     """Run the command."""
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of a file may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Say if what was printed could not be written, as on a full disk: Python itself would only warn."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(f"the output cannot be written: {error.strerror}")
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -51,37 +51,34 @@ def command(
     By the paper's protocol: resize to 256/224 of the size, centre crop.
     """
     import json
-    from dataclasses import asdict
 
+    from vmamba_cli._checks import require_path
     from vmamba_cli._extra import load
 
     try:
         sizes = [float(scale) for scale in scales.split(",")]
     except ValueError:
         raise typer.BadParameter(f"--scales: expected numbers with commas between, got {scales!r}") from None
+    require_path(what, "run, checkpoint or recipe")
     evaluation = load("vmamba.train.evaluation", "train")
+    if out is not None:
+        out = out.expanduser()
+        evaluation.check_folder(out)
     # The average first: where there is none, that is told at once.
     kinds = ["ema", "raw"] if weights is Weights.both else [weights.value]
-    found = [
+    evaluations = [
         evaluation.evaluate(what, overrides or [], weights=kind, flip=flip, scales=sizes) for kind in kinds
     ]
-    if not load("vmamba.train.run", "train").is_first_process():
+    if not load("vmamba.train.trainer", "train").is_first_process():
         return
-    for each in found:
+    for each in evaluations:
         if out is not None:
-            evaluation.write_evaluation(each, out / each.weights if len(found) > 1 else out)
+            evaluation.write_evaluation(each, out / each.weights if len(evaluations) > 1 else out)
     if as_json:
-        values = [
-            {
-                **{"weights": each.weights, "samples": each.samples, "skipped": len(each.skipped)},
-                **each.scores,
-                **({"per_class": [asdict(row) for row in _classes(each)]} if per_class else {}),
-            }
-            for each in found
-        ]
+        values = [_plain(each, per_class) for each in evaluations]
         typer.echo(json.dumps(values if len(values) > 1 else values[0]))
         return
-    for each in found:
+    for each in evaluations:
         left_out = f", {len(each.skipped)} left out" if each.skipped else ""
         typer.echo(f"{each.source}, {each.weights} weights, {each.samples} samples{left_out}")
         for name, value in each.scores.items():
@@ -90,15 +87,31 @@ def command(
             _show_classes(each)
 
 
-def _classes(found: Any) -> list[Any]:
+def _plain(evaluation: Any, per_class: bool) -> dict[str, Any]:
+    """For JSON."""
+    from dataclasses import asdict
+
+    values = {
+        "weights": evaluation.weights,
+        "samples": evaluation.samples,
+        "skipped": len(evaluation.skipped),
+        **evaluation.scores,
+    }
+    if per_class:
+        values["per_class"] = [asdict(row) for row in _classes(evaluation)]
+    return values
+
+
+def _classes(evaluation: Any) -> list[Any]:
     from vmamba.train.confusion import per_class
 
-    if "confusion" not in found.tables:
-        raise typer.BadParameter(f"--per-class: not for {found.task}")
-    return per_class(found.tables["confusion"], found.classes)
+    if "confusion" not in evaluation.tables:
+        raise typer.BadParameter(f"--per-class: not for {evaluation.task.name}")
+    number = len(evaluation.classes)
+    return per_class(evaluation.tables["confusion"][:number, :number], evaluation.classes)
 
 
-def _show_classes(found: Any) -> None:
+def _show_classes(evaluation: Any) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -107,7 +120,7 @@ def _show_classes(found: Any) -> None:
     for name in ("samples", "accuracy", "precision"):
         table.add_column(name, justify="right")
     table.add_column("taken for")
-    for row in _classes(found):
+    for row in _classes(evaluation):
         shares = ("" if share is None else f"{share:.4f}" for share in (row.accuracy, row.precision))
         mistake = f"{row.taken_for} {row.taken_for_share:.1%}" if row.taken_for else ""
         table.add_row(Text(row.name), str(row.samples), *shares, Text(mistake))

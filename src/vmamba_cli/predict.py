@@ -27,9 +27,14 @@ def command(
     import json
     from dataclasses import asdict
 
+    from vmamba.data import read_image
     from vmamba_cli._extra import load
 
-    predictions = load("vmamba.train.evaluation", "train").predict(images, checkpoint, weights.value)
+    decoded = [read_image(path) for path in images]
+    predict = (
+        load("vmamba.train.session", "train").open_session(checkpoint, weights=weights.value).predictor()
+    )
+    predictions = [prediction for image in decoded for prediction in predict([image])]
     if as_json:
         found = [
             {"image": str(image), **asdict(prediction)}

@@ -40,11 +40,21 @@ def command(
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("changed", no_wrap=True)
     for run in good:
+        of_epochs = run.unit == "epochs"
         table.add_row(
-            *(Text(run.name), Text(run.model), run.state, f"{run.epochs}/{run.of}", str(run.step)),
-            *(run.score.removeprefix("val/"), _text(run.last, 4), _text(run.best, 4)),
-            *(str(run.best_epoch or ""), _text(run.train_loss, 3), _text(run.val_loss, 3)),
-            *(_text(run.images_per_second, 0), run.changed),
+            Text(run.name),
+            Text(run.model),
+            run.state,
+            f"{run.epochs}/{run.of}" if of_epochs else str(run.epochs),
+            str(run.step) if of_epochs else f"{run.step}/{run.of}",
+            run.score.removeprefix("val/"),
+            _text(run.last, 4),
+            _text(run.best, 4),
+            str(run.best_epoch or ""),
+            _text(run.train_loss, 3),
+            _text(run.val_loss, 3),
+            _text(run.images_per_second, 0),
+            run.changed,
         )
     if good:
         # As wide as it is: a narrow terminal wraps lines, but nothing is cut off.

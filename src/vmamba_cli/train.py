@@ -1,7 +1,7 @@
 """`vmamba train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +17,16 @@ def command(
         list[str] | None, typer.Argument(help="section.key=value, laid over the recipe.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run [default: runs/<recipe>].", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of the run; runs/ and the recipe's name by default.", show_default=False),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder.", show_default=False)
+        Path | None,
+        typer.Option(help="Go on with the run in this folder, as vmamba resume does.", show_default=False),
     ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="With --resume: let the schedule, the rate and so on change.")
+    ] = False,
     auto_resume: Annotated[
         bool,
         typer.Option(
@@ -35,31 +40,47 @@ def command(
 ) -> None:
     """Run a recipe, or go on with a run.
 
-    Writes recipe.yaml, env.json, log.txt, metrics.csv, curves.png, tensorboard/ and checkpoints/ with
-    best.ckpt and last.ckpt to the folder. Ctrl-C and SIGTERM finish the step and leave a checkpoint to go on
-    from. On several GPUs or nodes: train.devices=N, or start it with torchrun -m vmamba_cli, or with srun.
+    Writes recipe.yaml, env.json, log.txt, metrics.csv, curves.png, best.safetensors, tensorboard/ and
+    checkpoints/ with best.ckpt and last.ckpt to the folder. Ctrl-C and SIGTERM finish the step and leave a
+    checkpoint to go on from. On several GPUs or nodes: train.devices=N, or start it with torchrun -m
+    vmamba_cli, or with srun.
     """
+    from vmamba_cli._checks import require_path, require_recipe
     from vmamba_cli._extra import load
 
-    run = load("vmamba.train.run", "train")
     if resume is not None:
         if out is not None or auto_resume or print_config:
             raise typer.BadParameter("--resume takes overrides of how the run goes on, and nothing else")
-        laid_over = [*([recipe] if recipe is not None else []), *(overrides or [])]
-        folder, scores = resume, run.resume(resume, laid_over)
+        changes = [*([recipe] if recipe is not None else []), *(overrides or [])]
+        require_path(resume, "run")
+        show(load("vmamba.train.run", "train").resume(resume, changes, extend=extend))
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe, such as recipes/mnist_pico.yaml, or --resume FOLDER")
+    if extend:
+        raise typer.BadParameter("--extend goes with --resume")
+    path = require_recipe(Path(recipe))
+    checked = load("vmamba.train.session", "train").load_recipe(path, overrides or [])
+    if print_config:
+        tasks = load("vmamba.train.tasks", "train")
+        typer.echo(tasks.task_type(checked.task).resolve(checked).to_yaml(), nl=False)
+        return
+    run = load("vmamba.train.run", "train")
+    folder = (out or Path("runs") / path.stem).expanduser()
+    if auto_resume and run.holds_run(folder):
+        show(run.resume(folder, recipe=checked))
     else:
-        if recipe is None:
-            raise typer.BadParameter("give a recipe, such as recipes/mnist_pico.yaml, or --resume FOLDER")
-        checked = run.load_recipe(recipe, overrides or [])
-        if print_config:
-            typer.echo(checked.to_yaml(), nl=False)
-            return
-        folder = out or Path("runs") / Path(recipe).stem
-        if auto_resume and run.holds_run(folder):
-            scores = run.resume(folder, recipe=checked)
-        else:
-            scores = run.train(checked, folder)
-    if run.is_first_process():
-        for name, value in scores.items():
-            typer.echo(f"{name} {value:.4f}")
-        typer.echo(f"wrote {folder}; next: vmamba eval {folder / 'checkpoints' / 'best.ckpt'}")
+        show(run.train(checked, folder))
+
+
+def show(outcome: Any) -> None:
+    """Print what a run ended with, in its first process."""
+    from vmamba_cli._extra import load
+
+    if not load("vmamba.train.trainer", "train").is_first_process():
+        return
+    for name, value in outcome.scores.items():
+        typer.echo(f"{name} {value:.4f}")
+    if outcome.best is not None:
+        typer.echo(f"best {outcome.monitor} {outcome.best:.4f}, after step {outcome.best_step}")
+    typer.echo(f"wrote {outcome.folder}; next: vmamba eval {outcome.folder}")

@@ -127,13 +127,13 @@ def test_a_classifier_that_is_not_the_datas_is_not_judged(
     plain = tmp_path / "plain.pth"
     torch.save(open_session(averaged).model.state_dict(), plain)
     assert evaluate(path, [f"model.weights={plain}"]).scores == evaluate(averaged).scores
-    with pytest.raises(CheckpointError, match="has no average of the weights"):
+    with pytest.raises(CheckpointError, match="has no 'ema' weights; it has 'raw'"):
         evaluate(path, [f"model.weights={plain}"], weights="ema")
     (root / "val" / "red").rename(root / "val" / "purple")
     with pytest.raises(DataError, match=r"missing \['red'\], extra \['purple'\]"):
         evaluate(path, [f"model.weights={best}"])
     (root / "val" / "purple").rename(tmp_path / "purple")
-    with pytest.raises(CheckpointError, match=r"head\.fc\.weight expected \(2, "):
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight"):
         evaluate(path, [f"model.weights={plain}"])
     with pytest.raises(CheckpointError, match=r"plain\.pth: not the checkpoint of a run"):
         evaluate(plain)

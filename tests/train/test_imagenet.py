@@ -10,6 +10,7 @@ from vmamba.data.pack import write_shards, write_tar
 from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
 from vmamba.train.session import load_recipe
+from vmamba.train.tasks.classification import ClassificationTask
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "imagenet"
 DROP_PATH = {
@@ -33,7 +34,7 @@ def test_a_recipe_for_each_model() -> None:
 @pytest.mark.parametrize("name", DROP_PATH)
 def test_values_of_the_paper(name: str) -> None:
     """Section 5.1; rates are 5e-4, 5e-7 and 5e-6 for 512 images."""
-    recipe = load_recipe(RECIPES / f"{name}.yaml").model_dump()
+    recipe = ClassificationTask.resolve(load_recipe(RECIPES / f"{name}.yaml")).model_dump()  # type: ignore[arg-type]
     scale = recipe["train"]["batch_size"] / 512
     ema = None if name == "vanilla_vmamba_tiny" else 0.9999
     expected = {
@@ -104,7 +105,6 @@ def test_a_miniature(form: str, place: Path, tmp_path: Path) -> None:
 def test_what_decays(place: Path, tmp_path: Path) -> None:
     """By the paper, of the scan's parameters D alone is free; clean, A and the bias of delta are too."""
     from vmamba.train.module import TaskModule
-    from vmamba.train.tasks.classification import ClassificationTask
 
     for decay, free in (("paper", {"D"}), ("clean", {"D", "A_log", "dt_bias"})):
         recipe = load_recipe(

@@ -23,11 +23,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name / "recipe.yaml").write_text(recipe)
         (place / name / "env.json").write_text("{}")
     header = "epoch,step,lr,images/s,train/loss,val/ema_top1,val/ema_top5,val/top1,val/top5\n"
-    rows = "0,4,0.1,50,2.5,0.7,1,0.1,1\n1,8,0.1,60,1.5,0.6,1,0.9,1\n"
+    rows = "1,4,0.1,50,2.5,0.7,1,0.1,1\n2,8,0.1,60,1.5,0.6,1,0.9,1\n"
     (place / "b" / "first" / "metrics.csv").write_text(header + rows)
     (place / "damaged" / "metrics.csv").write_text("epoch,step\nnone,4\n")
-    ties = "epoch,step,val/ema_top1,val/loss\n0,4,0.5,2\n1,8,0.8,nan\n2,12,0.8,0.25\n"
+    ties = "epoch,step,val/ema_top1,val/loss\n1,4,0.5,2\n2,8,0.8,nan\n3,12,0.8,0.25\n"
     (place / "finished" / "metrics.csv").write_text(ties)
+    for name in ("b/first", "finished"):
+        (place / name / "checkpoints").mkdir()
+        (place / name / "checkpoints" / "last.ckpt").touch()
+    (place / "lost").mkdir()
+    (place / "lost" / "recipe.yaml").write_text(recipe)
+    (place / "lost" / "env.json").write_text("{}")
+    (place / "lost" / "metrics.csv").write_text(ties)
     (place / "binary" / "metrics.csv").write_bytes(b"epoch,step\n\xff\x00\n")
     (place / "yaml" / "recipe.yaml").write_text("[1,\n")
     (place / "other").mkdir()
@@ -51,6 +58,7 @@ def test_what_a_run_says(place: Path) -> None:
         2,
         0.25,
     )
+    assert (runs["lost"].state, runs["lost"].best) == ("no checkpoint", 0.8)
     assert (runs["begun"].epochs, runs["begun"].last, runs["begun"].problem) == (0, None, "")
     for name in ("damaged", "other", "binary", "yaml"):
         assert "\n" not in runs[name].problem
@@ -60,7 +68,7 @@ def test_what_a_run_says(place: Path) -> None:
 @pytest.mark.parametrize("sort", SORTS)
 def test_every_order_has_every_run(sort: str, place: Path) -> None:
     found = find_runs(place, sort)
-    assert len(found) == 7
+    assert len(found) == 8
     first = {"epochs": "finished", "step": "finished", "best": "finished", "last": "finished"}
     first |= {"val_loss": "finished", "state": "finished", "train_loss": "b/first"}
     first |= {"images_per_second": "b/first", "name": "b/first"}

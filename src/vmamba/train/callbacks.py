@@ -98,8 +98,7 @@ class Milestones(Callback):
         self.checkpoints.started(trainer)
         if trainer.is_global_zero:  # they are of all processes together
             pl_module.means.restore(self._restored_means)
-        patience = pl_module.recipe.schedule.patience
-        trainer.should_stop = patience is not None and self.stale >= patience
+        self._stop_if_done(trainer, pl_module)
         self._since = time.perf_counter()
 
     def on_train_batch_end(
@@ -145,8 +144,13 @@ class Milestones(Callback):
         if improved:
             self.checkpoints.save_best(trainer, module)
         self.checkpoints.save(trainer)
+        self._stop_if_done(trainer, module)
+
+    def _stop_if_done(self, trainer: lightning.Trainer, module: Any) -> None:
+        """End the run after its last step, which may be within an epoch, or where patience has run out."""
         patience = module.recipe.schedule.patience
-        if patience is not None and self.stale >= patience:
+        trainer.should_stop = trainer.global_step >= module.steps
+        if not trainer.should_stop and patience is not None and self.stale >= patience:
             log.info("stopped early: %d evaluations without a better %s", self.stale, module.monitor)
             trainer.should_stop = True
 

@@ -64,7 +64,8 @@ def create_model(
         if name in _NOT_ARGS:
             raise RecipeError(f"model.args.{name}: not here; {_NOT_ARGS[name]}")
     pretrained = recipe.weights == "pretrained"
-    pretrained_classes = timm.get_pretrained_cfg(recipe.name).num_classes if pretrained else num_classes
+    cfg = timm.get_pretrained_cfg(recipe.name) if pretrained else None
+    pretrained_classes = num_classes if cfg is None else cfg.num_classes
     # With another number of classes than its weights' timm loads non-strictly and hides missing weights.
     arguments: dict[str, Any] = {**defaults, **recipe.args, "in_chans": in_chans}
     arguments["num_classes"] = pretrained_classes

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -209,6 +210,8 @@ def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None
             len(training) // trainer.accumulate_grad_batches,
             {"samples": samples, "history": history},
         )
+        # Not Lightning's max_steps: with it a resume at an epoch's end would count that epoch twice.
+        trainer.fit_loop.max_epochs = math.ceil(module.steps / module.steps_per_epoch)
         if resumed is not None and resumed.step > module.steps:
             raise RecipeError(
                 f"schedule: {module.steps} steps are fewer than the {resumed.step} that the run has done"

@@ -126,6 +126,7 @@ def bench_step(recipe: Recipe, rounds: int = 5) -> float:
         trainer = trainer_for(recipe, [times])
         size, passes = batches_of_a_step(recipe, trainer.world_size)
         trainer.accumulate_grad_batches = passes
+        trainer.fit_loop.max_epochs = 1
         session = training_session(recipe)
         data = _SameBatch(loader(session.task, session.recipe, "train", trainer), steps * passes)
         trainer.fit(TaskModule(session.task, session.recipe, session.model, steps), data)

@@ -71,8 +71,7 @@ def trainer_for(
         devices=devices,
         num_nodes=nodes,
         strategy=_strategy(recipe, devices, nodes),
-        max_epochs=recipe.schedule.epochs or -1,
-        max_steps=recipe.schedule.steps or -1,
+        max_epochs=-1,  # whoever trains says how many: `fit_loop.max_epochs`
         precision=precision,
         gradient_clip_val=recipe.optim.clip_grad,
         callbacks=list(callbacks),

@@ -303,6 +303,7 @@ class ClassificationTask(Task):
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
         data = self.resolve(recipe).data
+        assert data.image_size is not None
         model: Any = create_model(
             recipe.model,
             num_classes=len(self.classes),

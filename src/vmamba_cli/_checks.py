@@ -1,0 +1,52 @@
+"""What can be said of a command's arguments before PyTorch is imported, which takes seconds."""
+
+import difflib
+from pathlib import Path
+
+import typer
+
+
+def require_path(path: Path, what: str) -> Path:
+    """Stop with a message if there is nothing at a path; returns it with `~` expanded.
+
+    Args:
+        path: As the user gave it. An address of the web is left alone.
+        what: What should be there, for the message.
+    """
+    if str(path).startswith(("http:/", "https:/")):
+        return path
+    expanded = path.expanduser()
+    if expanded.exists():
+        return expanded
+    folder = expanded.parent
+    if not folder.is_dir():
+        hint = f"; there is no folder {folder}"
+    else:
+        close = difflib.get_close_matches(expanded.name, [entry.name for entry in folder.iterdir()], n=3)
+        hint = f"; did you mean {' or '.join(str(folder / name) for name in close)}?" if close else ""
+    typer.secho(f"vmamba: {path}: no such {what}{hint}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(2)
+
+
+def require_recipe(path: Path) -> Path:
+    """Stop with a message if a path is no file that holds a YAML mapping; returns it with `~` expanded."""
+    import yaml
+
+    expanded = require_path(path, "recipe")
+    problem = ""
+    try:
+        node = yaml.compose(expanded.read_text(encoding="utf-8"), yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            problem = "expected a mapping of sections"
+    except OSError as error:
+        problem = f"cannot read the recipe ({error.strerror})"
+    except UnicodeDecodeError as error:
+        problem = f"not a text file ({error})"
+    except yaml.YAMLError as error:
+        problem = f"not YAML: {error}"
+    except RecursionError:
+        problem = "sections are nested too deep"
+    if problem:
+        typer.secho(f"vmamba: {path}: {problem}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2)
+    return expanded
