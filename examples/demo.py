@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from vmamba.analysis.receptive_field import draw, receptive_field
 from vmamba.data import MnistSubset, SampleKey
-from vmamba.train.evaluation import evaluate, load_run
+from vmamba.train.evaluation import evaluate
 from vmamba.train.run import train
-from vmamba.train.session import load_recipe
+from vmamba.train.session import load_recipe, open_session
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "mnist_pico.yaml"
 
@@ -29,12 +29,10 @@ def spread(values: list[int], n: int) -> list[int]:
 
 def draw_predictions(checkpoint: Path, path: Path) -> int:
     """Held-back images with what the model says of them, the mistakes first; returns how many those are."""
-    task, _, model = load_run(checkpoint)
+    predict = open_session(checkpoint).predictor()
     held_back = MnistSubset("val")
     images, labels = zip(*(held_back.load(i) for i in range(len(held_back))), strict=True)
-    predictions = [
-        p.classes[0] for i in range(0, len(images), 100) for p in task.predict(model, images[i : i + 100])
-    ]
+    predictions = [p.classes[0] for i in range(0, len(images), 100) for p in predict(images[i : i + 100])]
     wrong = [i for i, p in enumerate(predictions) if p.label != held_back.classes[labels[i]]]
     right = sorted(set(range(len(images))) - set(wrong))
     shown_wrong = spread(wrong, min(16, len(wrong)))
@@ -55,12 +53,15 @@ def draw_predictions(checkpoint: Path, path: Path) -> int:
 
 def draw_receptive_field(checkpoint: Path, path: Path) -> None:
     """The pixels that move the centre of the last feature map, before and after training, over 50 images."""
-    task, recipe, model = load_run(checkpoint)
-    torch.manual_seed(recipe.train.seed)
-    untrained = task.build_model(recipe)
-    data = task.dataset("val")
+    session = open_session(checkpoint)
+    torch.manual_seed(session.recipe.train.seed)
+    untrained = session.task.build_model(session.recipe)
+    data = session.task.dataset("val")
     images = [data[SampleKey(0, i)][0] for i in range(0, len(data), len(data) // 50)]
-    draw({"untrained": receptive_field(untrained, images), "trained": receptive_field(model, images)}, path)
+    draw(
+        {"untrained": receptive_field(untrained, images), "trained": receptive_field(session.model, images)},
+        path,
+    )
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(place: Path) -> Path:
     done = vmamba(place, "train", "recipe.yaml", "--out", "run", "schedule.epochs=12", "optim.lr=5e-3")
     assert done.status == 0, done.stderr
-    assert "next: vmamba eval run/checkpoints/best.ckpt" in done.stdout
+    assert done.stdout.endswith("wrote run; next: vmamba eval run\n")
+    assert "best val/top1 " in done.stdout
     return place / "run" / "checkpoints" / "best.ckpt"
 
 
@@ -67,7 +68,7 @@ def test_train_eval_predict(place: Path, trained: Path) -> None:
     done = vmamba(place, "eval", str(trained), "--json", "train.batch_size=6")
     assert done.status == 0, done.stderr
     scores = json.loads(done.stdout)
-    assert scores.keys() == {"weights", "samples", "skipped", "top1", "top5", "calibration_error"}
+    assert scores.keys() == {"weights", "samples", "skipped", "loss", "top1", "top5", "calibration_error"}
     assert scores["top1"] > 0.8
 
     images = [f"images/val/{name}/0.png" for name in COLOURS]
@@ -131,7 +132,7 @@ def test_runs_side_by_side(place: Path, trained: Path) -> None:
 def test_each_verbs_module_knows_the_tasks(module: str) -> None:
     """In a process where no other verb ran before."""
     code = (
-        f"import vmamba.train.{module}; from vmamba.train.task import task_type; task_type('classification')"
+        f"import vmamba.train.{module}; from vmamba.train.tasks import task_type; task_type('classification')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -158,7 +159,7 @@ def test_print_config_writes_nothing(place: Path) -> None:
 def test_bad_recipes_are_told(place: Path) -> None:
     done = vmamba(place, "train", "recipe.yaml", "optim.lrr=1.0", "train.batch_size=many", "--out", "none")
     assert_told(done, "optim.lrr: no such key; did you mean 'lr'?", "train.batch_size: ", "got 'many'")
-    assert_told(vmamba(place, "train", "none.yaml"), "none.yaml: cannot read the recipe")
+    assert_told(vmamba(place, "train", "none.yaml"), "none.yaml: no such recipe")
     assert not (place / "none").exists()
 
 
@@ -168,7 +169,7 @@ def test_bad_images_and_checkpoints_are_told(place: Path, trained: Path) -> None
     assert_told(done, "broken.png: not an image, or a damaged one")
     (place / "cut.ckpt").write_bytes(trained.read_bytes()[:-100])
     assert_told(vmamba(place, "eval", "cut.ckpt"), "cut.ckpt: damaged")
-    assert_told(vmamba(place, "eval", "none.ckpt"), "none.ckpt: no such checkpoint")
+    assert_told(vmamba(place, "eval", "none.ckpt"), "none.ckpt: no such run, checkpoint or recipe")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
@@ -191,7 +192,7 @@ def test_ctrl_c_and_resume(place: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130, message
-    assert "to go on: vmamba train --resume stopped" in message
+    assert "to go on: vmamba resume stopped" in message
     assert "Traceback" not in message
     last = torch.load(place / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
     assert 4 <= last["global_step"] < 240
@@ -199,3 +200,56 @@ def test_ctrl_c_and_resume(place: Path) -> None:
     done = vmamba(place, "train", "--resume", "stopped", "--out", "other")
     assert done.status == 2
     assert "overrides of how" in done.stderr
+
+
+def test_resume_is_a_verb(place: Path) -> None:
+    done = vmamba(place, "train", "recipe.yaml", "--out", "extended", "schedule.epochs=2")
+    assert done.status == 0, done.stderr
+    refused = vmamba(place, "resume", "extended", "schedule.epochs=3")
+    assert_told(refused, "override 'schedule.epochs=3'", "add --extend")
+    done = vmamba(place, "resume", "extended/checkpoints", "schedule.epochs=3", "--extend")
+    assert done.status == 0, done.stderr
+    assert "epoch 3, step 12 of 12: " in done.stderr
+    assert_told(vmamba(place, "resume", "extendet"), "extendet: no such run; did you mean extended?")
+
+
+def test_a_mistyped_verb(place: Path) -> None:
+    done = vmamba(place, "trian")
+    assert done.status == 2
+    assert "no verb 'trian'; did you mean train?" in done.stderr
+
+
+def test_what_is_mistyped_is_told_before_pytorch_is_imported(place: Path) -> None:
+    code = (
+        "import sys; from vmamba_cli.__main__ import main; sys.argv = ['vmamba', *sys.argv[1:]]\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    )
+    for arguments in (["train", "recipe.yml"], ["eval", "rum"], ["resume", "rum"], ["train", "images"]):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+        assert done.stderr.startswith(f"vmamba: {arguments[1]}: ")
+
+
+def test_results_cannot_be_written(place: Path, trained: Path) -> None:
+    """Found out before the evaluation."""
+    done = vmamba(place, "eval", "run", "--out", "recipe.yaml/below")
+    assert_told(done, "recipe.yaml/below: cannot be written to")
+    assert_told(
+        vmamba(place, "train", "recipe.yaml", "--out", "recipe.yaml"), "cannot be the folder of a run"
+    )
+    assert_told(vmamba(place, "train", "recipe.yaml", "--out", 300 * "x"), "name too long")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_device(place: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--print-config"]
+        done = subprocess.run(command, cwd=place, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "vmamba: the output cannot be written: No space left on device\n"
+
+
+def test_the_help_shows_every_default(place: Path) -> None:
+    done = vmamba(place, "train", "--help")
+    assert "runs/ and the recipe's name" in " ".join(done.stdout.split())

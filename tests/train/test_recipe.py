@@ -5,7 +5,7 @@ import pytest
 from vmamba.errors import RecipeError
 from vmamba.train.recipe import check, override_values
 from vmamba.train.session import load_recipe
-from vmamba.train.tasks.classification import ClassificationRecipe
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -150,3 +150,112 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 def test_bad_overrides(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(tmp_path, GOOD), [override])
+
+
+TEXTS = ["/x/a #1", "&x", "2024", "007", "yes", "1e3", "[old]", "x: y", "*star", "@x", "%x", "'quoted'", " a"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["data.root", "data.train_split", "model.weights", "model.name"])
+def test_an_override_of_text_is_taken_as_it_stands(key: str, text: str, tmp_path: Path) -> None:
+    if (key, text) == ("data.train_split", "[old]"):
+        pytest.skip("a list of splits")
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, [f"{key}={text}"])
+    section, name = key.split(".")
+    assert getattr(getattr(recipe, section), name) == text
+
+
+def test_null_is_none_where_the_recipe_allows_none(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "  clip_grad: 1.0\n")
+    recipe = load_recipe(path, ["model.weights=null", "optim.clip_grad=null", "data.root=null"])
+    assert recipe.model.weights is recipe.optim.clip_grad is None
+    assert load_recipe(path, ["model.name=null"]).model.name == "null"
+
+
+def test_what_is_no_text_is_yaml_still(tmp_path: Path) -> None:
+    changes = [
+        "data.classes=12",
+        "data.train_split=[a, b]",
+        "data.source=webdataset",
+        "model.args={drop_rate: 0.1}",
+    ]
+    recipe = load_recipe(write(tmp_path, GOOD), [*changes, "train.loggers=[wandb]"])
+    assert isinstance(recipe, ClassificationRecipe)
+    assert (recipe.data.classes, recipe.data.train_split) == (12, ["a", "b"])
+    assert (recipe.model.args, recipe.train.loggers) == ({"drop_rate": 0.1}, ["wandb"])
+
+
+@pytest.mark.parametrize("override", ["model.weights=", "optim.lr=", "data.root= "])
+def test_an_empty_value_is_an_error(override: str, tmp_path: Path) -> None:
+    name = override.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"the value is empty .*; write {name}=null for none"):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: classification\nmodel: &m\n  args: *m\n",
+        f"task: classification\nmodel: {5000 * '['}{5000 * ']'}\n",
+    ],
+    ids=["contains itself", "nested"],
+)
+def test_a_recipe_without_end(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="contains itself, or is nested too deep"):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.betas=[0.9, 1.0]", r"optim\.betas: expected two numbers from 0 to below 1, got \[0.9, 1.0\]"),
+        ("optim.betas=[-0.1, 0.9]", r"optim\.betas: expected two numbers from 0 to below 1"),
+        ("optim.lr=1e38", r"optim\.lr: Input should be less than or equal to 1000000"),
+        ("train.threads=100000", r"train\.threads: Input should be less than or equal to 1024"),
+    ],
+)
+def test_values_that_would_end_in_a_crash(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("args.num_classes=7", "num_classes: not here; the data say how many classes there are"),
+        ("args.in_chans=1", "in_chans: not here; set data.channels"),
+        ("args.features_only=true", "features_only: not here"),
+        ("args.checkpoint_path=x", "checkpoint_path: not here; set model.weights"),
+        ("args.device=cuda", "device: not here; set train.accelerator"),
+        ("args={global_pool: ''}", "not logits of 10 classes"),
+        ("args.drop_path_rate=2.0", "drop_path_rate: expected a number from 0 to below 1, got 2.0"),
+        ("args.drop_path_rate=-1", "drop_path_rate: expected a number from 0 to below 1, got -1"),
+        ("args.mlp_ratio=-1", "mlp_ratio: expected a number of at least 0, got -1"),
+        ("args.gate=maybe", "gate: vmamba_pico expects bool, got 'maybe'"),
+        ("name=vmamba_pico.foo", "unknown model 'vmamba_pico.foo'"),
+    ],
+)
+def test_models_that_cannot_work_are_refused(change: str, message: str, tmp_path: Path) -> None:
+    from vmamba.train.session import training_session
+
+    with pytest.raises(RecipeError, match=message):
+        training_session(load_recipe(write(tmp_path, GOOD), [f"model.{change}"]))
+
+
+def test_what_a_recipe_leaves_to_the_model(tmp_path: Path) -> None:
+    """Size, crop, interpolation and constants of its own configuration, and what the recipe says wins."""
+    from vmamba.train.session import training_session
+
+    model = "model: {name: resnetv2_50x1_bit.goog_in21k}"
+    text = f"task: classification\n{model}\ndata: {{source: mnist, crop_pct: 0.7}}\n"
+    recipe = ClassificationTask.resolve(load_recipe(write(tmp_path, text)))  # type: ignore[arg-type]
+    assert recipe.data.mean == recipe.data.std == (0.5, 0.5, 0.5)
+    assert (recipe.data.image_size, recipe.data.interpolation, recipe.data.crop_pct) == (224, "bilinear", 0.7)
+    assert ClassificationTask.resolve(recipe) == recipe
+    changes = ["data.channels=1", "data.image_size=48"]
+    session = training_session(load_recipe(write(tmp_path, GOOD), changes))
+    cfg = session.model.pretrained_cfg
+    assert cfg["mean"] == pytest.approx([sum((0.485, 0.456, 0.406)) / 3])
+    assert (cfg["input_size"], cfg["num_classes"], cfg["crop_pct"]) == ((1, 48, 48), 10, 1.0)
+    assert cfg["label_names"] == [str(digit) for digit in range(10)]

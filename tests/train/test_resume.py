@@ -114,7 +114,7 @@ def test_a_run_stops_early(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
             lambda root: [
                 (root / split / "blue").rename(root / split / "white") for split in ("train", "val")
             ],
-            r"3 classes are not the 3 .*missing \['blue'\], extra \['w'\]",
+            r"3 classes are not the 3 .*missing \['blue'\], extra \['white'\]",
         ),
         (
             lambda root: [(root / split / "green").rename(root / split / "a") for split in ("train", "val")],

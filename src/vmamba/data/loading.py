@@ -203,8 +203,8 @@ class _Collate:
 
 def _leave_signals(worker: int) -> None:
     """Let the process that runs the steps decide when to stop, though a whole group was told to."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks the last two
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 

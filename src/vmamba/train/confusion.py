@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,20 +49,25 @@ def per_class(confusion: Tensor, classes: Sequence[str]) -> list[ClassResult]:
         confusion: Counts (classes, classes), a row for each true class.
         classes: Names.
     """
-    samples, taken, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
-    mistakes, other = (confusion - right.diag()).max(1)
-    columns = [column.tolist() for column in (samples, taken, right, mistakes, other)]
-    return [
-        ClassResult(
-            name,
-            samples=n,
-            accuracy=r / n if n else None,
-            precision=r / p if p else None,
-            taken_for=classes[o] if m else "",
-            taken_for_share=m / n if m else 0.0,
+    right = confusion.diagonal()
+    mistakes, mistaken_for = (confusion - right.diag()).max(1)
+    results = []
+    for i, name in enumerate(classes):
+        samples, predicted, correct = (
+            int(count) for count in (confusion[i].sum(), confusion[:, i].sum(), right[i])
         )
-        for name, n, p, r, m, o in zip(classes, *columns, strict=True)
-    ]
+        most = int(mistakes[i])
+        results.append(
+            ClassResult(
+                name,
+                samples=samples,
+                accuracy=correct / samples if samples else None,
+                precision=correct / predicted if predicted else None,
+                taken_for=classes[int(mistaken_for[i])] if most else "",
+                taken_for_share=most / samples if most else 0.0,
+            )
+        )
+    return results
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -74,7 +80,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Shares of each true class as a PNG: a row for each, with names and numbers where there is room.
+    """Shares of each true class in percent as a PNG: a row for each, with names and numbers if they fit.
 
     Of many classes a cell shows the largest share in a block of neighbours, so that no mistake gets lost.
     """
@@ -83,39 +89,41 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
 
     number = len(classes)
     block = math.ceil(number / CELLS)
-    parts = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    shares = F.max_pool2d(parts[None], block, ceil_mode=True)[0].tolist()
+    percent = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    cells = F.max_pool2d(percent[None], block, ceil_mode=True)[0].tolist()
     labelled = number <= LABELLED
     side = max(4.5, 0.5 * number + 2) if labelled else 9
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    edge = block * len(shares) - 0.5
+    edge = block * len(cells) - 0.5
     image = axes.imshow(
-        shares,
+        cells,
         cmap="Blues",
-        norm=PowerNorm(1 if labelled else 0.4, 0, 1),  # else rare mistakes cannot be seen
+        norm=PowerNorm(1 if labelled else 0.4, 0, 100),  # else rare mistakes cannot be seen
         interpolation="nearest",
         extent=(-0.5, edge, edge, -0.5),
     )
     if labelled:
-        axes.set_xticks(range(number), classes, rotation=90)
-        axes.set_yticks(range(number), classes)
-        for row in range(number):
-            for column in range(number):
-                share = shares[row][column]
-                if share >= 0.005:
-                    colour = "white" if share > 0.5 else "black"
-                    axes.text(
-                        *(column, row, f"{100 * share:.0f}"),
-                        ha="center",
-                        va="center",
-                        color=colour,
-                        fontsize=8,
-                    )
-    title = "of each true class, in %" if labelled else "share of each true class"
+        _label(axes, cells, classes)
+    title = "of each true class"
     if block > 1:
         title = f"largest share of a true class within {block} × {block} cells"
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(image, ax=axes, shrink=0.7)
-    with replacing(path) as temporary:
+    figure.colorbar(image, ax=axes, shrink=0.7, label="%")
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # A script that the font lacks shows as boxes; the CSV has the names.
+        warnings.filterwarnings("ignore", message=r".*[Gg]lyph .* missing from.*font")
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _label(axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
+    """Names beside the rows and columns, percentages in the cells."""
+    names = [name.replace("$", r"\$") for name in classes]  # else matplotlib reads formulas
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    for row, values in enumerate(cells):
+        for column, percent in enumerate(values):
+            if percent >= 0.5:
+                colour = "white" if percent > 50 else "black"
+                text = f"{percent:.0f}"
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from vmamba._torch_private import cpu_computes_in
 from vmamba.errors import RecipeError
 from vmamba.train.checkpoint import AtomicCheckpointIO
 from vmamba.train.recipe import Recipe
@@ -89,8 +90,7 @@ def trainer_for(
 def _warn_of_emulation(precision: str) -> None:
     """Tell that a CPU has no instructions for a half precision: its products take many times as long."""
     kind = {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(precision)
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
-    if supported is not None and not supported():
+    if kind is not None and not cpu_computes_in(kind):
         log.warning(
             "train.precision: this CPU has no instructions for %s and emulates it, many times "
             "slower; train.precision=32-true is faster here",
