@@ -33,7 +33,7 @@ typecheck: $(VENV)/installed
 	$(BIN)/mypy
 
 conformance: $(VENV)/installed
-	$(BIN)/python scripts/timm_conformance.py
+	$(BIN)/python tools/timm_conformance.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -33,7 +33,9 @@ from torch.nn import functional as F
 import vmamba.models  # noqa: F401  (registers them)
 from vmamba.data import MnistSubset
 from vmamba.environment import environment
-from vmamba.ops import _registry, use_backend
+from vmamba.ops import _registry, default_backend, register_backend, use_backend
+from vmamba.ops.backend import Backend
+from vmamba.ops.operands import Operands
 from vmamba.ops.reference import softplus
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,34 +46,34 @@ DELTA_EVERY = 53
 
 
 class Recorder:
-    """An engine that hands calls on to another, and looks at what enters and leaves.
+    """A backend that hands calls on to another, and looks at what enters and leaves.
 
     Args:
-        engine: That runs the scans.
+        backend: The one that runs the scans.
         expected: The type that x, delta, B and C must have.
 
     Attributes:
-        types: Of each tensor seen.
+        types: The type of each tensor seen.
         extremes: The smallest and the largest value of each.
     """
 
-    def __init__(self, engine: _registry.Backend, expected: torch.dtype) -> None:
-        self.engine, self.expected, self.calls = engine, expected, 0
+    def __init__(self, backend: Backend, expected: torch.dtype) -> None:
+        self.backend, self.expected, self.calls = backend, expected, 0
         self.types: dict[str, str] = {}
         self.extremes: dict[str, tuple[float, float]] = {}
 
-    def forward(self, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, delta, A, B, C, _, bias, weight, activated, *_ = operands
-        for name, t in {"x": x, "delta": delta, "B": B, "C": C}.items():
+    def forward(self, call: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        bias, weight = call.delta_bias, call.delta_weight
+        for name, t in {"x": call.x, "delta": call.delta, "B": call.B, "C": call.C}.items():
             if t.dtype != self.expected:
                 raise TypeError(f"{name} enters the scan in {t.dtype}, expected {self.expected}")
             self.note(f"operand {name}", t)
-        self.note("A", A)
-        if self.calls % DELTA_EVERY == 0 and weight is not None and activated:
-            z = torch.einsum("bhwkr,kdr->bhwkd", delta.float(), weight.float()) + bias.float()
+        self.note("A", call.A)
+        if self.calls % DELTA_EVERY == 0 and weight is not None and bias is not None and call.delta_softplus:
+            z = torch.einsum("bhwkr,kdr->bhwkd", call.delta.float(), weight.float()) + bias.float()
             self.note("delta", softplus(z))
         self.calls += 1
-        y, last, states = self.engine.forward(*operands)
+        y, last, states = self.backend.forward(call)
         for name, t in {"y": y, "last state": last}.items():
             self.note(name, t)
         return y, last, states
@@ -87,7 +89,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Run every scan in the block, and its backward, through this."""
-        _registry.register(replace(self.engine, name="recorder", forward=self.forward, fast_on=()))
+        register_backend(replace(self.backend, name="recorder", forward=self.forward, preferred_on=()))
         try:
             with use_backend("recorder"):
                 yield
@@ -127,8 +129,8 @@ def train(
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    engine = _registry.resolve(None, device, 1)
-    recorder, draw = Recorder(engine, dtype), np.random.default_rng(seed)
+    backend = _registry.get_backend(default_backend(device))
+    recorder, draw = Recorder(backend, dtype), np.random.default_rng(seed)
     parameters = list(model.parameters())
     losses, norms, skipped = [], [], []
     start = time.perf_counter()
@@ -163,7 +165,7 @@ def train(
                 print(f"  step {step}: loss {losses[-1]:.3f}", flush=True)
     few = min(50, len(losses))
     return {
-        "engine": engine.name,
+        "backend": backend.name,
         "steps": steps,
         "batch": batch,
         "lr": lr,

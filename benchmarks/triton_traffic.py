@@ -1,4 +1,4 @@
-"""Bytes that the Triton engine's kernels load and store, counted while the interpreter runs them.
+"""Bytes that the Triton backend's kernels load and store, counted while the interpreter runs them.
 
     TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model NAME] [--batch 128] [--out FILE]
 
@@ -33,7 +33,9 @@ from torch.utils._pytree import tree_leaves
 import vmamba.models  # noqa: F401  (registers them)
 from vmamba.analysis.operator_throughput import Shape, operands, shapes
 from vmamba.environment import environment
-from vmamba.ops import ROUTES, triton
+from vmamba.ops import ROUTES
+from vmamba.ops.operands import Operands
+from vmamba.ops.triton import backend as triton
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from interpreter import speed_up
@@ -83,7 +85,7 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Bytes]:
-    """Count what the engine loads and stores."""
+    """Count what the backend loads and stores."""
     from triton.runtime import interpreter
 
     counter = _Counter()
@@ -138,15 +140,15 @@ def counted(
     if half is not None:
         call |= {name: call[name].to(half) for name in ("x", "delta", "B", "C")}
     tensors = [call[name] for name in ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")]
-    arguments = (*tensors, True, [ROUTES.index(route) for route in shape.routes], None)
+    arguments = Operands(*tensors, True, [ROUTES.index(route) for route in shape.routes])
     programs = triton.PROGRAMS
     triton.PROGRAMS = programs * images / batch
     try:
         with counting() as forward:
-            y, _, states = triton.forward(*arguments)
+            y, _, states = triton.forward(arguments)
         grad_y = torch.ones_like(y)
         with counting() as backward:
-            triton.backward(grad_y, None, *arguments, states)
+            triton.backward(grad_y, None, arguments, states)
     finally:
         triton.PROGRAMS = programs
     return forward, backward

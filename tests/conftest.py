@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from interpreter import speed_up
-from vmamba.ops import triton
+from vmamba.ops.triton import backend as triton
 from vmamba.ops.triton import interpreted
 
 # An interpreted kernel takes seconds: fewer examples there.

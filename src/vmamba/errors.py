@@ -19,3 +19,11 @@ class CheckpointError(UserError, ValueError):
 
 class ProcessError(UserError, RuntimeError):
     """Another process of a run died or hangs."""
+
+
+class BackendError(UserError, RuntimeError):
+    """A backend of the selective scan cannot run here, or cannot serve the call that names it."""
+
+
+class UnknownBackendError(BackendError, ValueError):
+    """There is no backend of that name."""

@@ -57,7 +57,7 @@ def _machine() -> dict[str, Any]:
             status.name: f"available ({status.summary})" if status.available else f"no: {status.reason}"
             for status in vmamba.ops.backends()
         },
-        "engine of choice": {kind: vmamba.ops.engine_of(kind) for kind in kinds},
+        "engine of choice": {kind: vmamba.ops.default_backend(kind) for kind in kinds},
         "cpu kernel": vmamba.ops.cpu.instruction_set(),
     }
 

@@ -27,7 +27,7 @@ def test_info_of_the_machine() -> None:
     assert found["devices"].startswith("cpu (")
     assert found["engines"].keys() == {status.name for status in vmamba.ops.backends()}
     assert found["engines"]["chunked"].startswith("available")
-    assert found["engine of choice"]["cpu"] == vmamba.ops.engine_of("cpu")
+    assert found["engine of choice"]["cpu"] == vmamba.ops.default_backend("cpu")
     assert "reference: available" in call("info").stdout
 
 

@@ -21,7 +21,7 @@ from vmamba.errors import UserError
 from vmamba.models import VMamba
 from vmamba.nn import SS2D, CascadeSS2D
 from vmamba.ops import ROUTES
-from vmamba.ops._routes import scan_order
+from vmamba.ops.routes import scan_order
 
 KINDS = ("CB", "CwBw", "ww")
 _VALUES_AT_ONCE = 2**23

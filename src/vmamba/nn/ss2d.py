@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vmamba.nn.linear import Linear, convolved_silu, linear, normed_product
 from vmamba.ops import decomposition
-from vmamba.ops._routes import route_codes
+from vmamba.ops.routes import route_codes
 
 
 def at_least_float32(t: Tensor) -> Tensor:

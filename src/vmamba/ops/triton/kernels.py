@@ -1,6 +1,6 @@
-"""The Triton kernels of the engine `triton`; imported with the first call that needs them.
+"""The Triton kernels of the backend `triton`; imported with the first call that needs them.
 
-B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 
 A program owns tiles of an image, TH × TW positions, and BD channels. It loads x once and walks all routes
 over it: within a tile a route is a scan along its rows or its columns, the *segments* of the route, and what
@@ -121,10 +121,10 @@ def adjoint_states_of(a, c, route):
 def within(d, channels, EVEN: tl.constexpr):
     """Which channels there are; EVEN: all."""
     if EVEN:  # noqa: SIM108  (the compiler takes one branch)
-        known = tl.full(d.shape, 1, tl.int1)
+        m_d = tl.full(d.shape, 1, tl.int1)
     else:
-        known = d < channels
-    return known
+        m_d = d < channels
+    return m_d
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def step_sizes(
     delta,  # (TH, TW, 1) pointers to the rows of delta, or LOW_RANK of its left factor
     parameters,  # (BD,) pointers
     d,  # (BD,)
-    known,  # (BD,)
+    m_d,  # (BD,)
     inside,  # (TH, TW, 1)
     channels,
     N: tl.constexpr,
@@ -142,13 +142,13 @@ def step_sizes(
     STATE: tl.constexpr,
 ):
     """softplus(delta + bias) and its derivative, (TH, TW, BD), 0 outside."""
-    z = tl.load(parameters + N * channels, mask=known, other=0)[None, None, :] + tl.zeros(inside.shape, STATE)
+    z = tl.load(parameters + N * channels, mask=m_d, other=0)[None, None, :] + tl.zeros(inside.shape, STATE)
     if LOW_RANK:
         for r in tl.range(R, disable_licm=True, loop_unroll_factor=1):
-            weight = tl.load(parameters + (N + 1 + r) * channels, mask=known, other=0)[None, None, :]
+            weight = tl.load(parameters + (N + 1 + r) * channels, mask=m_d, other=0)[None, None, :]
             z += tl.load(delta + r, mask=inside, other=0).to(STATE) * weight
     else:
-        z += tl.load(delta + d[None, None, :], mask=inside & known[None, None, :], other=0).to(STATE)
+        z += tl.load(delta + d[None, None, :], mask=inside & m_d[None, None, :], other=0).to(STATE)
     slope = tl.full(z.shape, 1, STATE)
     if SOFTPLUS:
         z, slope = softplus(z)
@@ -215,12 +215,12 @@ def sums_of(delta, route, ADJOINT: tl.constexpr):
 
 @triton.jit(do_not_specialize=ANY)
 def summary_kernel(
-    x_ptr,  # (B, H, W, D); ADJOINT: the gradient of y
-    delta_ptr,  # (B, H, W, K, D), without LOW_RANK
-    rows_ptr,  # (B, H, W, K, R + N + N): LOW_RANK delta's left factor, then B and C
+    x_ptr,  # (b, h, w, d); ADJOINT: the gradient of y
+    delta_ptr,  # (b, h, w, k, d), without LOW_RANK
+    rows_ptr,  # (b, h, w, k, r + n + n): LOW_RANK delta's left factor, then B and C
     parameters_ptr,  # (1 + K·(N + 1 + R), D): the sum of D; of each route A, bias and delta's right factor
-    elapsed_ptr,  # (B, K, segments, D)
-    summand_ptr,  # (B, K, N, segments, D)
+    elapsed_ptr,  # (b, k, segments, d)
+    summand_ptr,  # (b, k, n, segments, d)
     row_p,
     row_k,
     height,
@@ -256,14 +256,14 @@ def summary_kernel(
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
-        known = channel[None, None, :]
+        m_d = channel[None, None, :]
         for i in tl.range(TILES, disable_licm=True, loop_unroll_factor=1):
             tile = first + i
             h, w = positions(tile, width, TH, TW)
             inside = (h < height) & (w < width)
             position = h * width + w
-            own = position * channels + d[None, None, :]
-            x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+            o_x = position * channels + d[None, None, :]
+            x = tl.load(x_ptr + o_x, mask=inside & m_d, other=0).to(STATE)
             for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
                 route = (codes >> (2 * k)) & 3
                 rows = rows_ptr + (k * row_k + position * row_p)
@@ -278,10 +278,10 @@ def summary_kernel(
                 elapsed = elapsed_ptr + k * segments * channels
                 if route % 2 == 0:
                     row_elapsed = tl.sum(delta, 1, keep_dims=True)
-                    tl.store(elapsed + row, row_elapsed, mask=(h < height) & known)
+                    tl.store(elapsed + row, row_elapsed, mask=(h < height) & m_d)
                 else:
                     column_elapsed = tl.sum(delta, 0, keep_dims=True)
-                    tl.store(elapsed + column, column_elapsed, mask=(w < width) & known)
+                    tl.store(elapsed + column, column_elapsed, mask=(w < width) & m_d)
                 driven = x if ADJOINT else x * delta
                 for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                     A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
@@ -290,20 +290,20 @@ def summary_kernel(
                     summand = summand_ptr + (k * N + n) * segments * channels
                     if route % 2 == 0:
                         row_q = tl.sum(q, 1, keep_dims=True)
-                        tl.store(summand + row, row_q, mask=(h < height) & known)
+                        tl.store(summand + row, row_q, mask=(h < height) & m_d)
                     else:
                         column_q = tl.sum(q, 0, keep_dims=True)
-                        tl.store(summand + column, column_q, mask=(w < width) & known)
+                        tl.store(summand + column, column_q, mask=(w < width) & m_d)
 
 
 @triton.jit(do_not_specialize=ANY)
 def chain_kernel(
-    elapsed_ptr,  # (B, K, segments, D)
-    summand_ptr,  # (B, K, N, segments, D)
+    elapsed_ptr,  # (b, k, segments, d)
+    summand_ptr,  # (b, k, n, segments, d)
     parameters_ptr,
-    initial_ptr,  # (B, K, N, D)
-    carry_ptr,  # (B, K, N, segments, D)
-    last_ptr,  # (B, K, N, D)
+    initial_ptr,  # (b, k, n, d)
+    carry_ptr,  # (b, k, n, segments, d)
+    last_ptr,  # (b, k, n, d)
     channels,
     segments,
     row_segments,
@@ -323,43 +323,43 @@ def chain_kernel(
     n = tl.program_id(2)
     k = (sequence % K).to(tl.int32)
     route = (codes >> (2 * k)) & 3
-    own = tl.where(route % 2 == 0, row_segments, column_segments)
-    first = tl.where((route >= 2) != ADJOINT, own - 1, 0)
+    n_segments = tl.where(route % 2 == 0, row_segments, column_segments)
+    first = tl.where((route >= 2) != ADJOINT, n_segments - 1, 0)
     step = tl.where((route >= 2) != ADJOINT, -1, 1)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    known = d < channels
-    A = tl.load(parameters_ptr + ((1 + k * (N + 1 + R) + n) * channels + d), mask=known, other=0)
+    m_d = d < channels
+    A = tl.load(parameters_ptr + ((1 + k * (N + 1 + R) + n) * channels + d), mask=m_d, other=0)
     elapsed_ptr += sequence * segments * channels + d
     summand_ptr += (sequence * N + n) * segments * channels + d
     carry_ptr += (sequence * N + n) * segments * channels + d
     ends = (sequence * N + n) * channels + d
     state = tl.zeros((BD,), STATE)
     if HAS_INITIAL:
-        state = tl.load(initial_ptr + ends, mask=known, other=0)
-    tl.store(carry_ptr + first * channels, state, mask=known)
+        state = tl.load(initial_ptr + ends, mask=m_d, other=0)
+    tl.store(carry_ptr + first * channels, state, mask=m_d)
     s = tl.arange(0, BS)[:, None]
-    for start in range(0, own, BS):
+    for start in range(0, n_segments, BS):
         at = (first + step * (start + s)) * channels
-        exists = (start + s < own) & known[None, :]
+        exists = (start + s < n_segments) & m_d[None, :]
         p = tl.exp(tl.load(elapsed_ptr[None, :] + at, mask=exists, other=0) * A[None, :])
         q = tl.load(summand_ptr[None, :] + at, mask=exists, other=0)
         p, q = tl.associative_scan((p, q), 0, compose)
         after = q + p * state[None, :]
-        following = (start + s + 1 < own) & known[None, :]
+        following = (start + s + 1 < n_segments) & m_d[None, :]
         tl.store(carry_ptr[None, :] + at + step * channels, after, mask=following)
         state = tl.sum(tl.where(s == BS - 1, after, 0), 0)
-    tl.store(last_ptr + ends, state, mask=known)
+    tl.store(last_ptr + ends, state, mask=m_d)
 
 
 @triton.jit(do_not_specialize=ANY)
 def output_kernel(
-    x_ptr,  # (B, H, W, D)
+    x_ptr,  # (b, h, w, d)
     delta_ptr,
     rows_ptr,
     parameters_ptr,
-    carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
-    y_ptr,  # (B, H, W, D)
-    last_ptr,  # (B, K, N, D)
+    carry_ptr,  # (b, k, n, segments, d); WHOLE: the initial state, (b, k, n, d)
+    y_ptr,  # (b, h, w, d)
+    last_ptr,  # (b, k, n, d)
     row_p,
     row_k,
     height,
@@ -393,7 +393,7 @@ def output_kernel(
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
-        known = channel[None, None, :]
+        m_d = channel[None, None, :]
         for i in tl.range(TILES, disable_licm=True, loop_unroll_factor=1):
             tile = first + i
             h, w = positions(tile, width, TH, TW)
@@ -402,8 +402,8 @@ def output_kernel(
             # What is beyond the image takes any state: its step size is 0.
             row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
             column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
-            own = position * channels + d[None, None, :]
-            x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
+            o_x = position * channels + d[None, None, :]
+            x = tl.load(x_ptr + o_x, mask=inside & m_d, other=0).to(STATE)
             y = x * tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
             for k in tl.range(K, disable_licm=True, loop_unroll_factor=1):
                 route = (codes >> (2 * k)) & 3
@@ -422,25 +422,25 @@ def output_kernel(
                         sums = sums_of(delta, route, False)
                         b += a * states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
                     else:
-                        b += a * carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
+                        b += a * carry_in(states + d[None, None, :], row, column, m_d, route, TH, TW)
                     q = states_of(a, b, route)
                     y += q * tl.load(rows + R + N + n, mask=inside, other=0).to(STATE)
                     if WHOLE:
                         final = at_end(q, h, w, height, width, route)
                         tl.store(last_ptr + ((k * N + n) * channels + d), final, mask=channel)
-            tl.store(y_ptr + own, y, mask=inside & known)
+            tl.store(y_ptr + o_x, y, mask=inside & m_d)
 
 
 @triton.jit
-def carry_in(states, row, column, known, route, TH: tl.constexpr, TW: tl.constexpr):
+def carry_in(states, row, column, m_d, route, TH: tl.constexpr, TW: tl.constexpr):
     """The state before each segment at the segment's first position, else 0; (TH, TW, BD)."""
     if route % 2 == 0:
-        row_state = tl.load(states + row, mask=known, other=0)
-        found = tl.where(tl.arange(0, TW)[None, :, None] == tl.where(route == 0, 0, TW - 1), row_state, 0)
+        row_state = tl.load(states + row, mask=m_d, other=0)
+        state = tl.where(tl.arange(0, TW)[None, :, None] == tl.where(route == 0, 0, TW - 1), row_state, 0)
     else:
-        column_state = tl.load(states + column, mask=known, other=0)
-        found = tl.where(tl.arange(0, TH)[:, None, None] == tl.where(route == 1, 0, TH - 1), column_state, 0)
-    return found
+        column_state = tl.load(states + column, mask=m_d, other=0)
+        state = tl.where(tl.arange(0, TH)[:, None, None] == tl.where(route == 1, 0, TH - 1), column_state, 0)
+    return state
 
 
 @triton.jit
@@ -451,10 +451,10 @@ def states_between(delta, b, A, initial, channel, sums, route, HAS_INITIAL: tl.c
     if HAS_INITIAL:
         first = tl.load(initial, mask=channel, other=0)
     if route % 2 == 0:
-        found = along_segments(delta, b, A, first, route == 2, 1)
+        state = along_segments(delta, b, A, first, route == 2, 1)
     else:
-        found = along_segments(delta, b, A, first, route == 3, 0)
-    return found
+        state = along_segments(delta, b, A, first, route == 3, 0)
+    return state
 
 
 @triton.jit
@@ -484,18 +484,18 @@ def at_end(t, h, w, height, width, route):
 
 @triton.jit(do_not_specialize=[*ANY, "x_ptr", "grad_y_ptr", "grad_x_ptr"])
 def gradient_kernel(
-    x_ptr,  # (B, H, W, D)
+    x_ptr,  # (b, h, w, d)
     delta_ptr,
     rows_ptr,
     parameters_ptr,
-    carry_ptr,  # (B, K, N, segments, D); WHOLE: the initial state, (B, K, N, D)
-    adjoint_ptr,  # (B, K, N, segments, D); WHOLE: the gradient of the last state, (B, K, N, D)
-    grad_y_ptr,  # (B, H, W, D), contiguous as all below
-    grad_x_ptr,  # (B, H, W, D)
-    grad_delta_ptr,  # (B, H, W, K, D), without LOW_RANK
-    grad_rows_ptr,  # (B, groups, H, W, K, R + N + N), by groups of channels
+    carry_ptr,  # (b, k, n, segments, d); WHOLE: the initial state, (b, k, n, d)
+    adjoint_ptr,  # (b, k, n, segments, d); WHOLE: the gradient of the last state, (b, k, n, d)
+    grad_y_ptr,  # (b, h, w, d), contiguous as all below
+    grad_x_ptr,  # (b, h, w, d)
+    grad_delta_ptr,  # (b, h, w, k, d), without LOW_RANK
+    grad_rows_ptr,  # (b, groups, h, w, k, r + n + n), by groups of channels
     shares_ptr,  # (tiles, 1 + K·(N + 1 + R), D): of the parameters, by tiles
-    grad_initial_ptr,  # (B, K, N, D), with WHOLE and HAS_CARRY
+    grad_initial_ptr,  # (b, k, n, d), with WHOLE and HAS_CARRY
     row_p,
     row_k,
     height,
@@ -541,10 +541,10 @@ def gradient_kernel(
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
         d = (tl.program_id(1) * blocks + block) * BD + tl.arange(0, BD)
         channel = within(d, channels, EVEN)
-        known = channel[None, None, :]
-        own = position * channels + d[None, None, :]
-        x = tl.load(x_ptr + own, mask=inside & known, other=0).to(STATE)
-        grad_y = tl.load(grad_y_ptr + own, mask=inside & known, other=0).to(STATE)
+        m_d = channel[None, None, :]
+        o_x = position * channels + d[None, None, :]
+        x = tl.load(x_ptr + o_x, mask=inside & m_d, other=0).to(STATE)
+        grad_y = tl.load(grad_y_ptr + o_x, mask=inside & m_d, other=0).to(STATE)
         D = tl.load(parameters_ptr + d, mask=channel, other=0)[None, None, :]
         grad_x = grad_y * D
         share = tl.sum(tl.sum(grad_y * x, 0), 0)
@@ -572,7 +572,7 @@ def gradient_kernel(
                     sums = sums_of(delta, route, False)
                     before = states_between(delta, b, A, states + d, channel, sums, route, HAS_CARRY)
                 else:
-                    before = carry_in(states + d[None, None, :], row, column, known, route, TH, TW)
+                    before = carry_in(states + d[None, None, :], row, column, m_d, route, TH, TW)
                 decayed = decayed_states_of(a, a * before, b, route)
                 add_to(
                     grad_rows + R + N + n, tl.sum(grad_y * (decayed + b), 2, keep_dims=True), inside, block
@@ -583,7 +583,7 @@ def gradient_kernel(
                     sums = sums_of(delta, route, True)
                     c += states_between(delta, c, A, states + d, channel, sums, route ^ 2, HAS_ADJOINT)
                 else:
-                    c += carry_in(states + d[None, None, :], row, column, known, route ^ 2, TH, TW)
+                    c += carry_in(states + d[None, None, :], row, column, m_d, route ^ 2, TH, TW)
                 g = adjoint_states_of(a, c, route)
                 if WHOLE and HAS_CARRY:
                     first = at_end(a * g, h, w, height, width, route ^ 2)
@@ -612,9 +612,9 @@ def gradient_kernel(
                         block,
                     )
             else:
-                tl.store(grad_delta_ptr + in_delta + d[None, None, :], grad_delta, mask=inside & known)
+                tl.store(grad_delta_ptr + in_delta + d[None, None, :], grad_delta, mask=inside & m_d)
             rows += row_k
-        tl.store(grad_x_ptr + own, grad_x, mask=inside & known)
+        tl.store(grad_x_ptr + o_x, grad_x, mask=inside & m_d)
         tl.debug_barrier()  # the next block of channels adds to the rows stored here
 
 

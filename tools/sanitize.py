@@ -1,7 +1,7 @@
 """Build the CPU kernel with sanitizers and run its tests on it.
 
-    python scripts/sanitize.py address,undefined
-    python scripts/sanitize.py thread
+    python tools/sanitize.py address,undefined
+    python tools/sanitize.py thread
 
 Needs GCC, whose runtime is loaded before Python. A report ends the run with an error.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
-TESTS = ("tests/ops/test_cpu.py", "tests/ops/test_engines.py")
+TESTS = ("tests/ops/test_cpu.py", "tests/ops/test_backends.py")
 # What starts other processes or measures memory, and the engines that are not in question.
 LEFT_OUT = "not leak and not freed and not torch and not chunked and not reference"
 # An editable install answers imports before any path is asked.

@@ -1,6 +1,6 @@
 """Run timm's own model tests on our models, and fail unless each really ran and passed.
 
-    python scripts/timm_conformance.py [--models NAME …] [--cache FOLDER]
+    python tools/timm_conformance.py [--models NAME …] [--cache FOLDER]
 
 Fetches the source distribution of the installed timm from PyPI (once, into the cache), adds our module to the
 filter of its intermediate-feature tests, and selects every test of ours by its exact id.

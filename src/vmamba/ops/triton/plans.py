@@ -1,53 +1,83 @@
-"""Which plan a kernel of the engine `triton` is launched by: the default one, or the fastest of a few.
+"""How a Triton kernel is launched: by a default plan, or by the fastest of a few that were measured.
 
-Nothing is measured unless `VMAMBA_TRITON_PLANS` in the environment names a file. A call that the file does
-not know measures the candidates on its own operands, and the file keeps the fastest: from then on every call
-and every process that reads the file takes that one, without measuring. Plans sum in different orders: from
-plan to plan results differ in their last digits, from call to call by one plan never.
+Nothing is measured unless `VMAMBA_TRITON_PLANS` in the environment names a file. A call that is not in the
+file measures the candidates on its own operands, and the file keeps the fastest: from then on every call and
+every process that reads the file takes that one, without measuring. Plans sum in different orders: results of
+two plans differ in their last digits, those of one plan never do.
 """
 
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from vmamba.ops.triton import Plan
 
 VARIABLE = "VMAMBA_TRITON_PLANS"
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is launched.
+
+    Attributes:
+        programs: Programs for each group of channels.
+        tiles: Tiles of the image that a program takes, one after the other.
+        groups: Groups of channels, each a program's.
+        blocks: Blocks of channels in a group, one after the other.
+        height: Height of a tile.
+        width: Width of a tile.
+        channels: Channels in a block.
+        warps: Warps of a program.
+    """
+
+    programs: int
+    tiles: int
+    groups: int
+    blocks: int
+    height: int
+    width: int
+    channels: int
+    warps: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.programs, self.groups
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"TILES": self.tiles, "TH": self.height, "TW": self.width, "BD": self.channels}
+
+
 class PlanFile:
     """The fastest plans by call, in a JSON file.
 
     A file that cannot be read counts as empty, one that cannot be written keeps nothing for the next process;
-    a warning tells of both.
+    both are logged as a warning.
 
     Args:
-        path: Of the file; it and its folder are made with the first measurement.
+        path: The file; it and its folder are made with the first measurement.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, Lock()
-        self._known = self._read()
+        self._plans = self._read()
 
     def _read(self) -> dict[str, Any]:
         try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-            if not isinstance(known, dict):
-                raise ValueError(f"expected an object by call, got {type(known).__name__}")
-            return known
+            plans = json.loads(self._path.read_text(encoding="utf-8"))
+            if not isinstance(plans, dict):
+                raise ValueError(f"expected an object by call, got {type(plans).__name__}")
+            return plans
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -57,40 +87,40 @@ class PlanFile:
     def fastest(
         self,
         call: str,
-        plans: Sequence["Plan"],
-        milliseconds: Callable[["Plan"], float],
+        plans: Sequence[Plan],
+        milliseconds: Callable[[Plan], float],
         *,
         measure: bool = True,
-    ) -> "Plan":
-        """The plan that the file has for a call, else the one measured now, else the first.
+    ) -> Plan:
+        """The plan in the file for a call, else the one measured now, else the first.
 
         Args:
             call: What the choice depends on.
             plans: Candidates; the first is the default.
             milliseconds: Time of a plan, infinite where it does not run here.
-            measure: Whether this is a time to measure; otherwise the default serves what is not known.
+            measure: Whether to measure a call that is not in the file; otherwise it gets the default.
         """
         with self._lock:
             for plan in plans:
-                if asdict(plan) == self._known.get(call):
+                if asdict(plan) == self._plans.get(call):
                     return plan
             if not measure:
                 return plans[0]
             times = {plan: milliseconds(plan) for plan in plans}
             best = min(plans, key=times.__getitem__)  # of equals the first, which is the default
             log.info("%s: %s, %.3g ms; by default %.3g ms", call, best, times[best], times[plans[0]])
-            self._known[call] = asdict(best)
+            self._plans[call] = asdict(best)
             self._write()
             return best
 
     def _write(self) -> None:
-        """With what other processes have added meanwhile, and whole or not at all."""
+        """Add what other processes have written meanwhile; replace the file in one step."""
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._known = self._read() | self._known
+            self._plans = self._read() | self._plans
             try:
-                temporary.write_text(json.dumps(self._known, indent=1, sort_keys=True), encoding="utf-8")
+                temporary.write_text(json.dumps(self._plans, indent=1, sort_keys=True), encoding="utf-8")
                 os.replace(temporary, self._path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -103,9 +133,7 @@ def _file(path: str) -> PlanFile:
     return PlanFile(Path(path).expanduser())
 
 
-def plan_for(
-    call: str, plans: Sequence["Plan"], launch: Callable[["Plan"], Any], device: torch.device
-) -> "Plan":
+def plan_for(call: str, plans: Sequence[Plan], launch: Callable[[Plan], Any], device: torch.device) -> Plan:
     """The first of the plans, or the fastest where `VMAMBA_TRITON_PLANS` is set.
 
     Args:

@@ -1,8 +1,8 @@
-"""Engine `triton`: fused over routes, for GPUs; the kernels are in `triton_kernels`.
+"""Backend `triton`: fused over routes, for GPUs; the kernels are in `kernels.py`.
 
-B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 
-With `TRITON_INTERPRET=1` in the environment Triton interprets the kernels on the CPU, and the engine takes
+With `TRITON_INTERPRET=1` in the environment Triton interprets the kernels on the CPU, and the backend takes
 CPU tensors: slow, and the way to test it without a GPU.
 """
 
@@ -11,7 +11,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -19,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmamba.ops._registry import Backend, Gradients, register
-from vmamba.ops._validate import state_dtype
-from vmamba.ops.tuning import plan_for
+from vmamba.ops.backend import Backend, Gradients, why_not_kernel
+from vmamba.ops.operands import Operands
+from vmamba.ops.triton.plans import Plan, plan_for
 
 MOST_STATES = 64
-"""The largest N; beyond it `chunked` serves."""
+"""The largest state size; beyond it `chunked` serves."""
+
+MOST_ROUTES = 31
+"""Their codes travel to the kernels in one integer, two bits each."""
 
 SETTINGS = {
     "summary": ((4096, 8, 8), (2048, 4, 4), (1024, 4, 4)),
@@ -34,56 +36,23 @@ SETTINGS = {
     "gradient of several states": ((1024, 8, 16),),
 }
 """Float32 values in a tile, and most warps of 32 threads and of 64 (AMD), as fits the registers
-(`python -m vmamba.ops.compile_triton`). The first of each is the default, `tuning` chooses from all."""
+(`python tools/compile_triton.py`). The first of each is the default, `plans` may choose from all."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
 """Positions up to which an image is one tile, in forward and in backward."""
 
 PROGRAMS = 128
-"""As many at least, by taking fewer blocks of channels each: enough for the multiprocessors of a GPU."""
+"""Launch at least as many, by taking fewer blocks of channels each: enough for a GPU's multiprocessors."""
 
 MOST_TILES = 4
-"""Of an image that a program takes where it can, so as to load the weights of its channels once for them;
-with several states one alone, as fits the scalar registers of AMD, and in the gradient too."""
+"""The most tiles of an image for one program, which loads the weights of its channels once for all of them.
+With several states, and in the gradient, it is one tile: more do not fit AMD's scalar registers."""
 
 CHAIN = {"BS": 32, "BD": 32}
 """Segments and channels that a program of `chain_kernel` takes at a time."""
 
 OLDEST = (3, 4)
-"""The first Triton whose loops can be told not to hoist; without it kernels spill registers."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a kernel is launched.
-
-    Attributes:
-        programs: For each group of channels.
-        tiles: Of a program.
-        groups: Of channels.
-        blocks: Of channels in a group, one after the other.
-        height: Of a tile.
-        width: Of a tile.
-        channels: In a block.
-        warps: Of a program.
-    """
-
-    programs: int
-    tiles: int
-    groups: int
-    blocks: int
-    height: int
-    width: int
-    channels: int
-    warps: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.programs, self.groups
-
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"TILES": self.tiles, "TH": self.height, "TW": self.width, "BD": self.channels}
+"""The first Triton version with `disable_licm` for loops; without it kernels spill registers."""
 
 
 def _warp_size() -> int:
@@ -121,90 +90,88 @@ def interpreted() -> bool:
 
 
 def _position_stride(t: Tensor) -> int:
-    """From one position to the next of an operand (B, H, W, …); 0 if that is not the same everywhere."""
-    found, positions = set(), 1
+    """From one position to the next of an operand (b, h, w, …); 0 if that is not the same everywhere."""
+    strides, positions = set(), 1
     for size, stride in zip(reversed(t.shape[:3]), reversed(t.stride()[:3]), strict=True):
         if size > 1:
-            found.add(stride / positions)
+            strides.add(stride / positions)
         positions *= size
-    if not found:
+    if not strides:
         return t.shape[3:].numel()
-    return int(found.pop()) if len(found) == 1 else 0
+    return int(strides.pop()) if len(strides) == 1 else 0
 
 
 def _addressed(t: Tensor) -> Tensor:
     """An operand as the kernels address it: the last stride 1, one stride over all positions."""
-    return t if t.stride(-1) == 1 and _position_stride(t) else t.contiguous()
+    stride = _position_stride(t)
+    fits = stride * t.shape[1] * t.shape[2] < 2**31
+    return t if t.stride(-1) == 1 and stride and fits else t.contiguous()
 
 
-def _packed(parts: list[Tensor]) -> Tensor:
+def _packed(operands: list[Tensor]) -> Tensor:
     """(…, n) of several operands as one; without a copy where they are neighbours in memory already."""
-    first = parts[0]
+    first = operands[0]
     start = first.storage_offset()
-    for part in parts:
-        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or (
-            part.dtype,
-            part.stride(),
-            part.storage_offset(),
+    for t in operands:
+        if t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or (
+            t.dtype,
+            t.stride(),
+            t.storage_offset(),
         ) != (first.dtype, first.stride(), start):
-            return torch.cat(parts, -1)
-        start += part.shape[-1]
+            return torch.cat(operands, -1)
+        start += t.shape[-1]
     width = start - first.storage_offset()
     return first.as_strided((*first.shape[:-1], width), first.stride(), first.storage_offset())
 
 
 class _Call:
-    """The operands of one call, as the kernels take them."""
+    """The operands of one call, as the kernels take them.
 
-    def __init__(
-        self,
-        x: Tensor,  # (B, H, W, D)
-        delta: Tensor,  # (B, H, W, K, D), or (B, H, W, K, R) with delta_weight
-        A: Tensor,  # (K, D, N)
-        B: Tensor,  # (B, H, W, K, N)
-        C: Tensor,  # (B, H, W, K, N)
-        D: Tensor | None,  # (K, D)
-        delta_bias: Tensor | None,  # (K, D)
-        delta_weight: Tensor | None,  # (K, D, R)
-        delta_softplus: bool,
-        routes: list[int],
-        whole: int,
-    ) -> None:
+    Args:
+        call: The call.
+        whole: Positions up to which an image is one tile.
+    """
+
+    def __init__(self, call: Operands, whole: int) -> None:
         import triton.language as tl
 
-        self.dtype = state_dtype(x)
-        self.batch, self.height, self.width, self.channels = x.shape
-        self.n_routes, self.n_state = len(routes), A.shape[2]
-        self.rank = 0 if delta_weight is None else delta_weight.shape[2]
-        self.x = x.contiguous()
-        self.rows = _addressed(_packed([B, C] if delta_weight is None else [delta, B, C]))
-        self.delta = self.rows if delta_weight is not None else delta.contiguous()
-        self.parameters = self._parameters(A, D, delta_bias, delta_weight)
+        delta_weight = call.delta_weight
+        self.dtype = call.state_dtype
+        self.batch, self.height, self.width, self.channels = call.x.shape
+        self.n_routes, self.n_state, self.rank = call.n_routes, call.n_state, call.rank
+        self.x = call.x.contiguous()
+        rows = [call.B, call.C] if delta_weight is None else [call.delta, call.B, call.C]
+        self.rows = _addressed(_packed(rows))
+        self.delta = self.rows if delta_weight is not None else call.delta.contiguous()
+        self.parameters = self._parameters(call)
         self.operands = (self.x, self.delta, self.rows, self.parameters)
         self.strides = (_position_stride(self.rows), self.rows.stride(3))
         self.tile = tile_of(self.height, self.width, whole)
         self.segments = segments(self.height, self.width, whole)
         self.whole = not any(self.segments)
         self.image = (self.height, self.width, self.channels)
-        self.routes = (sum(code << (2 * k) for k, code in enumerate(routes)), self.n_routes, self.n_state)
+        self.routes = (
+            sum(code << (2 * k) for k, code in enumerate(call.routes)),
+            self.n_routes,
+            self.n_state,
+        )
         self.constants = {
             "STATE": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "LOW_RANK": delta_weight is not None,
-            "SOFTPLUS": delta_softplus,
+            "SOFTPLUS": call.delta_softplus,
         }
 
-    def _parameters(
-        self, A: Tensor, D: Tensor | None, delta_bias: Tensor | None, delta_weight: Tensor | None
-    ) -> Tensor:
-        """D's sum over routes, then A, bias and delta_weight of each route: (1 + K·(N + 1 + R), D)."""
+    def _parameters(self, call: Operands) -> Tensor:
+        """D's sum over routes, then A, bias and delta_weight of each route: (1 + k·(n + 1 + r), d)."""
         zero = self.empty(self.n_routes, self.channels).zero_()
+        D = zero if call.D is None else call.D.to(self.dtype)
+        bias = zero if call.delta_bias is None else call.delta_bias.to(self.dtype)
         # exp(0 · A) of the positions that pad a tile must be 1, for an infinite A too.
-        of_routes = [A.to(self.dtype).clamp(min=torch.finfo(self.dtype).min).mT]
-        of_routes.append((zero if delta_bias is None else delta_bias.to(self.dtype))[:, None])
-        if delta_weight is not None:
-            of_routes.append(delta_weight.to(self.dtype).mT)
-        skip = (zero if D is None else D.to(self.dtype)).sum(0, keepdim=True)
-        return torch.cat((skip, torch.cat(of_routes, 1).flatten(0, 1)))
+        A = call.A.to(self.dtype).clamp(min=torch.finfo(self.dtype).min)
+        of_routes = [A.mT, bias[:, None]]
+        if call.delta_weight is not None:
+            of_routes.append(call.delta_weight.to(self.dtype).mT)
+        return torch.cat((D.sum(0, keepdim=True), torch.cat(of_routes, 1).flatten(0, 1)))
 
     def launch(
         self,
@@ -217,7 +184,7 @@ class _Call:
         plans = list(dict.fromkeys(self.plan(*each, most_tiles) for each in SETTINGS[settings]))
         sizes = (self.batch, self.height, self.width, self.channels, self.n_routes, self.n_state, self.rank)
         types = (str(t.dtype).removeprefix("torch.") for t in (self.x, self.delta, self.rows))
-        call = f"{kernel} of (B, H, W, D, K, N, R) = {sizes} in {', '.join(types)}"
+        call = f"{kernel} of (b, h, w, d, k, n, r) = {sizes} in {', '.join(types)}"
         return run(plan_for(call, plans, run, self.x.device))
 
     def plan(self, values: int, warps: int, wide_warps: int, most_tiles: int = 1) -> Plan:
@@ -239,16 +206,17 @@ class _Call:
         return self.x.new_empty(shape, dtype=self.dtype)
 
     def per_channel(self, t: Tensor | None) -> Tensor | None:
-        """(B, K, D, N) → (B, K, N, D)."""
+        """(b, k, d, n) → (b, k, n, d)."""
         return None if t is None else t.mT.to(self.dtype).contiguous()
 
     def carry(self, first: Tensor | None, adjoint_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state before each segment, (B, K, N, segments, D), and the last one, (B, K, N, D).
+        """The state before each segment, (b, k, n, segments, d), and the last one, (b, k, n, d).
 
-        first: the state before the first, (B, K, N, D); None: 0.
-        adjoint_of: the gradient of y; the adjoint states along the reversed routes are meant then.
+        Args:
+            first: The state before the first segment, (b, k, n, d); None: zero.
+            adjoint_of: The gradient of y, for the adjoint states along the reversed routes instead.
         """
-        from vmamba.ops import triton_kernels as kernels
+        from vmamba.ops.triton import kernels
 
         places = max(self.segments)
         elapsed = self.empty(self.batch, self.n_routes, places, self.channels)
@@ -261,8 +229,16 @@ class _Call:
 
         def summarise(plan: Plan) -> None:
             kernels.summary_kernel[plan.grid](
-                *(read, *self.operands[1:], elapsed, summand),
-                *(*self.strides, *self.image, plan.blocks, places, *self.routes, self.rank),
+                read,
+                *self.operands[1:],
+                elapsed,
+                summand,
+                *self.strides,
+                *self.image,
+                plan.blocks,
+                places,
+                *self.routes,
+                self.rank,
                 **self.constants,
                 **plan.constants,
                 EVEN=self.channels % plan.channels == 0,
@@ -273,8 +249,17 @@ class _Call:
 
         self.launch("adjoint summary" if adjoint else "summary", "summary", summarise, MOST_TILES)
         kernels.chain_kernel[(self.batch * self.n_routes, -(-self.channels // CHAIN["BD"]), self.n_state)](
-            *(elapsed, summand, self.parameters, carry if first is None else first, carry, last),
-            *(self.channels, places, *self.segments, *self.routes, self.rank),
+            elapsed,
+            summand,
+            self.parameters,
+            carry if first is None else first,
+            carry,
+            last,
+            self.channels,
+            places,
+            *self.segments,
+            *self.routes,
+            self.rank,
             STATE=self.constants["STATE"],
             HAS_INITIAL=first is not None,
             ADJOINT=adjoint,
@@ -285,25 +270,13 @@ class _Call:
         return carry, last
 
 
-def forward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,  # (B, K, D, N)
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.forward`; the states saved are those before the segments of the tiles."""
-    from vmamba.ops import triton_kernels as kernels
+    from vmamba.ops.triton import kernels
 
-    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE)
-    y = call.empty(*x.shape)
-    carry = call.per_channel(initial_state)
+    call = _Call(operands, WHOLE)
+    y = call.empty(*operands.x.shape)
+    carry = call.per_channel(operands.initial_state)
     last = call.empty(call.batch, call.n_routes, call.n_state, call.channels)
     states = call.empty(call.batch, call.n_routes, 0, call.n_state, call.channels)
     if not call.whole:
@@ -312,8 +285,16 @@ def forward(
 
     def output(plan: Plan) -> None:
         kernels.output_kernel[plan.grid](
-            *(*call.operands, y if carry is None else carry, y, last),
-            *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, call.rank),
+            *call.operands,
+            y if carry is None else carry,
+            y,
+            last,
+            *call.strides,
+            *call.image,
+            plan.blocks,
+            max(1, *call.segments),
+            *call.routes,
+            call.rank,
             **call.constants,
             **plan.constants,
             EVEN=call.channels % plan.channels == 0,
@@ -328,50 +309,41 @@ def forward(
     return y, last.mT.contiguous(), states
 
 
-def backward(
-    grad_y: Tensor,
-    grad_last: Tensor | None,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    states: Tensor,
-) -> Gradients:
+def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands, states: Tensor) -> Gradients:
     """As `Backend.backward`."""
-    from vmamba.ops import triton_kernels as kernels
+    from vmamba.ops.triton import kernels
 
-    call = _Call(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, WHOLE_BACKWARD)
+    call = _Call(operands, WHOLE_BACKWARD)
+    x, delta = operands.x, operands.delta
     grad_y = grad_y.contiguous()
-    carry, adjoint = call.per_channel(initial_state), call.per_channel(grad_last)
-    batch, n_routes, n_state, rank, channels = (
-        *x.shape[:1],
-        call.n_routes,
-        call.n_state,
-        call.rank,
-        x.shape[3],
-    )
-    grad_initial = call.empty(batch, n_routes, n_state, channels)
+    carry, adjoint = call.per_channel(operands.initial_state), call.per_channel(grad_last_state)
+    batch, n_routes, n_state, rank = call.batch, call.n_routes, call.n_state, call.rank
+    grad_initial = call.empty(batch, n_routes, n_state, call.channels)
     if not call.whole:
         carry = states if states.numel() else call.carry(carry)[0]
         adjoint, grad_initial = call.carry(adjoint, grad_y)
     grad_x = x.new_empty(x.shape)
-    grad_delta = delta.new_empty(delta.shape if delta_weight is None else 0)
+    grad_delta = delta.new_empty(0 if rank else delta.shape)
 
     def gradient(plan: Plan) -> tuple[Tensor, Tensor]:
-        rows = call.empty(batch, plan.groups, *B.shape[1:4], rank + 2 * n_state)
+        rows = call.empty(batch, plan.groups, *operands.B.shape[1:4], rank + 2 * n_state)
         shares = call.empty(plan.programs, *call.parameters.shape)
         kernels.gradient_kernel[plan.grid](
             *call.operands,
-            *(x if carry is None else carry, x if adjoint is None else adjoint, grad_y),
-            *(grad_x, grad_delta, rows, shares, grad_initial),
-            *(*call.strides, *call.image, plan.blocks, max(1, *call.segments), *call.routes, rank),
+            x if carry is None else carry,
+            x if adjoint is None else adjoint,
+            grad_y,
+            grad_x,
+            grad_delta,
+            rows,
+            shares,
+            grad_initial,
+            *call.strides,
+            *call.image,
+            plan.blocks,
+            max(1, *call.segments),
+            *call.routes,
+            rank,
             **call.constants,
             **plan.constants,
             EVEN=call.channels % plan.channels == 0,
@@ -391,14 +363,14 @@ def backward(
     grad_A, grad_bias, grad_weight = of_routes.split((n_state, 1, rank), 1)
     return (
         grad_x,
-        grad_delta if delta_weight is None else grad_low,
+        grad_low if rank else grad_delta,
         grad_A.mT,
         grad_B,
         grad_C,
-        None if D is None else parameters[0].expand(n_routes, -1),
-        None if delta_bias is None else grad_bias[:, 0],
-        None if delta_weight is None else grad_weight.mT,
-        None if initial_state is None else grad_initial.mT,
+        None if operands.D is None else parameters[0].expand(n_routes, -1),
+        None if operands.delta_bias is None else grad_bias[:, 0],
+        grad_weight.mT if rank else None,
+        None if operands.initial_state is None else grad_initial.mT,
     )
 
 
@@ -421,8 +393,13 @@ def _version() -> tuple[int, ...] | None:
     return None
 
 
+@cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _why_not_here() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "Triton is not installed; it comes with PyTorch's builds for NVIDIA, AMD and Intel GPUs"
     version = _version()
     if version is not None and version < OLDEST:
@@ -434,22 +411,31 @@ def _why_not_here() -> str | None:
     return None
 
 
-def _why_not(device: torch.device, n_state: int) -> str | None:
-    if device.type not in (("cpu",) if interpreted() else ("cuda", "xpu")):
-        return f"it runs on a GPU, the operands are on {device}"
-    if n_state > MOST_STATES:
-        return f"it takes a state size N of at most {MOST_STATES}, got {n_state}"
+def _largest_offset(call: Operands) -> int:
+    """Values of one image in the largest of the arrays that the kernels address."""
+    _, height, width, d = call.x.shape
+    k, n, r = call.n_routes, call.n_state, call.rank
+    places = max(segments(height, width, WHOLE_BACKWARD))
+    return max(call.length * k * (r + 2 * n), call.length * d * (1 if r else k), k * n * places * d)
+
+
+def _why_not(call: Operands) -> str | None:
+    reason = why_not_kernel(call, ("cpu",) if interpreted() else ("cuda", "xpu"), MOST_STATES)
+    if reason is not None:
+        return reason
+    if call.n_routes > MOST_ROUTES:
+        return f"it takes at most {MOST_ROUTES} routes, got {call.n_routes}"
+    if _largest_offset(call) >= 2**31:
+        return f"it counts within an image in 32 bits; x of {tuple(call.x.shape)} and its routes need more"
     return None
 
 
-register(
-    Backend(
-        "triton",
-        "Triton kernels for GPUs, fused over routes; not yet run on one, and never chosen by itself",
-        forward,
-        backward,
-        _why_not_here,
-        _why_not,
-        saved_states=lambda height, width, n_state: max(segments(height, width, WHOLE)),
-    )
+BACKEND = Backend(
+    "triton",
+    "Triton kernels for GPUs, fused over routes; served when named",
+    forward,
+    backward,
+    why_not_here=_why_not_here,
+    why_not=_why_not,
+    n_saved=lambda call: max(segments(call.x.shape[1], call.x.shape[2], WHOLE)),
 )

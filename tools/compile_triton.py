@@ -1,6 +1,6 @@
-"""Compile the Triton kernels ahead of time, without a GPU: `python -m vmamba.ops.compile_triton --help`.
+"""Compile the Triton kernels ahead of time, without a GPU: `python tools/compile_triton.py --help`.
 
-What is compiled is what a model launches: the engine's own forward and backward run on tensors without
+What is compiled is what a model launches: the backend's own forward and backward run on tensors without
 data (`meta`), and each launch is compiled for a target instead. A kernel that does not compile, spills
 registers or needs more shared memory than the target has fails the command.
 """
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmamba.ops import triton as engine
-from vmamba.ops.triton import Plan
+import vmamba.models  # noqa: F401  (registers them)
+from vmamba.ops.operands import Operands
+from vmamba.ops.triton import backend
+from vmamba.ops.triton.plans import Plan
 
 
 @dataclass(frozen=True)
@@ -113,34 +114,34 @@ def _captured() -> Iterator[list[Launch]]:
     """Collect the kernels' launches instead of running them: name, options, and how to compile."""
     from triton.runtime.jit import JITFunction
 
-    from vmamba.ops import triton_kernels
+    from vmamba.ops.triton import kernels
 
-    found: list[Launch] = []
-    kernels = {
+    launches: list[Launch] = []
+    jitted = {
         name: kernel
-        for name, kernel in vars(triton_kernels).items()
+        for name, kernel in vars(kernels).items()
         if name.endswith("_kernel") and isinstance(kernel, JITFunction)
     }
 
     def run_of(name: str, run: Callable[..., Any]) -> Callable[..., None]:
         def collect(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            found.append((name, kwargs, lambda: run(*args, grid=grid, warmup=True, **kwargs)))
+            launches.append((name, kwargs, lambda: run(*args, grid=grid, warmup=True, **kwargs)))
 
         return collect
 
-    for name, kernel in kernels.items():
+    for name, kernel in jitted.items():
         kernel.run = run_of(name, kernel.run)
     try:
-        yield found
+        yield launches
     finally:
-        for kernel in kernels.values():
+        for kernel in jitted.values():
             del kernel.run
 
 
 @contextmanager
 def _plans(every: bool) -> Iterator[None]:
-    """Have the engine launch a kernel by every plan, not by the default one alone."""
-    original = engine.plan_for
+    """Have the backend launch a kernel by every plan, not by the default one alone."""
+    original = backend.plan_for
 
     def after_the_others(
         call: str, plans: Sequence[Plan], launch: Callable[[Plan], Any], device: torch.device
@@ -150,11 +151,11 @@ def _plans(every: bool) -> Iterator[None]:
         return plans[0]
 
     if every:
-        engine.plan_for = after_the_others
+        backend.plan_for = after_the_others
     try:
         yield
     finally:
-        engine.plan_for = original
+        backend.plan_for = original
 
 
 @dataclass(frozen=True)
@@ -168,37 +169,42 @@ class Scan:
     rank: int  # 0: delta is given whole
     routes: tuple[int, ...]
     dtype: torch.dtype
-    few_dtype: torch.dtype  # of delta, B and C
+    row_dtype: torch.dtype  # of delta, B and C
     skip: bool
     bias: bool
     softplus: bool
 
-    def launches(self, batch: int = 16, *, backward: bool = True, every_plan: bool = False) -> list[Launch]:
+    def launches(self, batch: int = 16, *, gradients: bool = True, every_plan: bool = False) -> list[Launch]:
         """Its launches, forward and backward, by the default plans or by every one that tuning may choose."""
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         n_routes, image = len(self.routes), (batch, self.height, self.width)
-        few = [self.rank or self.channels, self.n_state, self.n_state]
+        widths = [self.rank or self.channels, self.n_state, self.n_state]
         delta, B, C = (
-            empty(*image, n_routes, sum(few), dtype=self.few_dtype).split(few, -1)
+            empty(*image, n_routes, sum(widths), dtype=self.row_dtype).split(widths, -1)
             if self.rank
-            else [empty(*image, n_routes, n, dtype=self.few_dtype) for n in few]
+            else [empty(*image, n_routes, n, dtype=self.row_dtype) for n in widths]
         )
         x = empty(*image, self.channels, dtype=self.dtype)
-        operands = (
-            *(x, delta, empty(n_routes, self.channels, self.n_state), B, C),
+        operands = Operands(
+            x,
+            delta,
+            empty(n_routes, self.channels, self.n_state),
+            B,
+            C,
             empty(n_routes, self.channels) if self.skip else None,
             empty(n_routes, self.channels) if self.bias else None,
             empty(n_routes, self.channels, self.rank) if self.rank else None,
-            *(self.softplus, list(self.routes), None),
+            self.softplus,
+            list(self.routes),
         )
-        with _captured() as found, _plans(every_plan):
-            _, _, states = engine.forward(*operands)
-            if backward:
-                engine.backward(empty(*x.shape), None, *operands, states)
-        return found
+        with _captured() as launches, _plans(every_plan):
+            _, _, states = backend.forward(operands)
+            if gradients:
+                backend.backward(empty(*x.shape), None, operands, states)
+        return launches
 
 
 class _Scans(TorchDispatchMode):
@@ -206,7 +212,7 @@ class _Scans(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[Scan, None] = {}
+        self.scans: dict[Scan, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.vmamba.selective_scan_2d.default:
@@ -215,7 +221,7 @@ class _Scans(TorchDispatchMode):
             rank = 0 if weight is None else weight.shape[2]
             given = (D is not None, bias is not None, softplus)
             sizes = (height, width, channels, A.shape[2], rank, tuple(routes))
-            self.found[Scan(*sizes, x.dtype, delta.dtype, *given)] = None
+            self.scans[Scan(*sizes, x.dtype, delta.dtype, *given)] = None
         return func(*args, **(kwargs or {}))
 
 
@@ -224,13 +230,11 @@ def scans_of(models: list[str], size: int | None) -> list[Scan]:
     import timm
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import_module("vmamba.models")  # registers them; by name, for the operator stands below the models
-
     with FakeTensorMode(), _Scans() as scans, torch.no_grad():
         for name in models:
             model: Any = timm.create_model(name)
             model(torch.empty(1, 3, *([size] * 2 if size else model.pretrained_cfg["input_size"][1:])))
-    return list(scans.found)
+    return list(scans.scans)
 
 
 def usage(kernel: Any, target: Target) -> Usage:
@@ -268,10 +272,10 @@ _SHOWN = ("TH", "TW", "BD", "N", "ADJOINT", "WHOLE")
 def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype]) -> list[Scan]:
     """The different scans of models, x and the rows of each type."""
     found = scans_of(models, size)
-    return [replace(scan, dtype=dtype, few_dtype=dtype) for scan in found for dtype in types]
+    return [replace(scan, dtype=dtype, row_dtype=dtype) for scan in found for dtype in types]
 
 
-def compile_for(name: str, scans: list[Scan], backward: bool, every_plan: bool) -> tuple[int, int]:
+def compile_for(name: str, scans: list[Scan], gradients: bool, every_plan: bool) -> tuple[int, int]:
     """Compile every kernel of scans for a target, a line each; how many there are, and how many fail."""
     from triton.runtime import driver
 
@@ -280,7 +284,7 @@ def compile_for(name: str, scans: list[Scan], backward: bool, every_plan: bool) 
     seen: set[int] = set()
     count = failed = 0
     for scan in scans:
-        for kernel_name, settings, compile_ in scan.launches(backward=backward, every_plan=every_plan):
+        for kernel_name, settings, compile_ in scan.launches(gradients=gradients, every_plan=every_plan):
             start = time.perf_counter()
             shown = " ".join(f"{k}={settings[k]}" for k in _SHOWN if k in settings)
             title = f"{name} {kernel_name} {shown} {str(scan.dtype).removeprefix('torch.')}"
@@ -314,7 +318,7 @@ def compile_for(name: str, scans: list[Scan], backward: bool, every_plan: bool) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print a line each, and return 1 if one fails."""
-    parser = argparse.ArgumentParser(prog="python -m vmamba.ops.compile_triton", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tools/compile_triton.py", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET",
                         help=f"of {', '.join(TARGETS)}; default all")  # fmt: skip
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: the whole family")
@@ -324,11 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--forward", action="store_true", help="the forward alone")
     parser.add_argument("--plans", action="store_true", help="every plan that tuning may choose from")
     options = parser.parse_args(arguments)
-    if engine.interpreted():
+    if backend.interpreted():
         parser.error("TRITON_INTERPRET is set in the environment: Triton compiles nothing then; unset it")
     import timm
-
-    import_module("vmamba.models")  # registers them; by name, for the operator stands below the models
 
     family = sorted(timm.list_models("*vmamba*"))
     unknown = [name for name in options.models or [] if name not in family]

@@ -1,4 +1,4 @@
-"""Plans of the Triton engine that are measured and kept in a file."""
+"""Plans of the Triton backend that are measured and kept in a file."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from scans import operands, value_and_gradients
-from vmamba.ops import triton, tuning
-from vmamba.ops.triton import Plan
-from vmamba.ops.tuning import PlanFile
+from vmamba.ops.triton import backend as triton
+from vmamba.ops.triton import plans as triton_plans
+from vmamba.ops.triton.plans import Plan, PlanFile
 
 DEFAULT = Plan(programs=4, tiles=1, groups=1, blocks=2, height=8, width=16, channels=16, warps=8)
 OTHER = replace(DEFAULT, blocks=4, channels=8)
@@ -89,7 +89,7 @@ def test_a_plan_beyond_the_gpu_is_never_the_fastest() -> None:
     def run() -> None:
         raise errors.OutOfResources(300_000, 232_448, "shared memory")
 
-    assert tuning._milliseconds(run, torch.device("cpu")) == float("inf")
+    assert triton_plans._milliseconds(run, torch.device("cpu")) == float("inf")
 
 
 @pytest.mark.skipif(not triton.interpreted(), reason="the kernels are interpreted: TRITON_INTERPRET=1")
@@ -98,8 +98,8 @@ def test_calls_by_measured_plans(
 ) -> None:
     """Summaries, output and gradient of several tiles, each measured once; the results are right."""
     monkeypatch.setattr(triton, "SETTINGS", dict.fromkeys(triton.SETTINGS, ((2**14, 8, 8), (1, 8, 8))))
-    monkeypatch.setenv(tuning.VARIABLE, str(path))
-    monkeypatch.setattr(tuning, "_file", lambda path: PlanFile(Path(path)))
+    monkeypatch.setenv(triton_plans.VARIABLE, str(path))
+    monkeypatch.setattr(triton_plans, "_file", lambda path: PlanFile(Path(path)))
     runs = []
 
     def milliseconds(run: Any, device: torch.device) -> float:
@@ -107,7 +107,7 @@ def test_calls_by_measured_plans(
         runs.append(run)
         return -float(len(runs))  # the last is the fastest
 
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(triton_plans, "_milliseconds", milliseconds)
     caplog.set_level(logging.INFO)
     call = operands(1, 9, 12, 20, n_state=1, rank=2)
     grad_y = torch.randn_like(call["x"])
