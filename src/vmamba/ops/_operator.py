@@ -154,11 +154,11 @@ class _Scan(torch.autograd.Function):
         return y, last_state, states
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_y: Tensor | None, grad_last_state: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *operands, initial_state, orders, states = ctx.saved_tensors
-        call = Operands(*operands, *ctx.settings, initial_state, orders)
+        call = Operands(*operands, *ctx.settings, initial_state, orders)  # type: ignore[call-arg]
         if grad_y is None:
             grad_y = call.x.new_zeros(call.x.shape, dtype=states.dtype)
         if ctx.backend == "reference" and torch.is_grad_enabled():
@@ -211,8 +211,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise RuntimeError(
-            "selective_scan_2d: second derivatives exist in the backend 'reference' and under torch.func: run "
-            "the forward with backend='reference' or inside vmamba.ops.use_backend('reference'), or "
+            "selective_scan_2d: second derivatives exist in the backend 'reference' and under torch.func; "
+            "run the forward with backend='reference' or inside vmamba.ops.use_backend('reference'), or "
             "use torch.func.grad, jvp or hessian"
         )
 

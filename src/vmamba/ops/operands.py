@@ -47,7 +47,7 @@ class Operands(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The nine that have gradients, in the order of `Gradients`."""
-        return (*self[:8], self.initial_state)  # type: ignore[return-value]
+        return (*self[:8], self.initial_state)
 
     @property
     def device(self) -> torch.device:
