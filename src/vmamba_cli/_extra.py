@@ -7,7 +7,15 @@ import typer
 
 
 def load(module: str, extra: str) -> Any:
-    """Import a module of the library that needs an extra's packages; if they are missing, say so and stop."""
+    """Import a module that needs an extra's packages.
+
+    Args:
+        module: Its full name.
+        extra: The extra of this package that installs what is needed.
+
+    Raises:
+        typer.Exit: A package is missing; the way to install it was printed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vmamba.analysis import operator_throughput, throughput
+from vmamba.bench import models as throughput, operator as operator_throughput
 from vmamba.analysis.throughput import BenchError, Setting, bench_models, interleaved, ratio
 from vmamba.ops import selective_scan_2d
 from vmamba_cli.__main__ import app

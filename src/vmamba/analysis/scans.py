@@ -73,7 +73,7 @@ _ARGUMENTS = [f.name for f in fields(Scan)][:-2]
 
 @dataclass(frozen=True)
 class ScanShape:
-    """The sizes of a scan of one image, and how often a model has it.
+    """The sizes of a model's scan for one image, and how often the model has it.
 
     Attributes:
         height: h.
@@ -82,8 +82,9 @@ class ScanShape:
         n_state: n.
         rank: r; 0 where delta is given whole.
         routes: The name of each route.
-        times: How many scans of one forward pass have this shape. The cascade scans each line of an image as
-            an image of height 1, so that it counts once for each line.
+        lines: How many images of this size the scan has for one image of the model: 1 for an SS2D. The cascade
+            scans each line as an image of height 1.
+        times: How many scans of one forward pass are of this kind.
     """
 
     height: int
@@ -92,7 +93,8 @@ class ScanShape:
     n_state: int
     rank: int
     routes: tuple[str, ...]
-    times: int
+    lines: int = 1
+    times: int = 1
 
 
 class _OperatorCalls(TorchFunctionMode):
@@ -184,7 +186,7 @@ def scan_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[ScanShape
     counts: Counter[tuple[Any, ...]] = Counter()
     for scans in record_scans(model, image).values():
         for scan in scans:
-            batch, height, width, channels = scan.x.shape
+            lines, height, width, channels = scan.x.shape
             rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
-            counts[height, width, channels, scan.A.shape[2], rank, scan.route_names] += batch
+            counts[height, width, channels, scan.A.shape[2], rank, scan.route_names, lines] += 1
     return [ScanShape(*shape, times) for shape, times in counts.items()]

@@ -1,45 +1,49 @@
-"""Throughput and memory of models side by side.
+"""Throughput and memory of models side by side."""
 
-A machine's speed drifts, and others share it: absolute times say little. What is compared runs in turns, in
-one process, and each round gives a ratio; the median of the ratios and their quartiles are the result.
-"""
-
-import math
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.errors import UserError
-from vmamba.models import VMamba
+from vmamba.analysis.complexity import create
+from vmamba.analysis.scans import record_scans
+from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
+from vmamba.nn.modes import evaluating
 from vmamba.ops import use_backend
 
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224", "resnet50")
-_SHORTEST = 0.2
-"""Seconds that one measurement lasts at least: what is faster is run several times."""
+"""Models that VMamba-T is compared with, by timm's names."""
 
-
-class BenchError(UserError, RuntimeError):
-    """What was to be measured cannot run, or computes something wrong."""
+TOLERANCE = 1e-4
+"""Largest difference between two backends' logits, over the largest logit."""
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Of the speeds of the first to this one's, round by round: median and quartiles."""
+class Setting:
+    """How models are run.
 
-    median: float
-    low: float
-    high: float
+    Attributes:
+        size: Side of the images in pixels.
+        batch: Images at once.
+        train: Forward and backward of a training step, instead of inference.
+        autocast: None, "bf16" or "fp16".
+        device: As PyTorch names it.
+        backend: Of the selective scan; None is the device's backend of choice.
+    """
+
+    size: int
+    batch: int
+    train: bool = False
+    autocast: str | None = None
+    device: str = "cpu"
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Measurement:
         ratio: How many times as fast the first model is.
         seconds: Of one call, of each round.
         memory_format: "channels_last" or "contiguous", whichever was faster.
-        peak_memory: Bytes that a call needs beyond what was there before it, in a process of its own; None
+        peak_memory: Bytes that a call needs beyond those in use before it, in a process of its own; None
             if it was not asked for or the system does not tell.
     """
 
@@ -68,84 +72,18 @@ class Measurement:
     peak_memory: int | None
 
 
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    synchronize: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds of each function, of each round; every round runs them all, forwards and backwards in turn.
-
-    Args:
-        functions: By name; each is called twice before.
-        rounds: At least 1.
-        synchronize: Waits until a device is done.
-    """
-
-    def measure(name: str, times: int) -> float:
-        if times > 1:  # of short calls the first after another function's finds the caches full of its data
-            functions[name]()
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(times):
-            functions[name]()
-        synchronize()
-        return (time.perf_counter() - start) / times
-
-    times = {}
-    for name in functions:
-        measure(name, 1)
-        times[name] = max(1, math.ceil(_SHORTEST / measure(name, 1)))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds):
-        for name in list(functions)[:: -1 if i % 2 else 1]:
-            seconds[name].append(measure(name, times[name]))
-    return seconds
-
-
-def ratio(first: Sequence[float], other: Sequence[float]) -> Ratio:
-    """How many times as fast `first` is, from the seconds of both in the same rounds."""
-    found = sorted(b / a for a, b in zip(first, other, strict=True))
-    if len(found) == 1:
-        return Ratio(found[0], found[0], found[0])
-    low, _, high = statistics.quantiles(found, n=4, method="inclusive")
-    return Ratio(statistics.median(found), low, high)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How models are run.
-
-    Attributes:
-        size: Side of the images in pixels.
-        batch: Images at once.
-        train: Forward and backward of a training step, instead of inference.
-        autocast: None, "bf16" or "fp16".
-        device: As PyTorch names it.
-    """
-
-    size: int
-    batch: int
-    train: bool = False
-    autocast: str | None = None
-    device: str = "cpu"
-
-
-def create(name: str, setting: Setting) -> nn.Module:
-    """A model of timm's for images of a size, in the mode of the setting.
+def create_for(name: str, setting: Setting) -> nn.Module:
+    """A model of timm's registry for images of the setting's size, in the setting's mode and on its device.
 
     Raises:
-        BenchError: There is none of that name.
+        ModelError: No model has that name.
     """
-    if not timm.is_model(name):
-        raise BenchError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
-    size: dict[str, Any] = (
-        {"img_size": setting.size} if get_pretrained_cfg_value(name, "fixed_input_size") else {}
-    )
-    return timm.create_model(name, **size).to(setting.device).train(setting.train)
+    model: nn.Module = create(name, (setting.size, setting.size))
+    return model.to(setting.device).train(setting.train)
 
 
 def step(model: nn.Module, images: Tensor, setting: Setting) -> Callable[[], Tensor]:
-    """A call of the model as the setting says; it returns the logits."""
+    """A function that calls the model as the setting says, and returns the logits."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     labels = torch.arange(len(images), device=images.device)
 
@@ -174,24 +112,47 @@ def _images(setting: Setting) -> Tensor:
 
 
 def check(model: nn.Module, name: str, setting: Setting) -> None:
-    """Refuse to time what is wrong: values that are not finite, or engines that do not agree.
+    """Refuse to time what is wrong: logits that are not finite, or backends that do not agree.
+
+    A model with selective scans is compared, in float32 and on one image, with itself on another backend.
+
+    Args:
+        model: From `create_for`; keeps its mode.
+        name: For the message.
+        setting: How the model is to be timed, inside a block of that backend.
 
     Raises:
-        BenchError: That is so.
+        BenchError: The model computes something wrong.
     """
-    model.eval()
     image = _images(setting)[:1]
-    run = step(model, image, Setting(setting.size, 1, False, None, setting.device))
-    logits = run()
-    if not logits.isfinite().all():
-        raise BenchError(f"{name}: the logits are not finite")
-    if isinstance(model, VMamba):
-        with use_backend("chunked"):
+    with evaluating(model):
+        run = step(model, image, replace(setting, batch=1, train=False, autocast=None))
+        logits = run()
+        if not logits.isfinite().all():
+            raise BenchError(f"{name}: the logits are not finite")
+        if not record_scans(model, image):
+            return
+        with use_backend("reference" if setting.backend == "chunked" else "chunked"):
             expected = run()
-        error = ((logits - expected).abs().max() / expected.abs().max()).item()
-        if error > 1e-4:
-            raise BenchError(f"{name}: the engines differ by {error:.1e} of the largest logit")
-    model.train(setting.train)
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if error > TOLERANCE:
+        raise BenchError(f"{name}: the backends differ by {error:.1e} of the largest logit")
+
+
+@contextmanager
+def on_backend(name: str | None) -> Iterator[None]:
+    """Run every scan inside the `with` block on a backend; None leaves the choice to each call.
+
+    Raises:
+        BenchError: No backend has that name, or it cannot run on this machine; the message says why.
+    """
+    with ExitStack() as stack:
+        if name is not None:
+            try:
+                stack.enter_context(use_backend(name))
+            except (ValueError, RuntimeError) as error:
+                raise BenchError(str(error)) from error
+        yield
 
 
 def bench_models(
@@ -201,34 +162,40 @@ def bench_models(
     memory: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Measurement]:
-    """Run models in turns; each in the memory format that suits it.
+    """Time models in turns, each in the memory format that is faster for it.
 
     Args:
         names: Of timm's registry; ratios are to the first.
         setting: Of all of them.
         rounds: At least 1.
         memory: Measure the peak memory of each too.
-        log: Is told what is going on.
+        log: Is given a line for each thing that begins.
 
     Raises:
-        BenchError: A model is unknown, cannot run at this setting, or computes something wrong.
+        BenchError: An argument is out of range, the backend is unknown or cannot run here, or a model cannot
+            run at this setting or computes something wrong.
+        ModelError: A model is unknown.
     """
-    if rounds < 1:
-        raise BenchError(f"rounds: expected at least 1, got {rounds}")
+    for name, value in {"rounds": rounds, "batch": setting.batch, "size": setting.size}.items():
+        if value < 1:
+            raise BenchError(f"{name}: expected at least 1, got {value}")
     if not names or len(set(names)) < len(names):
         raise BenchError(f"models: expected different names, got {', '.join(names) or 'none'}")
-    synchronize = torch.cuda.synchronize if setting.device.startswith("cuda") else lambda: None
+    synchronize = synchronizer(setting.device)
     calls, formats = {}, {}
-    for name in names:
-        log(f"checking {name}")
-        model = create(name, setting)
-        try:
-            check(model, name, setting)
-            calls[name], formats[name] = _in_best_format(model, setting, synchronize)
-        except RuntimeError as error:
-            raise BenchError(f"{name} at {setting.batch} × {setting.size}²: {error}") from error
-    log(f"timing {rounds} rounds")
-    seconds = interleaved(calls, rounds, synchronize)
+    with on_backend(setting.backend):
+        for name in names:
+            log(f"checking {name}")
+            model = create_for(name, setting)
+            try:
+                check(model, name, setting)
+                calls[name], formats[name] = _in_faster_format(model, setting, synchronize)
+            except BenchError:
+                raise
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise BenchError(f"{name} at {setting.batch} × {setting.size}²: {error}") from error
+        log(f"timing {rounds} rounds")
+        seconds = interleaved(calls, rounds, synchronize)
     peaks = {name: peak_memory(name, setting, formats[name]) if memory else None for name in names}
     return [
         Measurement(
@@ -250,28 +217,38 @@ def _formatted(model: nn.Module, setting: Setting, memory_format: str) -> Callab
     return step(model.to(memory_format=layout), _images(setting).contiguous(memory_format=layout), setting)
 
 
-def _in_best_format(
+def _in_faster_format(
     model: nn.Module, setting: Setting, synchronize: Callable[[], None]
 ) -> tuple[Callable[[], Tensor], str]:
     def seconds(memory_format: str) -> float:
         call = _formatted(model, setting, memory_format)
         return min(interleaved({"": call}, 2, synchronize)[""])
 
-    best = min(("contiguous", "channels_last"), key=seconds)
-    return _formatted(model, setting, best), best
+    faster = min(("contiguous", "channels_last"), key=seconds)
+    return _formatted(model, setting, faster), faster
 
 
 def peak_memory(name: str, setting: Setting, memory_format: str) -> int | None:
-    """Bytes that one call needs beyond what was there before it: weights' gradients and activations."""
+    """Bytes that one call needs beyond those in use before it: activations, and gradients in training.
+
+    Args:
+        name: Of the model.
+        setting: Of the call.
+        memory_format: "channels_last" or "contiguous".
+
+    Returns:
+        None where the system does not tell: on other devices than CUDA's, and CPUs without Linux.
+    """
     if setting.device.startswith("cuda"):
-        call = _formatted(create(name, setting), setting, memory_format)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():
+        with on_backend(setting.backend):
+            call = _formatted(create_for(name, setting), setting, memory_format)
+            torch.cuda.synchronize(setting.device)
+            torch.cuda.reset_peak_memory_stats(setting.device)
+            before = torch.cuda.memory_allocated(setting.device)
+            call()
+            torch.cuda.synchronize(setting.device)
+            return torch.cuda.max_memory_allocated(setting.device) - before
+    if setting.device != "cpu" or not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
@@ -280,27 +257,34 @@ def peak_memory(name: str, setting: Setting, memory_format: str) -> int | None:
 
 def _peak_memory_here(name: str, setting: Setting, memory_format: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    call = _formatted(create(name, setting), setting, memory_format)
 
     def kibibytes(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
-    small = Setting(32, 1, setting.train)
-    _formatted(create("vmamba_pico", small), small, "contiguous")()  # loads what is loaded once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here
-    before = kibibytes("VmRSS")
-    call()
-    return 1024 * (kibibytes("VmHWM") - before)
+    with on_backend(setting.backend):
+        call = _formatted(create_for(name, setting), setting, memory_format)
+        # A first call of another model loads the libraries, so that they do not count.
+        small = replace(setting, size=32, batch=1)
+        _formatted(create_for("vmamba_pico", small), small, "contiguous")()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = kibibytes("VmRSS")
+        call()
+        return 1024 * (kibibytes("VmHWM") - before)
 
 
 def to_rows(measurements: Sequence[Measurement], setting: Setting) -> list[dict[str, Any]]:
-    """As JSON holds them."""
+    """Measurements with their setting, as JSON holds them."""
     return [{**asdict(setting), **asdict(measurement)} for measurement in measurements]
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write throughput as a PNG: against size or batch where several were measured, else as bars."""
+    """Write throughput as a PNG: over size or batch where several were measured, else as bars.
+
+    Args:
+        rows: From `to_rows`.
+        path: Of the picture.
+    """
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -312,8 +296,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axes.set_xlabel("images/s")
     else:
         for model in models:
-            own = sorted((row[axis], row["images_per_second"]) for row in rows if row["model"] == model)
-            axes.plot(*zip(*own, strict=True), marker="o", label=model)
+            points = sorted((row[axis], row["images_per_second"]) for row in rows if row["model"] == model)
+            axes.plot(*zip(*points, strict=True), marker="o", label=model)
         axes.set(xlabel={"size": "side of the image, pixels", "batch": "batch size"}[axis], ylabel="images/s")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,4 +96,4 @@ def synchronizer(device: str) -> Callable[[], None]:
     Args:
         device: As PyTorch names it.
     """
-    return (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    return (lambda: None) if device == "cpu" else partial(torch.accelerator.synchronize, device)
