@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-import typer
+from vmamba_cli._messages import refuse
 
 
 def load(module: str, extra: str) -> Any:
@@ -21,5 +21,4 @@ def load(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("vmamba"):
             raise
-        typer.secho(f"vmamba: {error}; to get it: pip install 'vmamba[{extra}]'", fg="red", err=True)
-        raise typer.Exit(2) from error
+        refuse(f"{error}; to get it: pip install 'vmamba[{extra}]'")

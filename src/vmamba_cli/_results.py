@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
+from vmamba_cli._extra import load
+from vmamba_cli._messages import refuse
 
 RESULTS = "results.json"
 
@@ -28,10 +29,8 @@ def check_folder(folder: Path, *pictures: str) -> None:
             pass
     for name in (RESULTS, *pictures):
         if (folder / name).is_dir():
-            _refuse(f"--out: {folder / name} is a folder; a file of that name is to be written")
+            refuse(f"--out: {folder / name} is a folder; a file of that name is to be written")
     if pictures:
-        from vmamba_cli._extra import load
-
         load("matplotlib", "train")
 
 
@@ -56,9 +55,4 @@ def _reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _refuse(f"--out: cannot write to {path}: {error.strerror or error}")
-
-
-def _refuse(message: str) -> None:
-    typer.secho(f"vmamba: {message}", fg="red", err=True)
-    raise typer.Exit(2)
+        refuse(f"--out: cannot write to {path}: {error.strerror or error}")

@@ -51,13 +51,16 @@ def create(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any
         kwargs: Further arguments of the model.
 
     Raises:
-        ModelError: No model has that name.
+        ModelError: No model has that name, or the model does not take an argument.
     """
     if not timm.is_model(name):
         raise ModelError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
     if size is not None and get_pretrained_cfg_value(name, "fixed_input_size"):
         kwargs["img_size"] = size
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(f"{name} does not take {kwargs}: {error}") from error
 
 
 def create_on_meta(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any:

@@ -111,7 +111,7 @@ class _OperatorCalls(TorchFunctionMode):
         outputs = func(*args, **kwargs)
         operator = torch.ops.vmamba.selective_scan_2d
         if func is operator or func is operator.default:
-            self.notify(dict(zip(_ARGUMENTS, args, strict=False)) | kwargs, outputs)
+            self.notify(dict(zip(_ARGUMENTS, args, strict=True)) | kwargs, outputs)
         return outputs
 
 
