@@ -82,9 +82,9 @@ def _models_table(measurements: Sequence[Any], setting: Any, memory: bool) -> An
     mode = "training step" if setting.train else "inference"
     mode += f", {setting.autocast} autocast" if setting.autocast else ""
     mode += f", backend {setting.backend}" if setting.backend else ""
-    table = _table(
-        f"{mode}, {setting.size}², batch {setting.batch}, {setting.device}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    where = f"{setting.device}, {threads} thread{'s' if threads > 1 else ''}"
+    table = _table(f"{mode}, {setting.size}², batch {setting.batch}, {where}")
     table.add_column("model", no_wrap=True)
     for column in ("images/s", f"{measurements[0].model} is", "quartiles"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -145,10 +145,8 @@ def _shape(shape: Any) -> str:
     return f"{lines}{shape.height}×{shape.width}×{shape.channels}, N {shape.n_state}, R {shape.rank}"
 
 
-def _ops_table(
-    title: str, measurements: Sequence[Any], totals: dict[tuple[str, bool], float]
-) -> Any:
-    """A `rich` table of `vmamba.bench.operator.ScanMeasurement`s, and the seconds of all scans of an image."""
+def _ops_table(title: str, measurements: Sequence[Any], totals: dict[tuple[str, bool], float]) -> Any:
+    """A `rich` table of `vmamba.bench.operator.ScanMeasurement`s, and seconds of all scans of an image."""
     table = _table(title)
     for column in ("shape", "backend"):
         table.add_column(column, no_wrap=True)
@@ -227,7 +225,8 @@ def _worker_numbers(text: str | None) -> list[int]:
 def _table(title: str) -> Any:
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", box=None, pad_edge=False)
+    # A title wraps at the width of its table.
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=len(title))
 
 
 def _prepare(device: str, threads: int | None) -> None:

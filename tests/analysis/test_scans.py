@@ -110,9 +110,12 @@ def test_watching_keeps_gradients_and_sees_autocast_types() -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name])
     types: list[torch.dtype] = []
-    with watching_scans(model, lambda name, scan: types.extend((scan.x.dtype, scan.B.dtype, scan.y.dtype))):
-        with torch.autocast("cpu", torch.bfloat16):
-            model(IMAGES)
+
+    def note(name: str, scan: Scan) -> None:
+        types.extend((scan.x.dtype, scan.B.dtype, scan.y.dtype))
+
+    with watching_scans(model, note), torch.autocast("cpu", torch.bfloat16):
+        model(IMAGES)
     assert seen == ["stages.0.blocks.0.op"]
     assert types == [torch.bfloat16, torch.bfloat16, torch.float32]
 
@@ -124,8 +127,8 @@ def test_an_error_in_a_module_does_not_shift_the_names() -> None:
         with pytest.raises(RuntimeError):
             model(IMAGES[:, :2])
         model.neck(torch.randn(1, 2, 2, 16))
-        selective_scan_2d(*(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), -torch.ones(1, 1, 1)),
-                          torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), routes=("row",))  # fmt: skip
+        one = torch.ones(1, 1, 1, 1, 1)
+        selective_scan_2d(one[0], one, -one[0, 0], one, one, routes=("row",))  # in no module of the model
     assert seen == ["neck"]
 
 

@@ -1,10 +1,12 @@
 """Activation maps (Figures 4-7): a scan seen as attention, from every position to every one before it.
 
-Along a route, with Q = C, K = B and V = δx (equation 19), position i receives from position j ≤ i, in channel d,
+Along a route, with Q = C, K = B and V = δx (equation 19), position i receives from position j ≤ i, in
+channel d,
 
     Σ_n C[i,n] B[j,n] exp(A[d,n] (S[i,d] − S[j,d])) δ[j,d] x[j,d],    S the running sum of δ.
 
-A map holds some factors of this, averaged over channels: `CB` is Q Kᵀ alone, `ww` the decay alone, `CwBw` both.
+A map holds some factors of this, averaged over channels: `CB` is Q Kᵀ alone, `ww` the decay alone, `CwBw`
+both.
 
 h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 """
@@ -108,8 +110,8 @@ def activation_maps(
         with_delta: Multiply each column by its δ.
 
     Raises:
-        ActivationError: There is no such SS2D, its scan does not read whole images, as the cascade's does not,
-            `kind` is unknown, or the image has not three dimensions.
+        ActivationError: There is no such SS2D, its scan does not read whole images (as the cascade's does
+            not), `kind` is unknown, or the image has not three dimensions.
     """
     if kind not in KINDS:
         raise ActivationError(f"kind: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")

@@ -18,8 +18,8 @@ def receptive_field(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     """Mean contribution of each pixel, as the authors draw it.
 
     For each image: the last feature map before the final norm, through ReLU, at its centre, summed over
-    channels; its gradient with respect to the image, through ReLU, summed over channels. Maps with NaN are left
-    out.
+    channels; its gradient with respect to the image, through ReLU, summed over channels. Maps with NaN are
+    left out.
 
     Args:
         model: Any timm model with `forward_intermediates`; it runs in evaluation mode.

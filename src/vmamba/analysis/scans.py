@@ -6,7 +6,7 @@ b batch, h height, w width, d channels, k routes, n state size, r rank of delta.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ class ScanShape:
         n_state: n.
         rank: r; 0 where delta is given whole.
         routes: The name of each route.
-        lines: How many images of this size the scan has for one image of the model: 1 for an SS2D. The cascade
-            scans each line as an image of height 1.
+        lines: How many images of this size the scan has for one image of the model: 1 for an SS2D. The
+            cascade scans each line as an image of height 1.
         times: How many scans of one forward pass are of this kind.
     """
 
@@ -119,9 +119,9 @@ class _OperatorCalls(TorchFunctionMode):
 def watching_scans(model: nn.Module, callback: Callable[[str, Scan], None]) -> Iterator[None]:
     """Call a function after every scan that the model runs inside the `with` block.
 
-    The model may be any module, in any mode, with or without gradients; its parameters, modes and outputs stay
-    as they are. A scan that runs outside of the model's modules is not reported, nor one that a compiled or
-    scripted model runs without Python.
+    The model may be any module, in any mode, with or without gradients; its parameters, modes and outputs
+    stay as they are. A scan that runs outside of the model's modules is not reported, nor one that a compiled
+    or scripted model runs without Python.
 
     Args:
         model: That runs the scans.
@@ -133,7 +133,9 @@ def watching_scans(model: nn.Module, callback: Callable[[str, Scan], None]) -> I
     def report(arguments: dict[str, Any], outputs: tuple[Tensor, ...]) -> None:
         if not running:
             return
-        values = {name: t.detach() if isinstance(t, Tensor) else t for name, t in arguments.items()}
+        values: dict[str, Any] = {
+            name: t.detach() if isinstance(t, Tensor) else t for name, t in arguments.items()
+        }
         values["routes"] = tuple(values["routes"])
         callback(running[-1], Scan(**values, y=outputs[0].detach(), last_state=outputs[1].detach()))
 
@@ -183,10 +185,10 @@ def scan_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[ScanShape
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    counts: Counter[tuple[Any, ...]] = Counter()
+    counts: Counter[ScanShape] = Counter()
     for scans in record_scans(model, image).values():
         for scan in scans:
             lines, height, width, channels = scan.x.shape
             rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
-            counts[height, width, channels, scan.A.shape[2], rank, scan.route_names, lines] += 1
-    return [ScanShape(*shape, times) for shape, times in counts.items()]
+            counts[ScanShape(height, width, channels, scan.A.shape[2], rank, scan.route_names, lines)] += 1
+    return [replace(shape, times=times) for shape, times in counts.items()]

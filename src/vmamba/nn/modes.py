@@ -13,7 +13,7 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model to evaluation mode inside the `with` block, and give every module its own mode back.
 
-    A model may be partly in training mode, as with frozen layers: `model.train()` alone would not restore that.
+    A model may be partly in training mode, as with frozen layers; `model.train()` alone would lose that.
 
     Args:
         model: Any module.
