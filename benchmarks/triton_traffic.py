@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vmamba.models  # noqa: F401  (registers them)
-from vmamba.analysis.operator_throughput import Shape, operands, shapes
+from vmamba.analysis.scans import ScanShape
+from vmamba.bench.operator import operands, shapes
 from vmamba.environment import environment
 from vmamba.ops import ROUTES
 from vmamba.ops.operands import Operands
@@ -133,7 +134,7 @@ def counting() -> Iterator[Bytes]:
 
 
 def counted(
-    shape: Shape, images: int, batch: int, half: torch.dtype | None, device: str
+    shape: ScanShape, images: int, batch: int, half: torch.dtype | None, device: str
 ) -> tuple[Bytes, Bytes]:
     """Forward and backward on some images, in a batch's programs; on "meta" PyTorch's part alone."""
     call = operands(shape, images, device)
@@ -154,7 +155,7 @@ def counted(
     return forward, backward
 
 
-def floors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
+def floors(shape: ScanShape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
     """Bytes of inputs and outputs, forward and backward."""
     few = 4 if half is None else 2
     routes, values = len(shape.routes), batch * shape.height * shape.width * shape.channels
@@ -163,7 +164,7 @@ def floors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, int
     return values * (few + 4) + rows + parameters, values * (few + 4 + few) + 2 * rows + 2 * parameters
 
 
-def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
+def authors(shape: ScanShape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
     """Bytes of the authors' chain, its four sequences float32 (half: of that type but for y)."""
     few = 4 if half is None else 2
     values, routes = batch * shape.height * shape.width * shape.channels, len(shape.routes)
@@ -181,7 +182,7 @@ def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, in
     return cross_scan + projection + scan + cross_merge, sum(backward)
 
 
-def row(shape: Shape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
+def row(shape: ScanShape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
     """What was counted of one shape, as JSON holds it."""
     one, batched = counted(shape, 1, batch, half, "cpu"), counted(shape, batch, batch, half, "meta")
     found = []

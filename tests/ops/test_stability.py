@@ -34,8 +34,8 @@ def test_trains_in_the_precision_claimed(precision: str, routes: str) -> None:
 
 def test_another_precision_than_claimed_is_told() -> None:
     model = VMamba(num_classes=3, depths=(1,), dims=(8,), stem_stride=2)
-    recorder = stability.Recorder(get_backend("chunked"), torch.float16)
-    with recorder.recording(), pytest.raises(TypeError, match="x enters the scan in torch"):
+    check = stability.watching_scans(model, stability.ScanChecker(torch.float16))
+    with check, pytest.raises(TypeError, match="x enters the scan in torch"):
         model(torch.randn(1, 3, 8, 8))
 
 
