@@ -38,28 +38,6 @@ library.vmamba_instruction_set.restype = ctypes.c_char_p
 print(f"Python {sys.version.split()[0]}: kernel loads, {library.vmamba_instruction_set().decode()}")
 PY
 
-cat >"$work/classify.py" <<'PY'
-"""Classify with the installed wheel: the kernel's answer is the reference's."""
-import pathlib
-import sys
-
-import timm
-import torch
-
-import vmamba
-
-expected = pathlib.Path(sys.argv[1]).resolve()
-assert expected in pathlib.Path(vmamba.__file__).resolve().parents, f"not the wheel: {vmamba.__file__}"
-model = timm.create_model("vmamba_pico").eval()
-images = torch.randn(2, 3, 32, 32)
-scores = {}
-for backend in ("cpu", "reference"):
-    with torch.inference_mode(), vmamba.ops.use_backend(backend):
-        scores[backend] = model(images)
-torch.testing.assert_close(scores["cpu"], scores["reference"], rtol=1e-4, atol=1e-4)
-print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}: classifies as the reference does")
-PY
-
 platform=$("$python" "$work/tag.py")
 "$python" -m pip wheel -q --no-deps -w "$work/built" .
 # libgomp stays outside: PyTorch brings its own, and the kernel shares its threads.
@@ -69,7 +47,7 @@ wheel=$(ls "$out"/vmamba-*-py3-none-*manylinux*.whl)
 "$python" -m auditwheel show "$wheel"
 
 "$python" -m pip install -q --no-deps --target "$work/target" "$wheel"
-(cd "$work" && PYTHONPATH=$work/target "$python" classify.py "$work/target")
+PYTHONPATH=$work/target "$python" tools/check_installed.py
 
 for version in 3.10 3.11 3.12 3.13; do
   interpreter=$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python 2>/dev/null | tail -n 1 || true)
@@ -81,7 +59,7 @@ for version in 3.10 3.11 3.12 3.13; do
   "$interpreter" -m venv "$work/venv"
   if [ $full = yes ]; then
     "$work/venv/bin/python" -m pip install -q "$wheel"
-    (cd "$work" && venv/bin/python classify.py "$work/venv")
+    "$work/venv/bin/python" tools/check_installed.py
   else
     "$work/venv/bin/python" -m pip install -q --no-deps "$wheel"
   fi
