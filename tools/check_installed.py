@@ -4,6 +4,7 @@ python tools/check_installed.py
 """
 
 import platform
+import sys
 from pathlib import Path
 
 import timm
@@ -11,13 +12,11 @@ import torch
 
 import vmamba
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-
 
 def main() -> None:
     place = Path(vmamba.__file__).resolve()
-    if place.is_relative_to(CHECKOUT / "src"):
-        raise SystemExit(f"this is the checkout, not an installed wheel: {place}")
+    if not place.is_relative_to(Path(sys.prefix).resolve()):
+        raise SystemExit(f"vmamba is not installed in {sys.prefix}, but imported from {place}")
     torch.manual_seed(0)
     model = timm.create_model("vmamba_pico").eval()
     images = torch.randn(2, 3, 32, 32)

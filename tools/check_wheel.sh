@@ -46,12 +46,16 @@ PATH="$PWD/.venv/bin:$PATH" "$python" -m auditwheel repair --plat "$platform" --
 wheel=$(ls "$out"/vmamba-*-py3-none-*manylinux*.whl)
 "$python" -m auditwheel show "$wheel"
 
-"$python" -m pip install -q --no-deps --target "$work/target" "$wheel"
-PYTHONPATH=$work/target "$python" tools/check_installed.py
+# Without --full the packages of .venv are added by path, which leaves out its editable install of vmamba.
+packages() {
+  "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("site-packages")), sep="\n")'
+}
+own_version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 for version in 3.10 3.11 3.12 3.13; do
   interpreter=$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python 2>/dev/null | tail -n 1 || true)
   interpreter=${interpreter:-$(command -v "python$version" || true)}
+  if [ "$version" = "$own_version" ]; then interpreter=$python; fi
   if [ -z "$interpreter" ]; then
     echo "Python $version: not on this machine, not run"
     continue
@@ -59,10 +63,15 @@ for version in 3.10 3.11 3.12 3.13; do
   "$interpreter" -m venv "$work/venv"
   if [ $full = yes ]; then
     "$work/venv/bin/python" -m pip install -q "$wheel"
-    "$work/venv/bin/python" tools/check_installed.py
   else
     "$work/venv/bin/python" -m pip install -q --no-deps "$wheel"
   fi
+  if [ $full = no ] && [ "$version" = "$own_version" ]; then
+    packages >"$(ls -d "$work"/venv/lib/python*/site-packages)/packages.pth"
+  fi
   (cd "$work" && venv/bin/python kernel.py)
+  if [ $full = yes ] || [ "$version" = "$own_version" ]; then
+    "$work/venv/bin/python" tools/check_installed.py
+  fi
   rm -rf "$work/venv"
 done
