@@ -2,10 +2,11 @@
 
 Two rules mark a case `full`, and so leave it out of the quick tier:
 
-- Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each value
-  of each parameter to occur.
+- Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
+  value of each parameter to occur.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
 """
+# ruff: noqa: E501  (names of tests)
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
