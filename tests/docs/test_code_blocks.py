@@ -1,8 +1,8 @@
-"""Every code block of README and docs runs, or says in the page's source why not, and is checked all the same.
+"""Every code block of README and docs runs, or says in the page's source why not and is checked all the same.
 
 - Python: the blocks of a page run one after another in one namespace, in a folder with stand-ins for a
-  reader's files (see `docs.workplace`). Pages under docs/extend/ add to registries, and so run in a process of
-  their own.
+  reader's files (see `docs.workplace`). Pages under docs/extend/ add to registries, and so run in a process
+  of their own.
 - Shell: `vmamba …` runs. In a block marked `<!-- not run: REASON -->` the verb, its options and every change
   to the recipe are checked, and of `make`, `python` and `pip` that target, file and extra exist.
 - YAML parses; "text" is output.
