@@ -52,7 +52,7 @@ typecheck: $(VENV)/installed
 	$(BIN)/mypy
 
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 serve: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
