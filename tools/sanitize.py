@@ -61,7 +61,7 @@ def main() -> int:
             "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
             "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
         }
-        options = ("-q", "-s", "-p", "no:cacheprovider", "-m", "not slow", "-k", LEFT_OUT)
+        options = ("-q", "-s", "-p", "no:cacheprovider", "-m", "not slow and not full", "-k", LEFT_OUT)
         command = [sys.executable, "-c", RUN, folder, *options, *TESTS]
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
