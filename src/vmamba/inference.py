@@ -353,9 +353,13 @@ def load(
     try:
         checkpoint = open_checkpoint(source)
     except MissingCheckpointError as error:
-        if os.sep in name or "." in name:
+        if os.sep in name or expand(source).exists():
             raise
-        raise MissingCheckpointError(f"{error}; nor is there a model of that name") from None
+        try:
+            check_name(name)
+        except ModelError as unknown:
+            raise MissingCheckpointError(f"{error}; {unknown}") from None
+        raise
     task = _task(checkpoint)
     if task != ClassificationPredictor.task:
         # A task in `vmamba.train.tasks` knows its own model and predictor; nothing of `train` is needed here

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from vmamba.analysis import operator_throughput, throughput
 from vmamba.analysis.throughput import BenchError, Setting, bench_models, interleaved, ratio
+from vmamba.errors import ModelError
 from vmamba.ops import selective_scan_2d
 from vmamba_cli.__main__ import app
 
@@ -51,7 +52,7 @@ def test_a_training_step_has_gradients_and_leaves_none() -> None:
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BenchError, match="unknown model 'vmamba_huge'"):
+    with pytest.raises(ModelError, match="unknown model 'vmamba_huge'"):
         bench_models(["vmamba_huge"], Setting(32, 1))
     with pytest.raises(BenchError, match="expected different names"):
         bench_models(["resnet18", "resnet18"], Setting(32, 1))

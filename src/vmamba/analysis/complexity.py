@@ -10,20 +10,14 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmamba  # noqa: F401  (registers the variants)
-from vmamba.errors import UserError
+from vmamba.errors import ModelError
+from vmamba.models.factory import create_on_meta as create_on_meta  # for its callers
 from vmamba.ops.flops import COUNTINGS, scan_macs
-
-
-class ModelError(UserError, ValueError):
-    """A model's name or an input size is unknown or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +33,6 @@ class Complexity:
     parameters: int
     macs: float
     macs_for_loop: float
-
-
-def create_on_meta(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any:
-    """A model (`nn.Module`) of timm's registry without memory for its weights.
-
-    Args:
-        name: Of the model.
-        size: (height, width) of the images, for models that are made for one size.
-        kwargs: Further arguments of the model.
-
-    Raises:
-        ModelError: There is none of that name.
-    """
-    if not timm.is_model(name):
-        raise ModelError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
-    if size is not None and get_pretrained_cfg_value(name, "fixed_input_size"):
-        kwargs["img_size"] = size
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
 
 
 def parse_size(text: str) -> tuple[int, int]:

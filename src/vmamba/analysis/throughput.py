@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.errors import UserError
 from vmamba.models import VMamba
+from vmamba.models.factory import create_model
 from vmamba.ops import use_backend
 
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224", "resnet50")
@@ -134,14 +133,10 @@ def create(name: str, setting: Setting) -> nn.Module:
     """A model of timm's for images of a size, in the mode of the setting.
 
     Raises:
-        BenchError: There is none of that name.
+        ModelError: There is none of that name, or it does not take that size.
     """
-    if not timm.is_model(name):
-        raise BenchError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
-    size: dict[str, Any] = (
-        {"img_size": setting.size} if get_pretrained_cfg_value(name, "fixed_input_size") else {}
-    )
-    return timm.create_model(name, **size).to(setting.device).train(setting.train)
+    model: nn.Module = create_model(name, image_size=(setting.size, setting.size))
+    return model.to(setting.device).train(setting.train)
 
 
 def step(model: nn.Module, images: Tensor, setting: Setting) -> Callable[[], Tensor]:
