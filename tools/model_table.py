@@ -11,8 +11,9 @@ from typing import Any
 
 import timm
 
-from vmamba.analysis.complexity import count, create_on_meta
+from vmamba.analysis.complexity import count
 from vmamba.models import ALIASES
+from vmamba.models.factory import create_on_meta
 
 TABLE = Path(__file__).parent.parent / "src" / "vmamba_cli" / "models.json"
 

@@ -27,3 +27,21 @@ class BackendError(UserError, RuntimeError):
 
 class UnknownBackendError(BackendError, ValueError):
     """There is no backend of that name."""
+
+
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint where one was looked for."""
+
+    def __str__(self) -> str:  # FileNotFoundError's own would print its arguments as a tuple
+        return str(self.args[0])
+
+
+class ModelError(UserError, ValueError):
+    """A model's name, one of its arguments or an input size is unknown or does not fit."""
+
+
+class OutputError(UserError, OSError):
+    """A result cannot be written where it was asked for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

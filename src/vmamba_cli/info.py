@@ -63,8 +63,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _model(name: str, size: str | None) -> dict[str, Any]:
-    from vmamba.analysis.complexity import count, create_on_meta, feature_shapes, parse_size
+    from vmamba.analysis.complexity import count, feature_shapes, parse_size
     from vmamba.analysis.scans import scan_shapes
+    from vmamba.models.factory import create_on_meta
 
     given = parse_size(size) if size else None
     model = create_on_meta(name, given)

@@ -2,7 +2,9 @@ import pytest
 import timm
 import torch
 
-from vmamba.analysis.complexity import ModelError, count, create_on_meta, feature_shapes, parse_size
+from vmamba.analysis.complexity import count, feature_shapes, parse_size
+from vmamba.errors import ModelError
+from vmamba.models.factory import create_on_meta
 
 AT_SIZE = {384: 14.27, 512: 25.38, 640: 39.65, 768: 57.09, 1024: 101.50}  # vmamba_tiny
 

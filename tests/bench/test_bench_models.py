@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from vmamba.analysis.complexity import ModelError
 from vmamba.bench import models as bench
 from vmamba.bench.models import Setting, bench_models
 from vmamba.bench.timing import BenchError, Ratio
+from vmamba.errors import ModelError
 from vmamba.ops import use_backend
 
 

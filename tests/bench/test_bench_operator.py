@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from vmamba.analysis.complexity import ModelError
 from vmamba.analysis.scans import ScanShape
 from vmamba.bench import operator as bench
 from vmamba.bench.timing import BenchError
+from vmamba.errors import ModelError
 from vmamba.ops import selective_scan_2d
 
 

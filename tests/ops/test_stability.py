@@ -11,7 +11,6 @@ from scans import BACKENDS, FAST, assert_accurate, given, operands
 from vmamba import VMamba
 from vmamba.nn import SS2D
 from vmamba.ops import selective_scan_2d, use_backend
-from vmamba.ops._registry import get_backend
 from vmamba.ops.triton import interpreted
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from images import assert_same, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
 from vmamba.train.callbacks import Interrupted
-from vmamba.train.checkpoint import load_checkpoint, model_weights, newest_checkpoint
+from vmamba.train.checkpoint import newest_checkpoint
 from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.guard import NonFiniteError, first_nonfinite
 from vmamba.train.recipe import check, override_values
@@ -39,7 +40,7 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 
 def weights(out: Path, name: str = "last") -> dict[str, Tensor]:
-    return load_checkpoint(out / "checkpoints" / f"{name}.ckpt")["state_dict"]
+    return read_checkpoint(out / "checkpoints" / f"{name}.ckpt")["state_dict"]
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
@@ -291,11 +292,16 @@ def test_what_may_change_when_a_run_is_resumed(folder: Path, whole: Path) -> Non
         run.resume(whole, recipe=recipe(folder, "optim.lr=1.0", "train.seed=3", "train.workers=1"))
 
 
+def raw_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as trained, in the state dict of a checkpoint."""
+    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+
+
 def test_the_average_is_what_its_definition_says(folder: Path, tmp_path: Path) -> None:
     """Of decay 0 it is the weights; of decay d after a step, d times the old ones and the rest the new."""
     run.train(recipe(folder, "train.ema_decay=0.0"), tmp_path / "none")
     state = weights(tmp_path / "none")
-    for name, value in model_weights({"state_dict": state}).items():
+    for name, value in raw_weights(state).items():
         torch.testing.assert_close(state[f"ema.module.{name}"], value, rtol=0, atol=0)
     once = recipe(
         folder,
@@ -310,7 +316,7 @@ def test_the_average_is_what_its_definition_says(folder: Path, tmp_path: Path) -
 
     with seeded("initialisation", once.train.seed):
         first = ClassificationTask(once).build_model(once).state_dict()
-    for name, value in model_weights({"state_dict": state}).items():
+    for name, value in raw_weights(state).items():
         expected = 0.7 * first[name] + 0.3 * value
         torch.testing.assert_close(state[f"ema.module.{name}"], expected, rtol=1e-6, atol=1e-7)
     rows = (tmp_path / "once" / "metrics.csv").read_text()

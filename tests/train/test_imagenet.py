@@ -7,8 +7,8 @@ import torch
 
 from images import make_folder
 from vmamba.data.pack import write_shards, write_tar
+from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
-from vmamba.train.checkpoint import load_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "imagenet"
 DROP_PATH = {
@@ -91,7 +91,7 @@ def test_a_miniature(form: str, place: Path, tmp_path: Path) -> None:
     recipe = run.load_recipe(RECIPES / "vmamba_tiny_s2l5.yaml", [*where, *FORMS[form], *smaller])
     scores = run.train(recipe, tmp_path)
     assert scores.keys() == {"val/top1", "val/top5", "val/ema_top1", "val/ema_top5"}
-    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 4
     assert checkpoint["MixedPrecision"]["scale"] > 0
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())

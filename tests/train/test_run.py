@@ -10,9 +10,9 @@ import torch
 
 from images import COLOURS, assert_same, make_folder, tiny_values
 from vmamba.errors import CheckpointError, DataError, RecipeError
+from vmamba.models.checkpoints import open_checkpoint, read_checkpoint
 from vmamba.train import run
 from vmamba.train.callbacks import Interrupted
-from vmamba.train.checkpoint import load_checkpoint, model_weights
 from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.evaluation import evaluate, predict
 from vmamba.train.recipe import check, override_values
@@ -33,7 +33,7 @@ def recipe(folder: Path, *overrides: str) -> ClassificationRecipe:
 
 
 def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return model_weights(load_checkpoint(out / "checkpoints" / f"{name}.ckpt"))
+    return open_checkpoint(out / "checkpoints" / f"{name}.ckpt").state_dict("raw")
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -93,7 +93,7 @@ def test_interrupt_and_resume_end_with_the_same_weights(
         at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted, match=f"--resume {tmp_path}"):
             run.train(recipe(folder), tmp_path)
-    assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == step
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run.resume(tmp_path)
     assert_same(weights(tmp_path), weights(whole))
@@ -214,7 +214,7 @@ def test_weights_of_a_run_start_another(folder: Path, whole: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.name=vmamba_pic", "model.name: unknown model 'vmamba_pic'; there are .*vmamba_pico"),
+        ("model.name=vmamba_pic", "model.name: unknown model 'vmamba_pic'; did you mean vmamba_pico"),
         ("model.args={no_such: 1}", "model.args: .*no_such"),
         ("data.root=null", "data.root: missing"),
         ("data.root=/nowhere", "/nowhere/train: no such folder"),

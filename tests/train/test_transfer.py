@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from images import make_folder, tiny_values
 from vmamba.errors import CheckpointError, RecipeError
+from vmamba.models.checkpoints import open_checkpoint, read_checkpoint
+from vmamba.models.weights import load_weights
 from vmamba.train import run
 from vmamba.train.callbacks import Interrupted
-from vmamba.train.checkpoint import load_checkpoint, load_weights, model_weights
 from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.module import TaskModule
 from vmamba.train.recipe import check, override_values
@@ -57,8 +58,8 @@ def test_other_classes_and_another_resolution(
         "optim.layer_decay=0.5",
     )
     model = ClassificationTask(changed).build_model(changed)
-    assert "its classifier is for 3 classes, the model's for 2: it starts anew" in caplog.text
-    expected = model_weights(load_checkpoint(source), "ema")
+    assert "its classifier is for 3 classes, the model's for 2: the model keeps its own" in caplog.text
+    expected = open_checkpoint(source).state_dict("ema")
     for name, value in model.state_dict().items():
         if name.startswith("head.fc."):
             assert value.shape[0] == 2
@@ -72,7 +73,7 @@ def test_other_classes_and_another_resolution(
 def test_which_weights_of_a_run(kind: str, source: Path, folder: Path) -> None:
     changed = recipe(folder, f"model.weights={source}", f"model.weights_kind={kind}")
     model = ClassificationTask(changed).build_model(changed)
-    expected = model_weights(load_checkpoint(source), kind)
+    expected = open_checkpoint(source).state_dict(kind)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
@@ -93,7 +94,7 @@ def test_a_peer_with_the_authors_names(classes: int, tmp_path: Path) -> None:
     source, model = (timm.create_model("test_vit", num_classes=number) for number in (3, classes))
     path = tmp_path / "vit.safetensors"
     save_file(source.state_dict(), path)
-    load_weights(model, str(path))
+    load_weights(model, path, classifier="new")
     expected = source.state_dict()
     same = {name for name, value in model.state_dict().items() if value.equal(expected[name])}
     assert expected.keys() - same == (set() if classes == 3 else {"head.weight", "head.bias"})
@@ -102,15 +103,15 @@ def test_a_peer_with_the_authors_names(classes: int, tmp_path: Path) -> None:
 def test_a_model_without_a_classifier_takes_only_what_fits(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 4).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=r"weight expected \(3, 2\), got \(4, 2\)"):
-        load_weights(nn.Linear(2, 3), str(tmp_path / "weights.pth"))
+        load_weights(nn.Linear(2, 3), tmp_path / "weights.pth", classifier="new")
 
 
 def test_a_linear_probe_trains_the_classifier_alone(source: Path, two_classes: Path, tmp_path: Path) -> None:
     changed = recipe(two_classes, f"model.weights={source}", "model.freeze=backbone", "schedule.epochs=2")
     run.train(changed, tmp_path)
-    before = model_weights(load_checkpoint(source), "ema")
-    found = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    after = model_weights(found)
+    before = open_checkpoint(source).state_dict("ema")
+    found = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    after = open_checkpoint(found).state_dict("raw")
     changed_names = {
         name for name in after if not name.startswith("head.fc") and not after[name].equal(before[name])
     }
@@ -156,7 +157,7 @@ def test_a_resumed_linear_probe_ends_with_the_same_weights(
             run.train(changed, tmp_path / "stopped")
     run.resume(tmp_path / "stopped")
     whole, resumed = (
-        model_weights(load_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt"))
+        open_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt").state_dict("raw")
         for name in ("whole", "stopped")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -164,7 +165,7 @@ def test_a_resumed_linear_probe_ends_with_the_same_weights(
 
 def pretrained(folder: Path, source: Path, tmp_path: Path, *overrides: str) -> ClassificationRecipe:
     """A recipe whose "pretrained" weights, of three classes by timm's registry, lie in a file."""
-    torch.save(model_weights(load_checkpoint(source)), tmp_path / "weights.pth")
+    torch.save(open_checkpoint(source).state_dict("raw"), tmp_path / "weights.pth")
     overlay = f"model.args.pretrained_cfg_overlay={{file: {tmp_path / 'weights.pth'}, num_classes: 3}}"
     return recipe(folder, "model.weights=pretrained", overlay, *overrides)
 
@@ -180,7 +181,7 @@ def test_pretrained_weights_on_other_classes(
     cfg = timm.get_pretrained_cfg("vmamba_pico")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: replace(cfg, num_classes=3))
     same = pretrained(folder, source, tmp_path)
-    expected = model_weights(load_checkpoint(source))
+    expected = open_checkpoint(source).state_dict("raw")
     model = ClassificationTask(same).build_model(same)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not caplog.text
@@ -200,7 +201,7 @@ def test_pretrained_weights_on_other_classes(
 
 
 def test_the_authors_average(source: Path, folder: Path, tmp_path: Path) -> None:
-    raw, ema = (model_weights(load_checkpoint(source), kind) for kind in ("raw", "ema"))
+    raw, ema = (open_checkpoint(source).state_dict(kind) for kind in ("raw", "ema"))
     torch.save({"model": raw, "model_ema": ema}, tmp_path / "authors.pth")
     for kind, expected in (("auto", raw), ("raw", raw), ("ema", ema)):
         changed = recipe(folder, f"model.weights={tmp_path / 'authors.pth'}", f"model.weights_kind={kind}")

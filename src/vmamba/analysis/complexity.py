@@ -10,21 +10,14 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmamba.models  # noqa: F401  (registers the variants)
-from vmamba.errors import UserError
+from vmamba.errors import ModelError
 from vmamba.nn.modes import evaluating
 from vmamba.ops.flops import COUNTINGS, scan_macs
-
-
-class ModelError(UserError, ValueError):
-    """A model's name or an input size is unknown or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +33,6 @@ class Complexity:
     parameters: int
     macs: float
     macs_for_loop: float
-
-
-def create(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any:
-    """A model (`nn.Module`) of timm's registry.
-
-    Args:
-        name: Of the model.
-        size: (height, width) of the images; reaches models that are made for one size.
-        kwargs: Further arguments of the model.
-
-    Raises:
-        ModelError: No model has that name, or the model does not take an argument.
-    """
-    if not timm.is_model(name):
-        raise ModelError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
-    if size is not None and get_pretrained_cfg_value(name, "fixed_input_size"):
-        kwargs["img_size"] = size
-    try:
-        return timm.create_model(name, **kwargs)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ModelError(f"{name} does not take {kwargs}: {error}") from error
-
-
-def create_on_meta(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any:
-    """As `create`, on the meta device: without memory for the weights.
-
-    Raises:
-        ModelError: No model has that name.
-    """
-    with torch.device("meta"):
-        return create(name, size, **kwargs)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.analysis.complexity import create
 from vmamba.analysis.scans import record_scans
 from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
+from vmamba.models.factory import create_model
 from vmamba.nn.modes import evaluating
 from vmamba.ops import use_backend
 
@@ -78,7 +78,7 @@ def create_for(name: str, setting: Setting) -> nn.Module:
     Raises:
         ModelError: No model has that name.
     """
-    model: nn.Module = create(name, (setting.size, setting.size))
+    model: nn.Module = create_model(name, image_size=(setting.size, setting.size))
     return model.to(setting.device).train(setting.train)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmamba.analysis.complexity import create_on_meta
 from vmamba.analysis.scans import ScanShape, scan_shapes
 from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
+from vmamba.models.factory import create_on_meta
 from vmamba.ops import backends, cpu, cross_merge, cross_scan, selective_scan_2d
 from vmamba.ops.reference import softplus
 

@@ -2,5 +2,6 @@
 
 from vmamba.models.official import load_official
 from vmamba.models.vmamba import ALIASES, VARIANTS, VMamba
+from vmamba.models.weights import LoadReport, load_weights
 
-__all__ = ["ALIASES", "VARIANTS", "VMamba", "load_official"]
+__all__ = ["ALIASES", "VARIANTS", "LoadReport", "VMamba", "load_official", "load_weights"]

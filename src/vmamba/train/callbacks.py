@@ -24,13 +24,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from vmamba.errors import UserError
+from vmamba.files import replacing, write_atomically
 from vmamba.train.checkpoint import (
     earlier_checkpoints,
     keep_as,
     remove_checkpoint,
-    replacing,
     step_path,
-    write_atomically,
 )
 
 log = logging.getLogger(__name__)

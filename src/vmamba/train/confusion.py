@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from vmamba.train.checkpoint import replacing, write_atomically
+from vmamba.files import replacing, write_atomically
 
 LABELLED = 30
 """So many classes have room for their names."""

@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import torch.distributed
@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from vmamba.data import Loaded, read_image
 from vmamba.environment import environment
 from vmamba.errors import CheckpointError, DataError, RecipeError
-from vmamba.train.checkpoint import (
-    CONTENTS,
-    contents,
-    load_checkpoint,
-    model_weights,
-    weights_kinds,
-    write_atomically,
-)
+from vmamba.files import write_atomically
+from vmamba.models.checkpoints import Weights, open_checkpoint, resolve_checkpoint
 from vmamba.train.recipe import Recipe, check, override_values
 from vmamba.train.run import load_recipe, loader, settings, trainer_for
 from vmamba.train.task import Task, task_type
-
-Weights = Literal["auto", "raw", "ema"]
-"""Of a run's checkpoint: its weights, their average, or the average where there is one."""
 
 
 class _Judge(lightning.LightningModule):
@@ -105,37 +96,28 @@ def load_run(
 
 
 def _open_run(
-    checkpoint: str | Path, overrides: Sequence[str], weights: Weights
+    place: str | Path, overrides: Sequence[str], weights: Weights
 ) -> tuple[Task, Recipe, nn.Module, str]:
-    path = checkpoint_of(checkpoint)
+    path = resolve_checkpoint(place)
     for override in overrides:
         if override.startswith(("model.", "model=")):
             raise RecipeError(
                 f"override {override!r}: the model is that of {path}; to judge other weights give a recipe"
             )
-    found = load_checkpoint(path)
-    values, classes = contents(found, path)
-    values = override_values(values, overrides)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.recipe is None or checkpoint.classes is None:
+        raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
+    values = override_values(dict(checkpoint.recipe), overrides)
     task_class = task_type(values.get("task"))
     recipe = check(task_class.recipe_type, values, str(path))
-    task = task_class(recipe, classes)
+    task = task_class(recipe, checkpoint.classes)
     untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
     model = task.build_model(recipe.model_copy(update={"model": untrained}))
     try:
-        model.load_state_dict(model_weights(found, weights, path))
+        model.load_state_dict(checkpoint.state_dict(weights))
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit its own model: {error}") from error
-    return task, recipe, model.eval(), _kind(found, weights)
-
-
-def _kind(checkpoint: Mapping[str, Any], weights: str) -> str:
-    return weights_kinds(checkpoint)[-1] if weights == "auto" else weights
-
-
-def checkpoint_of(place: str | Path) -> Path:
-    """A checkpoint, or the best one of a run's folder."""
-    path = Path(place)
-    return path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    return task, recipe, model.eval(), checkpoint.kind(weights)
 
 
 def evaluate(
@@ -205,9 +187,10 @@ def _open_recipe(
     if source == "pretrained":
         if kind == "ema":
             raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
-    elif Path(source).suffix != ".safetensors" and CONTENTS in (found := load_checkpoint(source)):
-        _, classes = contents(found, source)  # the data have to have the same, in the same order
-        kind = _kind(found, kind)
+    else:
+        checkpoint = open_checkpoint(source)
+        classes = checkpoint.classes  # the data have to have the same, in the same order
+        kind = checkpoint.kind(kind)
     recipe = task_class.without_training_data(recipe)
     judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
     task = task_class(recipe, classes)

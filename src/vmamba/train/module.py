@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 import vmamba
 from vmamba.data import Loaded, SampleKey, draw_seed, seeded
+from vmamba.models.checkpoints import CONTENTS
 from vmamba.nn import VSSBlock
-from vmamba.train.checkpoint import CONTENTS
 from vmamba.train.guard import NonFiniteError, first_nonfinite
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task

@@ -22,6 +22,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from vmamba.data import EpochSampler, ResumableLoader, seeded
 from vmamba.environment import environment
 from vmamba.errors import DataError, ProcessError, RecipeError
+from vmamba.files import write_atomically
+from vmamba.models.checkpoints import contents
 from vmamba.train.callbacks import (
     Blemishes,
     Checkpoints,
@@ -30,13 +32,7 @@ from vmamba.train.callbacks import (
     StopOnSignal,
     Throughput,
 )
-from vmamba.train.checkpoint import (
-    AtomicCheckpointIO,
-    contents,
-    earlier_checkpoints,
-    newest_checkpoint,
-    write_atomically,
-)
+from vmamba.train.checkpoint import AtomicCheckpointIO, earlier_checkpoints, newest_checkpoint
 from vmamba.train.module import TaskModule
 from vmamba.train.recipe import Recipe, check, override_values, read_values
 from vmamba.train.task import Task, task_type

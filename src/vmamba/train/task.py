@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 
-from vmamba.errors import CheckpointError, RecipeError
-from vmamba.train.checkpoint import load_weights, write_atomically
+from vmamba.errors import CheckpointError, ModelError, RecipeError
+from vmamba.files import write_atomically
+from vmamba.models import factory
+from vmamba.models.weights import load_weights
 from vmamba.train.recipe import ModelRecipe, Recipe
 
 log = logging.getLogger(__name__)
@@ -152,28 +154,21 @@ def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
         RecipeError: The model or one of its arguments is unknown.
         CheckpointError: `weights` does not fit or cannot be read.
     """
-    import vmamba  # noqa: F401  (registers the variants)
-
-    if not timm.is_model(recipe.name):
-        close = timm.list_models(f"*{recipe.name}*")[:5] or timm.list_models("*vmamba*")
-        raise RecipeError(f"model.name: unknown model {recipe.name!r}; there are {', '.join(close)}, …")
     pretrained = recipe.weights == "pretrained"
     arguments = {**defaults, **recipe.args}
+    try:
+        factory.check_name(recipe.name)
+    except ModelError as error:
+        raise RecipeError(f"model.name: {error}") from error
     classes = arguments.get("num_classes")
     known = timm.get_pretrained_cfg(recipe.name) if pretrained else None
     learnt = classes if known is None or classes is None else known.num_classes
     if learnt != classes:
         arguments["num_classes"] = learnt  # given another number timm would let any weight be missing
     try:
-        model: Any = timm.create_model(recipe.name, pretrained=pretrained, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(f"model.args: {recipe.name} does not take them: {error}") from error
-    except (RuntimeError, OSError) as error:
-        if not pretrained:
-            raise
-        raise CheckpointError(
-            f"model.weights: the pretrained weights of {recipe.name} cannot be had, or do not fit: {error}"
-        ) from error
+        model = factory.create_model(recipe.name, pretrained=pretrained, **arguments)
+    except ModelError as error:
+        raise RecipeError(f"model.args: {error}") from error
     if learnt != classes:
         differ = (
             f"{recipe.name}: the pretrained classifier is for {learnt} classes, the model's for {classes}"
@@ -183,7 +178,13 @@ def create_model(recipe: ModelRecipe, **defaults: Any) -> nn.Module:
         log.warning("%s: it starts anew", differ)
         model.reset_classifier(classes)
     if recipe.weights is not None and not pretrained:
-        load_weights(model, recipe.weights, recipe.weights_kind, recipe.new_classifier)
+        report = load_weights(
+            model,
+            recipe.weights,
+            classifier="new" if recipe.new_classifier else "keep",
+            weights=recipe.weights_kind,
+        )
+        (log.warning if report.missing else log.info)("%s", report)
     if recipe.freeze == "backbone":
         model.eval().requires_grad_(False)
         model.get_classifier().requires_grad_(True)
