@@ -17,7 +17,7 @@ LAYERS = [
     {"vmamba.models"},
     {"vmamba.nn"},
     {"vmamba.ops"},
-    {"vmamba.errors"},
+    {"vmamba.errors", "vmamba.config", "vmamba.files", "vmamba._torch_private"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

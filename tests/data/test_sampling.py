@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmamba.data import EpochSampler, Groups, SampleKey
+from vmamba.data import EpochSampler, SampleGroups, SampleKey
 
 LENGTHS, SEEDS, EPOCHS, WORLDS = (
     st.integers(1, 50),
@@ -67,7 +67,7 @@ def test_grouped_samples_are_read_together(
     """Every sample once, no window before the last is done; ranks and a resume leave the order as it is."""
 
     def sampler(**kwargs: int) -> EpochSampler:
-        made = EpochSampler(sum(groups), seed=seed, groups=Groups(groups, window), **kwargs)
+        made = EpochSampler(sum(groups), seed=seed, groups=SampleGroups(groups, window), **kwargs)
         made.set_epoch(epoch)
         return made
 
@@ -88,11 +88,11 @@ def test_grouped_samples_are_read_together(
 
 def test_groups_that_do_not_add_up() -> None:
     with pytest.raises(ValueError, match="add up to 20, got 9"):
-        EpochSampler(20, groups=Groups([4, 5], 2))
+        EpochSampler(20, groups=SampleGroups([4, 5], 2))
 
 
 def test_the_order_within_a_window_is_drawn_for_each_epoch() -> None:
-    sampler = EpochSampler(200, groups=Groups([10] * 20, 4))
+    sampler = EpochSampler(200, groups=SampleGroups([10] * 20, 4))
     orders = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)

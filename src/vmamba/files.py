@@ -1,0 +1,66 @@
+"""Files that are whole or not there at all, and their SHA-256."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+
+def sha256(path: str | PathLike[str]) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """Write a file that replaces `path` only once it is complete and on disk.
+
+    A device or a pipe (`/dev/stdout`) is written to directly: a rename would put a file in its place.
+
+    Args:
+        path: The file to write; missing folders above it are made.
+
+    Yields:
+        The temporary path to write to, in the same folder. It is removed if the block fails.
+
+    Raises:
+        OSError: The file cannot be written; what `path` held before is intact.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not derived from the file's name, which may be as long as the file system allows.
+    temporary = path.parent / f".vmamba-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_atomically(path: str | PathLike[str], text: str) -> None:
+    """Write a text file, in UTF-8 and with its line ends as they are, through `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where folders can be opened (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
