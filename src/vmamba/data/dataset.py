@@ -4,6 +4,8 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,7 +23,13 @@ class ImageDataset(Dataset[Any], Generic[Target]):
     Args:
         source: Where the images come from.
         seed: Of the augmentation.
+
+    Attributes:
+        groups: What `EpochSampler` takes as its `groups`.
+        balance: What `EpochSampler` takes as its `balance`, for training.
     """
+
+    balance: NDArray[np.int64] | None = None
 
     def __init__(self, source: ImageSource[Target], seed: int = 0) -> None:
         self.source, self.seed = source, seed
@@ -52,15 +60,21 @@ class ClassificationDataset(ImageDataset[int]):
         source: Where the images come from.
         transform: From a decoded image to a tensor (c, h, w).
         seed: Of the augmentation.
+        balance: The class of each sample, if training should see every class equally often; see
+            `ClassificationSection.sampling_classes`.
     """
 
     source: ClassifiedImages
 
     def __init__(
-        self, source: ClassifiedImages, transform: Callable[[DecodedImage], Any], seed: int = 0
+        self,
+        source: ClassifiedImages,
+        transform: Callable[[DecodedImage], Any],
+        seed: int = 0,
+        balance: NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__(source, seed)
-        self.transform = transform
+        self.transform, self.balance = transform, balance
 
     def augment(self, image: DecodedImage, target: int) -> tuple[Tensor, int]:
         return self.transform(image), target

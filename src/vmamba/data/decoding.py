@@ -110,7 +110,7 @@ def readable_formats() -> tuple[str, ...]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes, in lower case and with the dot, of the files that this Pillow decodes."""
-    readable = set(readable_formats())
+    readable = {*readable_formats(), "MPO"}  # the cameras' kind of JPEG, which Pillow opens as one
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
 
 

@@ -32,7 +32,7 @@ class Preprocessing:
         mean: A value for each channel, subtracted from pixels from 0 to 1; one value is for all.
         std: A value for each channel, by which the result is divided; one value is for all.
         interpolation: Of resizing; one of `INTERPOLATIONS`.
-        crop_pct: Side of the crop as a fraction of the resized image's.
+        crop_pct: Side of the crop as a fraction of the resized image's; above 1 the image gets a border.
         crop_mode: "center" keeps the ratio of the sides and crops, "squash" gives the ratio up, "border"
             pads; as timm has them.
         background: RGB from 0 to 255, which shows through transparent pixels.
@@ -73,8 +73,8 @@ class Preprocessing:
             )
         if self.crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode: expected one of {', '.join(CROP_MODES)}, got {self.crop_mode!r}")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct}")
+        if not 0 < self.crop_pct <= 2:
+            raise ValueError(f"crop_pct: expected more than 0 and at most 2, got {self.crop_pct}")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ValueError(f"background: expected three values from 0 to 255, got {self.background}")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:

@@ -7,8 +7,11 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from vmamba.config import Section
 from vmamba.data.decoding import RGB, Decoding
@@ -35,7 +38,7 @@ class DataSection(Section):
     crop_pct: float | None = Field(
         default=None,
         gt=0,
-        le=1,
+        le=2,
         description="of the resized image's side, in evaluation; null for the model's",
     )
     crop_mode: Literal["center", "squash", "border"] | None = Field(
@@ -74,12 +77,18 @@ class DataSection(Section):
             raise ValueError(f"expected at least 8 pixels, got {size}")
         return size
 
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if std is not None and min(std, default=0.0) <= 0:
-            raise ValueError(f"std {std} is not above 0")
-        return std
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and self.channels is not None and len(values) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        if self.std is not None and min(self.std, default=0.0) <= 0:
+            raise ValueError(f"std {self.std} is not above 0")
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError(f"background: expected three values from 0 to 255, got {self.background}")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range {self.value_range}: the first is not below the second")
+        return self
 
     def preprocessing(self, model_or_cfg: Any) -> Preprocessing:
         """That of a model, with what the recipe says otherwise.
@@ -171,7 +180,7 @@ class ClassificationSection(DataSection):
             return self.open_split(split, decoding)
         return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
 
-    def sampling_classes(self, source: ClassifiedImages) -> Any:
+    def sampling_classes(self, source: ClassifiedImages) -> NDArray[np.int64] | None:
         """What `EpochSampler` takes as `balance` for training on a source; None for uniform sampling.
 
         Raises:

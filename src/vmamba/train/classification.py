@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,7 +204,18 @@ class ClassificationTask(Task):
         source = self._source("train" if split == "train" else "val")
         source.use_classes(self.classes)
         source.report_empty_classes()
-        return ClassificationDataset(source, self.transform(split == "train"), self.recipe.train.seed)
+        training = split == "train"
+        balance = self.recipe.data.sampling_classes(source) if training else None
+        return ClassificationDataset(source, self.transform(training), self.recipe.train.seed, balance)
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Of the loss, (classes,); None where all count the same."""
+        if self.recipe.data.class_weights is None:
+            return None
+        source = self._source("train")
+        source.use_classes(self.classes)
+        return self.recipe.data.loss_weights(source)
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
         return create_model(recipe.model, num_classes=len(self.classes), in_chans=self.preprocessing.channels)
@@ -225,8 +237,9 @@ class ClassificationTask(Task):
         labels, smoothing = targets, self.recipe.augment.label_smoothing
         if targets.ndim == 2:  # mixed, and smoothed already
             labels, targets, smoothing = targets.argmax(1), targets.to(logits), 0.0
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
         return {
-            "loss": F.cross_entropy(logits, targets, label_smoothing=smoothing),
+            "loss": F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing),
             "accuracy": (logits.argmax(1) == labels).float().mean(),
         }
 

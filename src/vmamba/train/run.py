@@ -230,6 +230,7 @@ def loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) -
         chunk=part if training else 1,
         step=train.batch_size if training else 1,
         groups=getattr(dataset, "groups", None),
+        balance=getattr(dataset, "balance", None) if training else None,
     )
     if training and not len(sampler):
         raise DataError(
