@@ -185,7 +185,7 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_truncated_files() -> None:
     whole = encoded(Image.fromarray(random_pixels(64, 64, 3)), "jpeg").getvalue()
-    with pytest.raises(DataError, match="image: not an image, or a damaged one .*truncated"):
+    with pytest.raises(DataError, match=r"image: not an image, or a damaged one .*truncated"):
         read(io.BytesIO(whole[: len(whole) // 2]))
 
 

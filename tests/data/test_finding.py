@@ -55,14 +55,12 @@ def test_hidden_parts_and_other_files_are_left_out_and_counted(
         assert source.classes == ["a", "b"]
     folder, tar = [record.getMessage() for record in caplog.records]
     assert folder == (
-        f"{root}: left out 4 {HIDDEN}, 1 files outside of class folders, "
-        "2 files that are no images by their suffix (.txt, .csv)"
-    ) or sorted(folder.partition("left out ")[2]) == sorted(
-        f"4 {HIDDEN}, 1 files outside of class folders, 2 files that are no images by their suffix (.csv, .txt)"
+        f"{root}: left out {HIDDEN} (4), files outside of class folders (1), "
+        "files that are no images by their suffix (2: .txt, .csv)"
     )
     assert f"{root}.tar: left out " in tar
-    assert f"4 {HIDDEN}" in tar
-    assert "3 files that are no images by their suffix" in tar
+    assert f"{HIDDEN} (4)" in tar
+    assert "files that are no images by their suffix (3: " in tar
 
 
 def test_a_clean_folder_says_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,7 +107,7 @@ def test_loops_of_links(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "a" / "y" / "to_x").symlink_to(root / "a" / "x")
     (root / "a" / "self").symlink_to(root / "a" / "self")
     assert names(ImageFolder(root)) == ["a/0.png", "a/x/1.png", "a/y/2.png", "b/0.png"]
-    assert "3 links to folders that are read already" in caplog.text
+    assert "links to folders that are read already (3)" in caplog.text
 
 
 def test_what_is_no_regular_file(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +116,7 @@ def test_what_is_no_regular_file(root: Path, caplog: pytest.LogCaptureFixture) -
     (root / "a" / "gone.png").symlink_to(root / "nowhere")
     source = ImageFolder(root)
     assert names(source) == ["a/0.png", "a/gone.png", "b/0.png"]
-    assert "1 entries that are no regular files" in caplog.text
+    assert "entries that are no regular files (1)" in caplog.text
     with pytest.raises(DataError, match=r"gone\.png: no such image"):
         source.load(1)
 

@@ -122,3 +122,61 @@ def test_without_shuffle_the_order_is_that_of_the_data(epoch: int) -> None:
     sampler = EpochSampler(4, shuffle=False)
     sampler.set_epoch(epoch)
     assert list(sampler) == [SampleKey(epoch, index) for index in range(4)]
+
+
+def balanced(classes: list[int], epoch: int = 0, **kwargs: int) -> EpochSampler:
+    sampler = EpochSampler(len(classes), balance=classes, **kwargs)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+CLASSES = st.lists(st.sampled_from([0, 1, 1, 1, 2, 2, 2, 2, 5]), min_size=1, max_size=60)
+
+
+@given(CLASSES, SEEDS, EPOCHS)
+def test_every_class_is_drawn_equally_often(classes: list[int], seed: int, epoch: int) -> None:
+    keys = list(balanced(classes, epoch, seed=seed))
+    assert len(keys) == len(classes)
+    assert len(set(keys)) == len(keys)  # a sample that is drawn again is augmented in another way
+    counts = [sum(classes[key.index] == label for key in keys) for label in set(classes)]
+    assert max(counts) - min(counts) <= 1
+    for label in set(classes):
+        times = [
+            sum(key.index == index for key in keys)
+            for index in range(len(classes))
+            if classes[index] == label
+        ]
+        assert max(times) - min(times) <= 2
+
+
+def test_all_samples_of_a_large_class_are_drawn_in_turn() -> None:
+    classes = [0] * 30 + [1] * 10
+    drawn: list[int] = []
+    for epoch in range(3):  # 20 of a class each
+        drawn += [key.index for key in balanced(classes, epoch) if key.index < 30]
+    assert sorted(drawn) == sorted([*range(30), *range(30)])
+
+
+@given(CLASSES, WORLDS, SEEDS, EPOCHS, st.data())
+def test_ranks_and_a_resume_leave_the_balanced_order_as_it_is(
+    classes: list[int], world_size: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    whole = list(balanced(classes, epoch, seed=seed))
+    ranks = [
+        list(balanced(classes, epoch, seed=seed, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert [ranks[i % world_size][i // world_size] for i in range(len(whole))] == whole
+    rest = balanced(classes, epoch, seed=seed)
+    consumed = data.draw(st.integers(0, len(classes)))
+    rest.done = (epoch, consumed)
+    assert list(rest) == whole[consumed:]
+
+
+def test_what_balance_does_not_go_with() -> None:
+    with pytest.raises(ValueError, match="balance: expected the classes of 3 samples, got 2"):
+        EpochSampler(3, balance=[0, 1])
+    with pytest.raises(ValueError, match="balance: needs shuffle, and no groups"):
+        EpochSampler(2, balance=[0, 1], shuffle=False)
+    with pytest.raises(ValueError, match="balance: needs shuffle, and no groups"):
+        EpochSampler(2, balance=[0, 1], groups=SampleGroups([2], 1))

@@ -35,8 +35,8 @@ class LeftOut:
         for reason, count in self.counts.items():
             shown = ""
             if reason == self.NO_IMAGE:
-                shown = f" ({', '.join(suffix for suffix, _ in self.suffixes.most_common(5))})"
-            reasons.append(f"{count:,} {reason}{shown}")
+                shown = ": " + ", ".join(suffix for suffix, _ in self.suffixes.most_common(5))
+            reasons.append(f"{reason} ({count:,}{shown})")
         return ", ".join(reasons)
 
     def report(self, source: str) -> None:
