@@ -71,6 +71,8 @@ class ClassifiedImages(ImageSource[int]):
     """
 
     classes: list[str]
+    labels_at_hand = True
+    """Whether `read_labels` gives what is in memory, instead of reading a file for each."""
     _numbers: list[int] | None = None
     """Of each class of the source, its number among the model's; None where they are the same."""
 
@@ -124,11 +126,10 @@ class ClassifiedImages(ImageSource[int]):
         self.classes = classes
 
     def report_empty_classes(self) -> None:
-        """Log which classes have no samples; nothing where the labels cannot be had without the images."""
-        try:
-            counts = np.bincount(self.labels(), minlength=len(self.classes))
-        except DataError:
+        """Log which classes have no samples; nothing where that is not known without reading files."""
+        if not self.labels_at_hand:
             return
+        counts = np.bincount(self.labels(), minlength=len(self.classes))
         empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if empty:
             log.warning(

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba.data.decoding import printable
+from vmamba.data.strings import PackedStrings
 from vmamba.errors import DataError
 
 CACHED_FROM = 100_000
@@ -28,35 +29,6 @@ CACHED_FROM = 100_000
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_OPEN_TARS = 128
 _CACHE_FORMAT = 1
-
-
-class PackedStrings(Sequence[str]):
-    """Strings in one block of bytes: a million of them are two arrays, which forked workers share.
-
-    Args:
-        text: The bytes of all strings, one behind the other; UTF-8, or what the file system holds instead.
-        ends: Where each ends, in bytes.
-    """
-
-    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
-        self.text, self.ends = text, ends
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> "PackedStrings":
-        encoded = [os.fsencode(name) for name in names]
-        return cls(
-            np.frombuffer(b"".join(encoded), np.uint8),
-            np.cumsum([len(name) for name in encoded], dtype=np.int64),
-        )
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.text[start : self.ends[index]].tobytes())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vmamba.data.decoding import RGB, Decoding, printable
 from vmamba.data.finding import LeftOut, class_folders, class_names, find_images
 from vmamba.data.section import ClassificationSection, Split
 from vmamba.data.source import ClassifiedImages
+from vmamba.data.strings import PackedStrings
 from vmamba.errors import DataError
 
 
@@ -43,7 +44,7 @@ class ImageFolder(ClassifiedImages):
         if not folders:
             raise DataError(f"{self}: no class folders in it; expected {self}/<class>/<image>")
         self.classes = class_names(folders, str(self))
-        self.paths: list[str] = []
+        paths: list[str] = []
         labels: list[int] = []
         for number, folder in enumerate(folders):
             images = find_images(os.path.join(root, folder), left_out, decoding)
@@ -52,11 +53,12 @@ class ImageFolder(ClassifiedImages):
                     f"{printable(self.root / folder)}: no images in this class folder; expected files "
                     "such as *.jpg or *.png; remove the folder if there is no such class"
                 )
-            self.paths += [f"{folder}/{path}" for path in images]
+            paths += [f"{folder}/{path}" for path in images]
             labels += [number] * len(images)
         left_out.report(str(self))
-        if not self.paths:
+        if not paths:
             raise DataError(f"{self}: no images in any of its {len(folders)} class folders")
+        self.paths = PackedStrings.of(paths)
         self._labels = np.array(labels, dtype=np.int64)
 
     def __str__(self) -> str:
@@ -82,7 +84,8 @@ class ImageFolder(ClassifiedImages):
         return printable(self.path(index))
 
     def key(self, index: int) -> str:
-        return self.paths[index]
+        path: str = self.paths[index]
+        return path
 
 
 class FolderSection(ClassificationSection):
@@ -91,7 +94,13 @@ class FolderSection(ClassificationSection):
     source: Literal["folder"] = "folder"
 
     def open_split(self, split: Split, decoding: Decoding) -> ImageFolder:
-        path = Path(self._root()) / self._split_name(split)
+        root = Path(self._root())
+        path = root / self._split_name(split)
+        if root.is_dir() and not path.is_dir():
+            raise DataError(
+                f"{printable(path)}: no such folder; expected one with a folder for each class, or "
+                f"data.val_fraction=0.2 to hold back a fifth of {printable(root)}/<class>/<image>"
+            )
         return ImageFolder(path, decoding, allow_empty=split == "val")
 
     def open_all(self, decoding: Decoding) -> ImageFolder:

@@ -60,6 +60,7 @@ class RemoteShards(ClassifiedImages):
     """
 
     groups: SampleGroups
+    labels_at_hand = False
 
     def __init__(
         self,

@@ -92,6 +92,8 @@ class Shards(ClassifiedImages):
         DataError: A tar is missing or damaged, or a sample lacks image or label; the message names it.
     """
 
+    labels_at_hand = False
+
     def __init__(
         self,
         paths: Sequence[str | Path],
