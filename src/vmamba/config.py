@@ -51,7 +51,7 @@ def _resolve(section_type: type[Section], location: list[str]) -> tuple[list[str
 
 
 def _members(annotation: Any) -> dict[str, type[Section]]:
-    """The sections of a union that are told apart by the literal in their field `source`."""
+    """The sections of a union that differ by the literal in their field `source`."""
     members: dict[str, type[Section]] = {}
     for kind in get_args(annotation):
         if isinstance(kind, type) and issubclass(kind, Section) and "source" in kind.model_fields:

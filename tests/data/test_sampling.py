@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmamba.data import EpochSampler, SampleGroups, SampleKey
+from vmamba.data import BalancedSampler, EpochSampler, SampleGroups, SampleKey, sampler_for
 
 LENGTHS, SEEDS, EPOCHS, WORLDS = (
     st.integers(1, 50),
@@ -125,7 +125,7 @@ def test_without_shuffle_the_order_is_that_of_the_data(epoch: int) -> None:
 
 
 def balanced(classes: list[int], epoch: int = 0, **kwargs: int) -> EpochSampler:
-    sampler = EpochSampler(len(classes), balance=classes, **kwargs)
+    sampler = BalancedSampler(classes, **kwargs)
     sampler.set_epoch(epoch)
     return sampler
 
@@ -173,10 +173,21 @@ def test_ranks_and_a_resume_leave_the_balanced_order_as_it_is(
     assert list(rest) == whole[consumed:]
 
 
-def test_what_balance_does_not_go_with() -> None:
-    with pytest.raises(ValueError, match="balance: expected the classes of 3 samples, got 2"):
-        EpochSampler(3, balance=[0, 1])
-    with pytest.raises(ValueError, match="balance: needs shuffle, and no groups"):
-        EpochSampler(2, balance=[0, 1], shuffle=False)
-    with pytest.raises(ValueError, match="balance: needs shuffle, and no groups"):
-        EpochSampler(2, balance=[0, 1], groups=SampleGroups([2], 1))
+class Data(list[int]):
+    """A dataset that may say how its samples should be drawn."""
+
+    balance: list[int] | None = None
+    groups: SampleGroups | None = None
+
+
+def test_a_dataset_says_how_it_is_sampled() -> None:
+    data = Data([0] * 6)
+    assert list(sampler_for(data, False, seed=1)) == [SampleKey(0, index) for index in range(6)]
+    assert list(sampler_for(data, True, seed=1)) == list(EpochSampler(6, seed=1))
+    data.groups = SampleGroups([3, 3], 1)
+    assert list(sampler_for(data, True)) == list(EpochSampler(6, groups=data.groups))
+    data.balance = [0, 0, 0, 0, 0, 1]
+    assert list(sampler_for(data, True, step=4, rank=1, world_size=2)) == list(
+        BalancedSampler(data.balance, step=4, rank=1, world_size=2)
+    )
+    assert list(sampler_for(data, False)) == [SampleKey(0, index) for index in range(6)]

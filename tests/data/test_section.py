@@ -172,7 +172,9 @@ def test_a_validation_split_may_lack_a_class(tmp_path: Path, caplog: pytest.LogC
     (root / "val" / "unused").mkdir()
     task(root).dataset("val")
     (root / "val" / "red").rename(root / "val" / "rot")
-    with pytest.raises(DataError, match=r"val: has samples of classes that the model does not have: 'rot'"):
+    with pytest.raises(
+        DataError, match=r"val: not the model's 3 classes; missing \['red'\], extra \['rot'\]"
+    ):
         task(root).dataset("val")
     for file in (root / "train" / "red").iterdir():
         file.unlink()

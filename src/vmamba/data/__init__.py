@@ -7,7 +7,7 @@ from vmamba.data.finding import LeftOut, find_images
 from vmamba.data.loading import LoadedBatch, ResumableLoader, ShardError
 from vmamba.data.pack import write_shards, write_tar
 from vmamba.data.preprocessing import Preprocessing
-from vmamba.data.sampling import EpochSampler, SampleGroups, SampleKey
+from vmamba.data.sampling import BalancedSampler, EpochSampler, SampleGroups, SampleKey, sampler_for
 from vmamba.data.section import ClassificationSection, DataSection
 from vmamba.data.seeding import draw_seed, seeded
 from vmamba.data.source import ClassifiedImages, ImageSource, class_weights
@@ -22,6 +22,7 @@ from vmamba.data.splitting import SplitImages
 from vmamba.data.storage import is_url
 
 __all__ = [
+    "BalancedSampler",
     "ClassificationData",
     "ClassificationDataset",
     "ClassificationSection",
@@ -56,6 +57,7 @@ __all__ = [
     "printable",
     "read_classes",
     "read_image",
+    "sampler_for",
     "seeded",
     "write_shards",
     "write_tar",

@@ -25,8 +25,8 @@ class ImageDataset(Dataset[Any], Generic[Target]):
         seed: Of the augmentation.
 
     Attributes:
-        groups: What `EpochSampler` takes as its `groups`.
-        balance: What `EpochSampler` takes as its `balance`, for training.
+        groups: Samples that should be read together.
+        balance: Of each sample its class, if training should see every class equally often.
     """
 
     balance: NDArray[np.int64] | None = None

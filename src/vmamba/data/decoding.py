@@ -73,7 +73,7 @@ class Decoding:
         """An image, as it was opened, in the form asked for; one that has it already keeps its pixels.
 
         Args:
-            image: Of any mode; of several frames the first is taken, or each as further channels where the
+            image: Of any mode; of several frames the first, or each as further channels where the
                 number of channels asks for it.
             name: What to call it in a message.
 
@@ -242,7 +242,7 @@ def _to_tensor(image: Image.Image, decoding: Decoding, name: str) -> Tensor:
             planes.append(_planes(_upright(image.copy()), decoding, name))
         if len({plane.shape for plane in planes}) > 1:
             raise DataError(f"{name}: its {frames} frames differ in size")
-        return _tensor(np.concatenate(planes, axis=2))
+        return _tensor(_checked(np.concatenate(planes, axis=2), decoding.channels, name))
     upright = _upright(image)
     if upright.mode.startswith(_DEEP_MODES):
         planes_deep = _planes(upright, decoding, name)

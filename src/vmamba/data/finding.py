@@ -58,7 +58,7 @@ def find_images(folder: str, left_out: LeftOut, decoding: Decoding = RGB) -> lis
     """Paths of the images below a folder, relative to it and with "/", in the order of `sort_key`.
 
     Hidden entries are left out. Links to files and folders are followed, but no folder is read twice, so that
-    a link to a folder above it does no harm. A link to nothing counts as a file: it is told when it is read.
+    a link to a folder above it does no harm. A link to nothing counts as a file: reading it raises.
 
     Args:
         folder: The path of a folder.
@@ -151,4 +151,4 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
     try:
         return not stat.S_ISREG(entry.stat().st_mode)
     except OSError:
-        return False  # a link to nothing, or a file without permission: told when it is read
+        return False  # a link to nothing, or a file without permission: reading it raises

@@ -1,7 +1,7 @@
 """The order in which samples are read: a function of (seed, epoch), with a state of two numbers."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
     Attributes:
         epoch: Decides, with the rest, how the sample is augmented.
         index: Of the sample in the dataset.
-        repetition: Tells apart the times that balanced sampling takes a sample in one epoch, so that each is
+        repetition: Tells apart the times that balanced sampling draws a sample in one epoch, so that each is
             augmented in its own way.
     """
 
@@ -40,13 +40,13 @@ class SampleGroups(NamedTuple):
 
 
 class EpochSampler(Sampler[SampleKey]):
-    """Every sample once an epoch, or every class as often, dealt to the ranks in chunks, in turn.
+    """Every sample once an epoch, dealt to the ranks in chunks, in turn.
 
     With a chunk as large as a rank's batch, the batches of all ranks together are what one process would read
     in a batch of their size: the number of processes changes nothing in what a step sees.
 
     Args:
-        length: Samples in the dataset, and in an epoch.
+        length: Samples in the dataset.
         seed: Of the order.
         shuffle: Draw the order anew for each epoch; else it is that of the dataset.
         rank: This process.
@@ -55,8 +55,6 @@ class EpochSampler(Sampler[SampleKey]):
         step: Samples of a step over all ranks, a multiple of `chunk * world_size`: those at the end that fill
             none are left out (training). Without it none is, and ranks may differ by a chunk (evaluation).
         groups: If any, the groups are shuffled, and the samples within each window of them.
-        balance: Of each sample its class, if every class should be taken equally often: samples of small
-            classes several times an epoch, those of large ones in turn over the epochs.
 
     Attributes:
         epoch: The epoch that an iteration reads.
@@ -77,20 +75,14 @@ class EpochSampler(Sampler[SampleKey]):
         chunk: int = 1,
         step: int = 1,
         groups: SampleGroups | None = None,
-        balance: Sequence[int] | NDArray[np.int64] | None = None,
     ) -> None:
         if step > 1 and step % (chunk * world_size):
             share = chunk * world_size
             raise ValueError(f"step: expected a multiple of chunk * world_size, {share}, got {step}")
         if groups is not None and sum(groups.sizes) != length:
             raise ValueError(f"groups: expected sizes that add up to {length}, got {sum(groups.sizes)}")
-        if balance is not None and (groups is not None or not shuffle):
-            raise ValueError("balance: needs shuffle, and no groups")
-        if balance is not None and len(balance) != length:
-            raise ValueError(f"balance: expected the classes of {length} samples, got {len(balance)}")
         self.seed, self.shuffle = seed, shuffle
         self.groups = groups
-        self._members = None if balance is None else _members(balance)
         self.rank, self.world_size, self.chunk = rank, world_size, chunk
         self.length, self.total = length, length - length % step
         self.epoch = 0
@@ -109,13 +101,14 @@ class EpochSampler(Sampler[SampleKey]):
         rounds, rest = divmod(self.total, self.world_size * self.chunk)
         return rounds * self.chunk + min(max(rest - self.rank * self.chunk, 0), self.chunk)
 
-    def _order(self) -> Tensor:
-        """Indices, or with balanced classes pairs of index and repetition, (length,) or (length, 2)."""
+    def _order(self) -> list[tuple[int, ...]]:
+        """Index, and repetition if any, of each sample in the epoch's order."""
+        return [(index,) for index in self._indices().tolist()]
+
+    def _indices(self) -> Tensor:
         if not self.shuffle:
             return torch.arange(self.length)
         generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
-        if self._members is not None:
-            return self._balanced_order(self._members, generator)
         if self.groups is None:
             return torch.randperm(self.length, generator=generator)
         sizes, window = self.groups
@@ -124,36 +117,66 @@ class EpochSampler(Sampler[SampleKey]):
         windows = [torch.cat(shuffled[start : start + window]) for start in range(0, len(groups), window)]
         return torch.cat([mixed[torch.randperm(len(mixed), generator=generator)] for mixed in windows])
 
-    def _balanced_order(self, members: list[Tensor], generator: torch.Generator) -> Tensor:
-        """Each class walks through endless permutations of its samples, epoch after epoch."""
-        share, rest = divmod(self.length, len(members))
-        one_more = set(torch.randperm(len(members), generator=generator)[:rest].tolist())
-        stride = share + bool(rest)
-        pairs = []
-        for number, indices in enumerate(members):
-            start = self.epoch * stride
-            stop = start + share + (number in one_more)
-            first, last = start // len(indices), (stop - 1) // len(indices)
-            for turn in range(first, last + 1):
-                order = torch.Generator().manual_seed(draw_seed("class order", self.seed, number, turn))
-                permuted = indices[torch.randperm(len(indices), generator=order)]
-                begin = turn * len(indices)
-                drawn = permuted[max(start - begin, 0) : stop - begin]
-                pairs.append(torch.stack([drawn, torch.full_like(drawn, turn - first)], 1))
-        drawn = torch.cat(pairs)
-        return drawn[torch.randperm(len(drawn), generator=generator)]
-
     def __iter__(self) -> Iterator[SampleKey]:
-        order = self._order().tolist()
+        order = self._order()
         epoch, consumed = self.done
         skipped = consumed if epoch == self.epoch else 0
         for position in self._positions():
             if position >= skipped:
-                drawn = order[position]
-                yield SampleKey(self.epoch, *drawn) if self._members else SampleKey(self.epoch, drawn)
+                yield SampleKey(self.epoch, *order[position])
 
 
-def _members(classes: Sequence[int] | NDArray[np.int64]) -> list[Tensor]:
-    """The indices of each class that has samples."""
-    of_class = torch.as_tensor(np.asarray(classes, dtype=np.int64))
-    return [torch.nonzero(of_class == label).flatten() for label in of_class.unique().tolist()]
+class BalancedSampler(EpochSampler):
+    """Every class equally often, in an epoch as long as that of `EpochSampler`.
+
+    Samples of small classes come several times an epoch, those of large ones take turns over the epochs: each
+    class walks through endless permutations of its samples.
+
+    Args:
+        classes: Of each sample, the number of its class.
+        options: As `EpochSampler`, but for `shuffle` and `groups`.
+    """
+
+    def __init__(self, classes: Sequence[int] | NDArray[np.int64], **options: Any) -> None:
+        super().__init__(len(classes), **options)
+        of_class = torch.as_tensor(np.asarray(classes, dtype=np.int64))
+        self._members = [torch.nonzero(of_class == label).flatten() for label in of_class.unique().tolist()]
+
+    def _order(self) -> list[tuple[int, ...]]:
+        generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
+        share, rest = divmod(self.length, len(self._members))
+        one_more = set(torch.randperm(len(self._members), generator=generator)[:rest].tolist())
+        stride = share + bool(rest)
+        pairs = []
+        for number in range(len(self._members)):
+            start = self.epoch * stride
+            pairs.append(self._walk(number, start, start + share + (number in one_more)))
+        drawn = torch.cat(pairs)
+        return [(i, n) for i, n in drawn[torch.randperm(len(drawn), generator=generator)].tolist()]
+
+    def _walk(self, number: int, start: int, stop: int) -> Tensor:
+        """Steps `start` to `stop` of a class, (steps, 2): index, and permutations since the first step."""
+        members = self._members[number]
+        first, last = start // len(members), (stop - 1) // len(members)
+        pairs = [torch.empty(0, 2, dtype=torch.int64)]
+        for turn in range(first, last + 1):
+            generator = torch.Generator().manual_seed(draw_seed("class order", self.seed, number, turn))
+            permuted = members[torch.randperm(len(members), generator=generator)]
+            begin = turn * len(members)
+            drawn = permuted[max(start - begin, 0) : stop - begin]
+            pairs.append(torch.stack([drawn, torch.full_like(drawn, turn - first)], 1))
+        return torch.cat(pairs)
+
+
+def sampler_for(dataset: Any, training: bool, **options: Any) -> EpochSampler:
+    """The order of a dataset's samples: shuffled for training, balanced or in groups as the dataset says.
+
+    Args:
+        dataset: Its `balance` and `groups`, if it has them, are followed; see `ImageDataset`.
+        training: Whether to shuffle.
+        options: `seed`, `rank`, `world_size`, `chunk` and `step` of `EpochSampler`.
+    """
+    balance = getattr(dataset, "balance", None)
+    if training and balance is not None:
+        return BalancedSampler(balance, **options)
+    return EpochSampler(len(dataset), shuffle=training, groups=getattr(dataset, "groups", None), **options)

@@ -181,7 +181,7 @@ class ClassificationSection(DataSection):
         return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
 
     def sampling_classes(self, source: ClassifiedImages) -> NDArray[np.int64] | None:
-        """What `EpochSampler` takes as `balance` for training on a source; None for uniform sampling.
+        """The class of each training sample, for `BalancedSampler`; None for uniform sampling.
 
         Raises:
             DataError: The labels cannot be read without fetching the images.
@@ -208,7 +208,7 @@ S = TypeVar("S", bound=DataSection)
 
 
 def union_of_sources(base: type[S], default: str) -> Any:
-    """The type of a recipe's section `data`: any section that derives from a base, told apart by `source`.
+    """The type of a recipe's section `data`: any section that derives from a base, by `source`.
 
     Keys of other sources are dropped where they hold those sources' defaults: recipes that earlier versions
     wrote out name the keys of all sources.

@@ -101,14 +101,15 @@ class ClassifiedImages(ImageSource[int]):
         labels = self.read_labels()
         return labels if self._numbers is None else np.asarray(self._numbers, dtype=np.int64)[labels]
 
-    def use_classes(self, classes: Sequence[str]) -> None:
-        """Number the classes as a model does; some of the model's may have no samples here, which is logged.
+    def use_classes(self, classes: Sequence[str], whose: str = "the model") -> None:
+        """Number the classes as a model does, some of which may have no samples here.
 
         Args:
             classes: The model's.
+            whose: Whose they are, for the message: a model's, or those of the training split.
 
         Raises:
-            DataError: The source has samples of a class that the model does not have.
+            DataError: The source has samples of other classes.
         """
         classes = list(classes)
         if self.classes == classes:
@@ -119,8 +120,8 @@ class ClassifiedImages(ImageSource[int]):
         missing = [name for name in classes if name not in self.classes]
         if extra:
             raise DataError(
-                f"{self}: has samples of classes that the model does not have: {_listed(extra)}"
-                + (f"; of the model's {len(classes)} it lacks {_listed(missing)}" if missing else "")
+                f"{self}: not {whose}'s {len(classes)} classes; missing [{_listed(missing)}], "
+                f"extra [{_listed(extra)}]"
             )
         self._numbers = [number_of.get(name, -1) for name in self.classes]
         self.classes = classes

@@ -70,7 +70,7 @@ class SplitImages(ClassifiedImages):
             self.groups = SampleGroups(counts.tolist(), source.groups.window)
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.split} part of an automatic split)"
+        return f"{self.source} ({self.split} side of an automatic split)"
 
     def __len__(self) -> int:
         return len(self.indices)

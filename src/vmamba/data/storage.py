@@ -40,21 +40,21 @@ def download(url: str, path: Path) -> None:
     Raises:
         DataError: It cannot be fetched.
     """
-    part = path.with_name(f"{path.name}.part")
+    partial = path.with_name(f"{path.name}.part")
     for wait in (*_RETRY_WAITS, None):
         try:
             fs, inside = file_system(url)
             expected = fs.info(inside)["size"]
-            fs.get_file(inside, str(part))
-            size = part.stat().st_size
+            fs.get_file(inside, str(partial))
+            size = partial.stat().st_size
             if expected is not None and size != expected:
                 raise OSError(f"{size} of {expected} bytes came")
-            os.replace(part, path)
+            os.replace(partial, path)
             return
         except DataError:
             raise
         except Exception as error:  # every storage raises its own
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             if wait is None or isinstance(error, FileNotFoundError):
                 raise DataError(f"{url}: cannot fetch the shard ({error!r})") from error
             time.sleep(wait)

@@ -127,12 +127,10 @@ class RemoteShards(ClassifiedImages):
     def read_labels(self) -> NDArray[np.int64]:
         raise DataError(f"{self}: the labels of shards in object storage are not there before the shards are")
 
-    def use_classes(self, classes: Sequence[str]) -> None:
+    def use_classes(self, classes: Sequence[str], whose: str = "the model") -> None:
         """Refuses any but the classes of `data.classes`: no label is there before its shard is."""
         if list(classes) != self.classes:
-            raise DataError(
-                f"{self}: data.classes names other classes than the model has, or in another order"
-            )
+            raise DataError(f"{self}: data.classes names other classes than {whose} has, or in another order")
 
     def _shard_of(self, index: int) -> tuple[Shards, int]:
         """The open shard of a sample, and its place in it."""
