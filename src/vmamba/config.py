@@ -70,6 +70,8 @@ def _sentence(name: str, holder: type[Section] | None, problem: Any) -> str:
             f"{name}.source: no source {problem['ctx']['tag']!r}; expected one of "
             + (problem["ctx"]["expected_tags"])
         )
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{name}: expected keys and their values, got {problem['input']!r}"
     if kind != "extra_forbidden" or holder is None:
         return f"{name}: {problem['msg']}, got {problem['input']!r}"
     allowed = list(holder.model_fields)

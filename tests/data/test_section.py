@@ -26,6 +26,7 @@ from vmamba.data import (
     SplitImages,
     TarImages,
     class_weights,
+    write_shards,
     write_tar,
 )
 from vmamba.data.section import union_of_sources
@@ -101,6 +102,10 @@ def test_what_is_wrong_is_named() -> None:
     ]
     assert problems(source="tar", rot="x") == ["data.rot: no such key; did you mean 'root'?"]
     assert problems(cache_gb=5.0)[0].startswith("data.cache_gb: no such key; expected one of source, root")
+    with pytest.raises(ValidationError) as raised:
+        Holder.model_validate({"data": [1]})
+    (problem,) = describe_problems(Holder, raised.value)
+    assert problem == ("data", "data: expected keys and their values, got [1]")
     assert problems(root=5) == ["data.root: Input should be a valid string, got 5"]
     assert problems(source="webdataset") == [
         "data: classes: missing; a text file with a name a line, or the number of classes"
@@ -172,14 +177,53 @@ def test_a_validation_split_may_lack_a_class(tmp_path: Path, caplog: pytest.LogC
     (root / "val" / "unused").mkdir()
     task(root).dataset("val")
     (root / "val" / "red").rename(root / "val" / "rot")
-    with pytest.raises(
-        DataError, match=r"val: not the model's 3 classes; missing \['red'\], extra \['rot'\]"
-    ):
+    with pytest.raises(DataError, match=r"val: not the model's 3 classes; .*, extra \['rot'\]"):
         task(root).dataset("val")
     for file in (root / "train" / "red").iterdir():
         file.unlink()
     with pytest.raises(DataError, match="red: no images in this class folder"):
         task(root)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_every_source_turns_images_upright(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    stored = Image.new("RGB", (6, 4))
+    for colour, place in (((255, 0, 0), (0, 0)), ((0, 0, 255), (5, 3))):
+        stored.putpixel(place, colour)
+    (tmp_path / "f" / "train" / "a").mkdir(parents=True)
+    file = tmp_path / "f" / "train" / "a" / "0.png"
+    stored.save(file, exif=exif)
+    write_tar(tmp_path / "f" / "train", tmp_path / "train.tar")
+    write_shards(tmp_path / "f" / "train", tmp_path / "shards")
+    content = {"image": [{"bytes": file.read_bytes(), "path": None}], "label": [0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(content, features)}).save_to_disk(
+        tmp_path / "hub"
+    )
+    for values in (
+        {"root": str(tmp_path / "f")},
+        {"source": "tar", "root": str(tmp_path), "train_split": "train.tar"},
+        {"source": "webdataset", "root": str(tmp_path / "shards"), "train_split": "*.tar", "classes": 1},
+        {"source": "huggingface", "root": str(tmp_path / "hub")},
+    ):
+        image, label = parse(**values).open("train").load(0)
+        assert (image.size, label) == ((4, 6), 0)
+        assert image.getpixel((3, 0)) == (255, 0, 0)
+        assert image.getpixel((0, 5)) == (0, 0, 255)
+
+
+def test_a_missing_split_says_how_to_make_one(tmp_path: Path) -> None:
+    root = make_folder(tmp_path) / "train"
+    with pytest.raises(DataError, match=r"train/val: no such folder; .* or data\.val_fraction=0\.2 to hold"):
+        parse(root=str(root)).open("val")
+
+
+def test_an_unknown_model_is_told_when_it_is_built(tmp_path: Path) -> None:
+    for name in ("nothing", "vmamba_pico.nothing"):
+        task(make_folder(tmp_path / name), f"model.name={name}")
 
 
 def test_classes_of_the_model_in_another_order(tmp_path: Path) -> None:

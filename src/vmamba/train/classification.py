@@ -100,7 +100,10 @@ def _configuration(name: str) -> Any:
     """timm's pretrained configuration of a model; None of an unknown one, which is told when it is built."""
     import vmamba  # noqa: F401  (registers the variants)
 
-    return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # an unknown tag
+        return None
 
 
 class CalibrationError(MulticlassCalibrationError):
