@@ -179,7 +179,7 @@ def read(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """
     if path is None:
         digits = MnistSubset("train")
-        return np.repeat(digits.images[..., None], 3, axis=3), digits.labels.astype(np.int64)
+        return np.repeat(digits.images[..., None], 3, axis=3), digits.labels()
     images, names = [], []
     try:
         with tarfile.open(path) as tar:

@@ -1,10 +1,12 @@
 """Image classification."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
@@ -19,93 +21,21 @@ from torchmetrics.classification import (
 )
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
+from vmamba.config import Section
 from vmamba.data import (
+    ClassificationData,
     ClassificationDataset,
-    HuggingFaceImages,
-    ImageFolder,
-    ImageSource,
-    MnistSubset,
-    RemoteShards,
-    Shards,
-    TarImages,
-    find_shards,
-    is_url,
-    read_classes,
+    ClassifiedImages,
+    FolderSection,
+    Preprocessing,
 )
-from vmamba.data.augment import keep_a_bit
-from vmamba.errors import DataError, RecipeError
+from vmamba.data.augment import skip_posterize_to_zero_bits
+from vmamba.errors import RecipeError
 from vmamba.train.averaging import AveragedViews
 from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
 from vmamba.train.guard import NonFiniteError
-from vmamba.train.recipe import Recipe, Section
+from vmamba.train.recipe import Recipe
 from vmamba.train.task import Prediction, Task, create_model, register_task
-
-
-class DataRecipe(Section):
-    """Where the images come from and what the model sees of them."""
-
-    source: Literal["folder", "tar", "webdataset", "huggingface", "mnist"] = Field(
-        default="folder",
-        description="'folder': root/<split>/<class>/<image>; 'tar': such a folder in the tar root/<split>; "
-        "'webdataset': shards root/<split>; 'huggingface': what load_from_disk or load_dataset of the "
-        "package datasets take as root; 'mnist': built in",
-    )
-    root: str | None = Field(
-        default=None, description="a folder; for 'webdataset' also an address such as s3://bucket/folder"
-    )
-    train_split: str | list[str] = Field(
-        default="train", description="for 'webdataset' patterns of shards, such as train-{000000..001023}.tar"
-    )
-    val_split: str | list[str] = "val"
-    classes: str | int | None = Field(
-        default=None,
-        description="for 'webdataset', and 'huggingface' without names: a text file with a name a line, or "
-        "the number of classes",
-    )
-    image_column: str = Field(default="image", description="of 'huggingface'")
-    label_column: str = Field(default="label", description="of 'huggingface'")
-    shuffle_shards: int = Field(
-        default=16, ge=1, description="shards in object storage whose samples an epoch mixes"
-    )
-    cache_dir: str | None = Field(
-        default=None, description="folder for shards from object storage, on a local disk"
-    )
-    cache_gb: float = Field(default=100, gt=0, description="size in 10⁹ bytes that it is kept below")
-    channels: Literal[1, 3] = 3
-    image_size: int = Field(default=224, ge=8)
-    crop_pct: float = Field(
-        default=0.875, gt=0, le=1, description="of the resized image's side, in evaluation"
-    )
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
-    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
-
-    @model_validator(mode="after")
-    def _a_value_each_channel(self) -> "DataRecipe":
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.channels:
-                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} is not above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _of_the_source(self) -> "DataRecipe":
-        if self.source != "webdataset":
-            for name in ("train_split", "val_split"):
-                if not isinstance(getattr(self, name), str):
-                    raise ValueError(
-                        f"{name}: a list is for source 'webdataset', and this is {self.source!r}"
-                    )
-            if self.classes is not None and self.source != "huggingface":
-                raise ValueError(f"classes: source {self.source!r} names them itself; leave it out")
-        elif self.classes is None:
-            raise ValueError("classes: missing; a text file with a name a line, or the number of classes")
-        elif self.root is not None and is_url(self.root) and self.cache_dir is None:
-            raise ValueError(f"cache_dir: missing; shards from {self.root} are kept there")
-        if isinstance(self.classes, int) and self.classes < 1:
-            raise ValueError(f"classes: expected at least 1, got {self.classes}")
-        return self
 
 
 class AugmentRecipe(Section):
@@ -154,7 +84,7 @@ class ClassificationRecipe(Recipe):
     """A recipe with `task: classification`."""
 
     task: Literal["classification"] = "classification"
-    data: DataRecipe = DataRecipe()
+    data: ClassificationData = FolderSection()
     augment: AugmentRecipe = AugmentRecipe()
 
     @model_validator(mode="after")
@@ -164,6 +94,16 @@ class ClassificationRecipe(Recipe):
                 f"train.batch_size {self.train.batch_size} is odd; Mixup and CutMix pair a batch's images"
             )
         return self
+
+
+def _configuration(name: str) -> Any:
+    """timm's pretrained configuration of a model; None of an unknown one, which is told when it is built."""
+    import vmamba  # noqa: F401  (registers the variants)
+
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # an unknown tag
+        return None
 
 
 class CalibrationError(MulticlassCalibrationError):
@@ -209,7 +149,8 @@ class ClassificationTask(Task):
 
     def __init__(self, recipe: ClassificationRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe = recipe
-        self._sources: dict[str, ImageSource] = {}
+        self.preprocessing: Preprocessing = recipe.data.preprocessing(_configuration(recipe.model.name))
+        self._sources: dict[str, ClassifiedImages] = {}
         self.classes = list(classes) if classes is not None else self._source("train").classes
         augment = recipe.augment
         self.mixup = None
@@ -224,58 +165,27 @@ class ClassificationTask(Task):
             )
         self.pairs = self.mixup is not None
 
-    def _source(self, split: str) -> ImageSource:
+    def _source(self, split: Literal["train", "val"]) -> ClassifiedImages:
         if split not in self._sources:
-            self._sources[split] = self._open(split)
+            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
         return self._sources[split]
 
-    def _open(self, split: str) -> ImageSource:
-        data = self.recipe.data
-        mode = "RGB" if data.channels == 3 else "L"
-        if data.source == "mnist":
-            return MnistSubset(split, mode)
-        if data.root is None:
-            raise RecipeError("data.root: missing; set it to the folder that holds the splits")
-        chosen = data.train_split if split == "train" else data.val_split
-        classes = None if data.classes is None else read_classes(data.classes)
-        if isinstance(chosen, str) and data.source == "huggingface":
-            return HuggingFaceImages(
-                *(data.root, chosen),
-                image_column=data.image_column,
-                label_column=data.label_column,
-                classes=classes,
-                mode=mode,
-            )
-        if isinstance(chosen, str) and data.source != "webdataset":
-            path = Path(data.root) / chosen
-            return TarImages(path, mode) if data.source == "tar" else ImageFolder(path, mode)
-        assert classes is not None  # by the recipe's validator
-        shards = find_shards(data.root, [chosen] if isinstance(chosen, str) else chosen)
-        if not is_url(data.root):
-            return Shards(shards, classes, mode)
-        assert data.cache_dir is not None
-        return RemoteShards(
-            *(shards, classes, mode),
-            cache_dir=data.cache_dir,
-            cache_gb=data.cache_gb,
-            window=data.shuffle_shards,
-        )
-
     def transform(self, training: bool) -> Any:
-        """From a PIL image to a normed tensor (channels, side, side), `train_size` or `image_size` a side."""
-        data, augment = self.recipe.data, self.recipe.augment
-        side = (training and augment.train_size) or data.image_size
-        common: dict[str, Any] = {
-            "input_size": (data.channels, side, side),
-            "interpolation": data.interpolation,
-            "mean": data.mean,
-            "std": data.std,
-        }
+        """From a decoded image to a normed tensor (c, h, w), of `train_size` or `image_size`."""
+        augment = self.recipe.augment
         if not training:
-            return create_transform(**common, is_training=False, crop_pct=data.crop_pct)
-        transform = keep_a_bit(
+            return self.preprocessing.transform()
+        if self.preprocessing.decoding.to_tensor and (augment.auto_augment or augment.color_jitter):
+            raise RecipeError(
+                "augment: auto_augment and color_jitter are for 8-bit images of 1 or 3 channels; set "
+                "augment.auto_augment=null and augment.color_jitter=0"
+            )
+        preprocessing = self.preprocessing
+        if augment.train_size is not None:
+            preprocessing = replace(preprocessing, size=(augment.train_size, augment.train_size))
+        transform = skip_posterize_to_zero_bits(
             create_transform(
-                **common,
+                **preprocessing.timm_arguments(),
                 is_training=True,
                 scale=augment.scale,
                 ratio=augment.ratio,
@@ -294,17 +204,24 @@ class ClassificationTask(Task):
         return transform
 
     def dataset(self, split: str) -> ClassificationDataset:
-        source = self._source(split)
-        if source.classes != self.classes:
-            missing = [name for name in self.classes if name not in source.classes]
-            extra = [name for name in source.classes if name not in self.classes]
-            raise DataError(
-                f"{source}: not the model's {len(self.classes)} classes; missing {missing}, extra {extra}"
-            )
-        return ClassificationDataset(source, self.transform(split == "train"), self.recipe.train.seed)
+        source = self._source("train" if split == "train" else "val")
+        source.use_classes(self.classes)
+        source.report_empty_classes()
+        training = split == "train"
+        balance = self.recipe.data.sampling_classes(source) if training else None
+        return ClassificationDataset(source, self.transform(training), self.recipe.train.seed, balance)
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Of the loss, (classes,); None where all count the same."""
+        if self.recipe.data.class_weights is None:
+            return None
+        source = self._source("train")
+        source.use_classes(self.classes)
+        return self.recipe.data.loss_weights(source)
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
-        return create_model(recipe.model, num_classes=len(self.classes), in_chans=recipe.data.channels)
+        return create_model(recipe.model, num_classes=len(self.classes), in_chans=self.preprocessing.channels)
 
     def mix(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of neighbours (2k, 2k + 1), drawn once; labels become (B, classes), smoothed."""
@@ -323,8 +240,9 @@ class ClassificationTask(Task):
         labels, smoothing = targets, self.recipe.augment.label_smoothing
         if targets.ndim == 2:  # mixed, and smoothed already
             labels, targets, smoothing = targets.argmax(1), targets.to(logits), 0.0
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
         return {
-            "loss": F.cross_entropy(logits, targets, label_smoothing=smoothing),
+            "loss": F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing),
             "accuracy": (logits.argmax(1) == labels).float().mean(),
         }
 
@@ -374,9 +292,8 @@ class ClassificationTask(Task):
 
     def predict(self, model: nn.Module, images: Sequence[Image.Image]) -> list[Prediction]:
         transform = self.transform(training=False)
-        mode = "RGB" if self.recipe.data.channels == 3 else "L"
         device = next(model.parameters()).device
-        batch = torch.stack([transform(image.convert(mode)) for image in images]).to(device)
+        batch = torch.stack([transform(self.preprocessing.convert(image)) for image in images]).to(device)
         with torch.inference_mode():
             scores = model.eval()(batch).float().softmax(1).cpu()
         return [

@@ -11,7 +11,7 @@ import lightning
 import torch.distributed
 from torch import Tensor, nn
 
-from vmamba.data import Loaded, read_image
+from vmamba.data import LoadedBatch, read_image
 from vmamba.environment import environment
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.files import write_atomically
@@ -31,7 +31,7 @@ class _Judge(lightning.LightningModule):
         self.skipped: list[str] = []
         self.results: dict[str, Tensor] = {}
 
-    def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
+    def validation_step(self, loaded: LoadedBatch, batch_idx: int) -> None:
         self.task.evaluate(self.model, loaded.batch, self.whole)
         self.samples += len(loaded.indices)
 
@@ -217,6 +217,6 @@ def predict(images: Sequence[str | Path], checkpoint: str | Path, weights: Weigh
         DataError: A file is missing or no image; the message names it.
         CheckpointError: As `load_run`.
     """
-    decoded = [read_image(path) for path in images]
+    decoded: list[Any] = [read_image(path) for path in images]
     task, _, model = load_run(checkpoint, weights=weights)
     return [prediction for image in decoded for prediction in task.predict(model, [image])]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import vmamba
-from vmamba.data import Loaded, SampleKey, draw_seed, seeded
+from vmamba.data import LoadedBatch, SampleKey, draw_seed, seeded
 from vmamba.models.checkpoints import CONTENTS
 from vmamba.nn import VSSBlock
 from vmamba.train.guard import NonFiniteError, first_nonfinite
@@ -101,7 +101,7 @@ class TaskModule(lightning.LightningModule):
             self.model.eval()
         return self
 
-    def training_step(self, loaded: Loaded, batch_idx: int) -> Tensor:
+    def training_step(self, loaded: LoadedBatch, batch_idx: int) -> Tensor:
         # A checkpoint is taken between steps: there, what this step reads is done.
         loader: Any = self.trainer.train_dataloader
         loader.consumed = (batch_idx + 1) * loader.batch_size * self.trainer.world_size
@@ -220,7 +220,7 @@ class TaskModule(lightning.LightningModule):
             # Given the step, timm starts with a copy of the weights behind the first one.
             self.ema.update(self.model, step=self.global_step if self.recipe.train.ema_warmup else None)
 
-    def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
+    def validation_step(self, loaded: LoadedBatch, batch_idx: int) -> None:
         self.task.evaluate(self.model, loaded.batch, self.val_metrics["raw"])
         if self.ema is not None:
             self.task.evaluate(self.ema.module, loaded.batch, self.val_metrics["ema"])

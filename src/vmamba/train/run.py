@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from vmamba.data import EpochSampler, ResumableLoader, seeded
+from vmamba.data import ResumableLoader, sampler_for, seeded
 from vmamba.environment import environment
 from vmamba.errors import DataError, ProcessError, RecipeError
 from vmamba.files import write_atomically
@@ -217,15 +217,14 @@ def loader(task: Task, recipe: Recipe, split: str, trainer: lightning.Trainer) -
             f"train.batch_size: {train.batch_size} gives each of {trainer.world_size} processes {part} "
             "samples at a time, an odd number; Mixup and CutMix pair them"
         )
-    sampler = EpochSampler(
-        len(dataset),
+    sampler = sampler_for(
+        dataset,
+        training,
         seed=train.seed,
-        shuffle=training,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         chunk=part if training else 1,
         step=train.batch_size if training else 1,
-        groups=getattr(dataset, "groups", None),
     )
     if training and not len(sampler):
         raise DataError(
