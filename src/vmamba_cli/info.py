@@ -79,7 +79,7 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
         "GMACs": round(counts.macs / 1e9, 3),
         "GMACs, scan as a for-loop": round(counts.macs_for_loop / 1e9, 3),
         "feature maps": {name: " x ".join(map(str, shape)) for name, shape in shapes.items()},
-        **_settings(name),
+        **_settings(model),
         "weights": cfg.get("url") or cfg.get("hf_hub_id") or "none released",
         "preprocessing": {
             "mean": tuple(cfg["mean"]),
@@ -90,15 +90,8 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
     }
 
 
-def _settings(name: str) -> dict[str, Any]:
+def _settings(model: Any) -> dict[str, Any]:
     """The arguments of `VMamba` that make the model; nothing for another library's."""
-    from inspect import signature
+    from vmamba.models import VMamba
 
-    from vmamba.models import ALIASES, VARIANTS, VMamba
-
-    variant = VARIANTS.get(ALIASES.get(name, name))
-    if variant is None:
-        return {}
-    defaults = {key: parameter.default for key, parameter in signature(VMamba).parameters.items()}
-    unset = ("device", "dtype")
-    return {"settings": {key: value for key, value in {**defaults, **variant}.items() if key not in unset}}
+    return {"settings": model.config.arguments()} if isinstance(model, VMamba) else {}

@@ -17,9 +17,9 @@ def command(
     from rich.table import Table
 
     from vmamba.analysis.complexity import ModelError, count, create_on_meta
-    from vmamba.models import ALIASES, VARIANTS
+    from vmamba.models import ALIASES, model_names
 
-    names = fnmatch.filter([*ALIASES, *VARIANTS], pattern)
+    names = fnmatch.filter(model_names(), pattern)
     if not names:
         raise ModelError(f"no model matches {pattern!r}; `vmamba list` shows all")
     models = {variant: create_on_meta(variant) for variant in dict.fromkeys(ALIASES.get(n, n) for n in names)}

@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import vmamba.analysis.complexity
-from vmamba.models import ALIASES, VARIANTS
+from vmamba.models import model_names
 from vmamba_cli.__main__ import app
 
 
@@ -59,9 +59,9 @@ def test_info_of_another_librarys_model() -> None:
 
 def test_list() -> None:
     rows = json.loads(call("list", "--json").stdout)
-    assert [row["model"] for row in rows] == [*ALIASES, *VARIANTS]
+    assert [row["model"] for row in rows] == model_names()
     lines = call("list", "vmamba_tiny*").stdout.splitlines()
-    assert len(lines) == 1 + sum(name.startswith("vmamba_tiny") for name in [*ALIASES, *VARIANTS])
+    assert len(lines) == 1 + sum(name.startswith("vmamba_tiny") for name in model_names())
     assert lines[1].split() == ["vmamba_tiny", "vmamba_tiny_s2l5", "224", "30,705,832", "4.858", "authors'"]
     assert max(map(len, lines)) <= 80
 

@@ -1,6 +1,16 @@
 """VMamba and its variants, registered with timm."""
 
-from vmamba.models.official import load_official
-from vmamba.models.vmamba import ALIASES, VARIANTS, VMamba
+import timm
 
-__all__ = ["ALIASES", "VARIANTS", "VMamba", "load_official"]
+from vmamba.models.official import load_official
+from vmamba.models.vmamba import ALIASES, VMamba, VMambaConfig
+
+__all__ = ["ALIASES", "VMamba", "VMambaConfig", "load_official", "model_names"]
+
+
+def model_names() -> list[str]:
+    """The names of the models that this library registers with timm, the aliases first."""
+    names = [
+        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")
+    ]
+    return sorted(names, key=lambda name: name not in ALIASES)
