@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,6 @@ from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-import vmamba
 from vmamba.data.decoding import printable
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import CheckpointError, DataError, MissingCheckpointError, ModelError
@@ -572,7 +572,7 @@ def model_config(
         "num_classes": len(classes),
         "custom_load": False,
     }
-    ours = {"version": vmamba.__version__, "task": task, "preprocessing": preprocessing.to_dict()}
+    ours = {"version": version("vmamba"), "task": task, "preprocessing": preprocessing.to_dict()}
     config = {
         "architecture": given.get("architecture", type(model).__name__),
         "num_classes": len(classes),
