@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(PROCESSES)
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/models/test_official.py
 
-.PHONY: help demo test lint typecheck conformance clean
+.PHONY: help demo test test-all test-triton exhaustive lint typecheck docs serve conformance compat wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train a small model on real digits, judge it, draw what it sees (about 3 minutes)"
-	@echo "make test         run the tests"
-	@echo "make lint typecheck conformance   what CI runs besides"
+	@echo "make test         the quick tier: every test function, every value of its parameters (4 minutes)"
+	@echo "make test-all     every test but those minutes long; test-triton: the GPU kernels in Triton's interpreter"
+	@echo "make exhaustive   every test there is, the kernel under all sanitizers (hours)"
+	@echo "make lint typecheck docs conformance compat wheel   what CI runs besides"
+	@echo "make serve        the site, rebuilt as you write"
 	@echo "make clean        remove $(VENV) and what tools leave behind"
 
 $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
@@ -23,7 +29,20 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu"
+	$(PYTEST) -m "not full and not slow and not gpu and not compat"
+
+test-all: $(VENV)/installed
+	$(PYTEST) -m "not slow and not gpu and not compat"
+
+# Interpreted, a kernel takes seconds a call: the quick tier's cases here, all of them in `make exhaustive`.
+test-triton: $(VENV)/installed
+	$(INTERPRETED) -m "not full and not slow and not gpu and not compat"
+
+exhaustive: $(VENV)/installed
+	$(PYTEST) -m "not gpu and not compat"
+	$(INTERPRETED) -m "not gpu and not compat"
+	$(BIN)/python tools/sanitize.py address,undefined
+	$(BIN)/python tools/sanitize.py thread
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -32,8 +51,24 @@ lint: $(VENV)/installed
 typecheck: $(VENV)/installed
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+serve: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 conformance: $(VENV)/installed
-	$(BIN)/python scripts/timm_conformance.py
+	$(BIN)/python tools/timm_conformance.py
+
+$(VENV)/compat: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e '.[compat]'
+	touch $@
+
+compat: $(VENV)/compat
+	$(PYTEST) -m compat tests/compat
+
+wheel: $(VENV)/installed
+	bash tools/check_wheel.sh
 
 clean:
-	rm -rf $(VENV) .venv-lowest .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis site

@@ -15,9 +15,7 @@ import random
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vmamba.models  # noqa: F401  (registers them)
+from vmamba.analysis.scans import Scan, watching_scans
 from vmamba.data import MnistSubset
 from vmamba.environment import environment
-from vmamba.ops import _registry, use_backend
+from vmamba.ops import default_backend
 from vmamba.ops.reference import softplus
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,56 +42,51 @@ DELTA_EVERY = 53
 """Delta, which is never in memory, is formed to be looked at in each 53rd scan: a prime meets every layer."""
 
 
-class Recorder:
-    """An engine that hands calls on to another, and looks at what enters and leaves.
+class ScanChecker:
+    """Checks what enters and leaves every scan, as a callback of `watching_scans`.
 
     Args:
-        engine: That runs the scans.
         expected: The type that x, delta, B and C must have.
 
     Attributes:
-        types: Of each tensor seen.
+        types: The type of each tensor seen.
         extremes: The smallest and the largest value of each.
     """
 
-    def __init__(self, engine: _registry.Backend, expected: torch.dtype) -> None:
-        self.engine, self.expected, self.calls = engine, expected, 0
+    def __init__(self, expected: torch.dtype) -> None:
+        self.expected, self.calls = expected, 0
         self.types: dict[str, str] = {}
         self.extremes: dict[str, tuple[float, float]] = {}
 
-    def forward(self, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, delta, A, B, C, _, bias, weight, activated, *_ = operands
-        for name, t in {"x": x, "delta": delta, "B": B, "C": C}.items():
+    def __call__(self, module: str, scan: Scan) -> None:
+        for name, t in {"x": scan.x, "delta": scan.delta, "B": scan.B, "C": scan.C}.items():
             if t.dtype != self.expected:
                 raise TypeError(f"{name} enters the scan in {t.dtype}, expected {self.expected}")
-            self.note(f"operand {name}", t)
-        self.note("A", A)
-        if self.calls % DELTA_EVERY == 0 and weight is not None and activated:
-            z = torch.einsum("bhwkr,kdr->bhwkd", delta.float(), weight.float()) + bias.float()
-            self.note("delta", softplus(z))
+            self._note(f"operand {name}", t)
+        self._note("A", scan.A)
+        if self.calls % DELTA_EVERY == 0:
+            self._note("delta", delta_of(scan))
         self.calls += 1
-        y, last, states = self.engine.forward(*operands)
-        for name, t in {"y": y, "last state": last}.items():
-            self.note(name, t)
-        return y, last, states
+        self._note("y", scan.y)
+        self._note("last state", scan.last_state)
 
-    def note(self, name: str, t: Tensor) -> None:
-        low, high = (bound.item() for bound in t.detach().aminmax())
+    def _note(self, name: str, t: Tensor) -> None:
+        low, high = (bound.item() for bound in t.aminmax())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise FloatingPointError(f"{name} of a scan, call {self.calls}: from {low} to {high}")
         self.types[name] = str(t.dtype).removeprefix("torch.")
         before = self.extremes.get(name, (low, high))
         self.extremes[name] = (min(low, before[0]), max(high, before[1]))
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Run every scan in the block, and its backward, through this."""
-        _registry.register(replace(self.engine, name="recorder", forward=self.forward, fast_on=()))
-        try:
-            with use_backend("recorder"):
-                yield
-        finally:
-            del _registry._BACKENDS["recorder"]
+
+def delta_of(scan: Scan) -> Tensor:
+    """delta as the recurrence uses it, (b, h, w, k, d), float32."""
+    z = scan.delta.float()
+    if scan.delta_weight is not None:
+        z = torch.einsum("bhwkr,kdr->bhwkd", z, scan.delta_weight.float())
+    if scan.delta_bias is not None:
+        z = z + scan.delta_bias.float()
+    return softplus(z) if scan.delta_softplus else z
 
 
 def train(
@@ -127,12 +121,11 @@ def train(
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    engine = _registry.resolve(None, device, 1)
-    recorder, draw = Recorder(engine, dtype), np.random.default_rng(seed)
+    check, draw = ScanChecker(dtype), np.random.default_rng(seed)
     parameters = list(model.parameters())
     losses, norms, skipped = [], [], []
     start = time.perf_counter()
-    with recorder.recording():
+    with watching_scans(model, check):
         for step in range(steps):
             schedule.step_update(step)
             chosen = draw.integers(len(images), size=batch)
@@ -163,7 +156,7 @@ def train(
                 print(f"  step {step}: loss {losses[-1]:.3f}", flush=True)
     few = min(50, len(losses))
     return {
-        "engine": engine.name,
+        "backend": default_backend(device),
         "steps": steps,
         "batch": batch,
         "lr": lr,
@@ -172,8 +165,8 @@ def train(
         "largest gradient norm": max(norms),
         "steps skipped by the scaler": skipped,
         "final scale": scaler.get_scale(),
-        "types": recorder.types,
-        "extremes": recorder.extremes,
+        "types": check.types,
+        "extremes": check.extremes,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -186,7 +179,7 @@ def read(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """
     if path is None:
         digits = MnistSubset("train")
-        return np.repeat(digits.images[..., None], 3, axis=3), digits.labels.astype(np.int64)
+        return np.repeat(digits.images[..., None], 3, axis=3), digits.labels()
     images, names = [], []
     try:
         with tarfile.open(path) as tar:

@@ -1,4 +1,4 @@
-"""Bytes that the Triton engine's kernels load and store, counted while the interpreter runs them.
+"""Bytes that the Triton backend's kernels load and store, counted while the interpreter runs them.
 
     TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model NAME] [--batch 128] [--out FILE]
 
@@ -31,9 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vmamba.models  # noqa: F401  (registers them)
-from vmamba.analysis.operator_throughput import Shape, operands, shapes
+from vmamba.analysis.scans import ScanShape
+from vmamba.bench.operator import operands, shapes
 from vmamba.environment import environment
-from vmamba.ops import ROUTES, triton
+from vmamba.ops import ROUTES
+from vmamba.ops.operands import Operands
+from vmamba.ops.triton import backend as triton
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from interpreter import speed_up
@@ -83,7 +86,7 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Bytes]:
-    """Count what the engine loads and stores."""
+    """Count what the backend loads and stores."""
     from triton.runtime import interpreter
 
     counter = _Counter()
@@ -131,28 +134,28 @@ def counting() -> Iterator[Bytes]:
 
 
 def counted(
-    shape: Shape, images: int, batch: int, half: torch.dtype | None, device: str
+    shape: ScanShape, images: int, batch: int, half: torch.dtype | None, device: str
 ) -> tuple[Bytes, Bytes]:
     """Forward and backward on some images, in a batch's programs; on "meta" PyTorch's part alone."""
     call = operands(shape, images, device)
     if half is not None:
         call |= {name: call[name].to(half) for name in ("x", "delta", "B", "C")}
     tensors = [call[name] for name in ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")]
-    arguments = (*tensors, True, [ROUTES.index(route) for route in shape.routes], None)
+    arguments = Operands(*tensors, True, [ROUTES.index(route) for route in shape.routes])
     programs = triton.PROGRAMS
     triton.PROGRAMS = programs * images / batch
     try:
         with counting() as forward:
-            y, _, states = triton.forward(*arguments)
+            y, _, states = triton.forward(arguments)
         grad_y = torch.ones_like(y)
         with counting() as backward:
-            triton.backward(grad_y, None, *arguments, states)
+            triton.backward(grad_y, None, arguments, states)
     finally:
         triton.PROGRAMS = programs
     return forward, backward
 
 
-def floors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
+def floors(shape: ScanShape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
     """Bytes of inputs and outputs, forward and backward."""
     few = 4 if half is None else 2
     routes, values = len(shape.routes), batch * shape.height * shape.width * shape.channels
@@ -161,7 +164,7 @@ def floors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, int
     return values * (few + 4) + rows + parameters, values * (few + 4 + few) + 2 * rows + 2 * parameters
 
 
-def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
+def authors(shape: ScanShape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
     """Bytes of the authors' chain, its four sequences float32 (half: of that type but for y)."""
     few = 4 if half is None else 2
     values, routes = batch * shape.height * shape.width * shape.channels, len(shape.routes)
@@ -179,7 +182,7 @@ def authors(shape: Shape, batch: int, half: torch.dtype | None) -> tuple[int, in
     return cross_scan + projection + scan + cross_merge, sum(backward)
 
 
-def row(shape: Shape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
+def row(shape: ScanShape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
     """What was counted of one shape, as JSON holds it."""
     one, batched = counted(shape, 1, batch, half, "cpu"), counted(shape, batch, batch, half, "meta")
     found = []

@@ -9,8 +9,11 @@ import torch
 from hypothesis import settings
 
 from interpreter import speed_up
-from vmamba.ops import triton
+from tiers import pytest_collection_modifyitems  # noqa: F401  (a hook)
+from vmamba.ops.triton import backend as triton
 from vmamba.ops.triton import interpreted
+
+pytest_plugins = ("pytester",)
 
 # An interpreted kernel takes seconds: fewer examples there.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if interpreted() else 25)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from vmamba.ops import NAMED_ROUTES, backends, selective_scan_2d
 
-ENGINES = [
+BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
     for name, reason in ((status.name, status.reason) for status in backends())
 ]
 """Every engine that can run here."""
-FAST = [engine for engine in ENGINES if engine.values != ("reference",)]
+FAST = [backend for backend in BACKENDS if backend.values != ("reference",)]
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 

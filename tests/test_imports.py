@@ -3,53 +3,84 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 SRC = Path(__file__).parent.parent / "src"
-LAYERS = [
+FLOORS = [
     {"vmamba_cli"},
-    {"vmamba.studies"},
-    {"vmamba.train", "vmamba.analysis", "vmamba.export"},
-    {"vmamba.heads", "vmamba.data", "vmamba.environment"},
-    {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the layers below
+    {"vmamba.explorer", "vmamba.studies"},
+    {"vmamba.bench"},  # it times training's own step, so it stands above train
+    {"vmamba.train", "vmamba.evaluate", "vmamba.analysis", "vmamba.export"},
+    {"vmamba.environment"},  # it states vmamba's version
+    {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the floors below
+    {"vmamba.inference"},
+    {"vmamba.heads", "vmamba.data"},
     {"vmamba.models"},
     {"vmamba.nn"},
     {"vmamba.ops"},
+    {"vmamba.config", "vmamba.files", "vmamba._torch_private"},
     {"vmamba.errors"},
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+"""A module may import what stands on a lower floor, and what is in its own room."""
+
+COMPOSES = "vmamba.studies"
+"""May import the other rooms of its floor as well."""
+
+LATE = {("vmamba.inference", "vmamba.train")}
+"""The one arrow up: a task's file holds its predictor, imported only when a run of that task is loaded."""
+
+RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def part(module: str) -> str | None:
-    """The part that a module belongs to; None outside of the library."""
+def room_of(module: str) -> str | None:
+    """The room that a module belongs to; None for modules of other packages."""
     names = module.split(".")
-    known = (".".join(names[:length]) for length in (2, 1))
-    return next((name for name in known if name in RANK), None)
+    candidates = (".".join(names[:length]) for length in (2, 1))
+    return next((room for room in candidates if room in RANK), None)
 
 
 def imported(source: str, package: str) -> set[str]:
-    """The parts that a module's text imports, wherever in it; `package` is what relative imports start at."""
-    found = set()
+    """The rooms that a module's text imports, wherever in it; relative imports start at `package`."""
+    rooms = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {part(alias.name) for alias in node.names}
+            rooms |= {room_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {part(f"{module}.{alias.name}") for alias in node.names}
-    return {name for name in found if name is not None}
+            rooms |= {room_of(f"{module}.{alias.name}") for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            rooms |= {room_of(a.value) for a in node.args if isinstance(getattr(a, "value", None), str)}
+    return {room for room in rooms if room is not None}
+
+
+def may_import(room: str, target: str) -> bool:
+    """Whether an import points down."""
+    if (room, target) in LATE:
+        return True
+    if RANK[target] == RANK[room]:
+        return target == room or room == COMPOSES
+    return RANK[target] > RANK[room]
+
+
+def module_of(path: str) -> str:
+    """The module at a path under src/."""
+    return ".".join(Path(path).with_suffix("").parts).removesuffix(".__init__")
 
 
 def wrong_arrows(path: str, source: str) -> list[str]:
     """The imports of a file, at a path under src/, that do not point down."""
-    names = [*Path(path).with_suffix("").parts]
-    package = ".".join(names[:-1])
-    own = part(package if names[-1] == "__init__" else ".".join(names))
-    assert own is not None, f"{path} is in no layer"
-    targets = imported(source, package) - {own}
-    return [f"{path}: {own} imports {target}" for target in sorted(targets) if RANK[target] <= RANK[own]]
+    room = room_of(module_of(path))
+    if room is None or (room == "vmamba" and module_of(path) != "vmamba"):
+        return [f"{path} is on no floor; give its room a place in FLOORS"]
+    package = ".".join(Path(path).parts[:-1])
+    targets = sorted(imported(source, package))
+    return [f"{path}: {room} imports {target}" for target in targets if not may_import(room, target)]
 
 
 def test_arrows_point_down() -> None:
@@ -68,14 +99,27 @@ def test_arrows_point_down() -> None:
         ("vmamba/ops/a.py", "from vmamba import SS2D", "vmamba"),
         ("vmamba/ops/a.py", "from ..models import VMamba", "vmamba.models"),
         ("vmamba/nn/a.py", "def f():\n    import vmamba.models.vmamba as m", "vmamba.models"),
+        ("vmamba/ops/a.py", "importlib.import_module('vmamba.models')", "vmamba.models"),
         ("vmamba/train/a.py", "from vmamba import analysis", "vmamba.analysis"),
+        ("vmamba/train/tasks/a.py", "from vmamba import bench", "vmamba.bench"),
+        ("vmamba/heads/a.py", "from vmamba.data.loading import Loader", "vmamba.data"),
+        ("vmamba/inference.py", "import vmamba", "vmamba"),
+        ("vmamba/files.py", "import vmamba.config", "vmamba.config"),
+        ("vmamba/errors.py", "from vmamba.files import replacing", "vmamba.files"),
+        ("vmamba/explorer/a.py", "import vmamba.studies.ladder", "vmamba.studies"),
         ("vmamba/__init__.py", "from . import train", "vmamba.train"),
         ("vmamba/studies/a.py", "import vmamba_cli", "vmamba_cli"),
     ],
 )
 def test_an_arrow_up_is_found(path: str, source: str, target: str) -> None:
-    (found,) = wrong_arrows(path, source)
-    assert found.endswith(f" imports {target}")
+    (wrong,) = wrong_arrows(path, source)
+    assert wrong.endswith(f" imports {target}")
+
+
+@pytest.mark.parametrize("path", ["vmamba/new.py", "vmamba/room/a.py", "other/a.py"])
+def test_a_file_on_no_floor_is_found(path: str) -> None:
+    (wrong,) = wrong_arrows(path, "")
+    assert "is on no floor" in wrong
 
 
 @pytest.mark.parametrize(
@@ -84,17 +128,88 @@ def test_an_arrow_up_is_found(path: str, source: str, target: str) -> None:
         ("vmamba/nn/a.py", "from vmamba.ops import selective_scan_2d\nfrom .block import VSSBlock"),
         ("vmamba/train/a.py", "import vmamba\nimport timm\nfrom vmamba.errors import UserError"),
         ("vmamba/__init__.py", "from . import ops"),
+        ("vmamba/__init__.py", "from vmamba.inference import load"),
+        ("vmamba/bench/data.py", "from vmamba.train.session import Session\nfrom vmamba.bench import timing"),
+        ("vmamba/studies/a.py", "from vmamba.explorer import page\nfrom vmamba.bench import models"),
+        ("vmamba_cli/a.py", "from vmamba import studies\nfrom vmamba_cli._extra import load"),
     ],
 )
 def test_an_arrow_down_is_not(path: str, source: str) -> None:
     assert wrong_arrows(path, source) == []
 
 
-def run(code: str) -> str:
+def run(code: str, *options: str) -> str:
     """What a new Python prints."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    command = [sys.executable, "-W", "error", *options, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def needed(*requirements: str) -> set[str]:
+    """The installed distributions that these requirements bring in, themselves among them."""
+    pending = list(requirements)
+    names: set[str] = set()
+    while pending:
+        requirement = Requirement(pending.pop())
+        name = canonicalize_name(requirement.name)
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not applies or name in names:
+            continue
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # in no environment of this platform or kind of PyTorch
+            continue
+        names.add(name)
+        pending += distribution.requires or []
+    return names
+
+
+def link_distributions(names: set[str], folder: Path) -> None:
+    """Fill a folder with links to what these distributions installed."""
+    for name in names:
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            source, link = Path(str(distribution.locate_file(top))), folder / top
+            if source.exists() and not link.exists():
+                link.symlink_to(source)
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Code that leaves only torch, timm, the package's core and what these need to be imported."""
+    core = [name for name in metadata.requires("vmamba") or [] if "extra ==" not in name]
+    names = needed(*core)
+    assert {"torch", "timm", "typer", "pydantic"} <= names
+    extras = {"lightning", "torchmetrics", "matplotlib", "mlxtend", "tensorboard", "datasets", "onnx", "yacs"}
+    assert not names & (extras | {"scipy", "pandas", "scikit-learn"})
+    folder = tmp_path_factory.mktemp("site-packages")
+    link_distributions(names, folder)
+    for package in SRC.iterdir():
+        (folder / package.name).symlink_to(package)
+    return f"import sys; sys.path.append({str(folder)!r})\n"
+
+
+ABOVE = [room for rooms in FLOORS[: FLOORS.index({"vmamba.environment"})] for room in rooms]
+
+
+def test_all_below_train_needs_torch_and_timm_alone(light: str) -> None:
+    """In a Python that sees no other packages; matplotlib, which draws the analyses, is imported late."""
+    paths = [str(path.relative_to(SRC)) for path in SRC.rglob("*.py")]
+    modules = sorted(module_of(path) for path in paths)
+    absent = [room for room in ABOVE if room != "vmamba.analysis"]
+    below = [module for module in modules if room_of(module) not in absent]
+    assert {"vmamba", "vmamba.ops.cpu", "vmamba.data", "vmamba.analysis.activation"} <= set(below)
+    run(light + f"import importlib\nfor name in {below}: importlib.import_module(name)", "-I", "-S")
+
+
+def test_the_light_python_has_no_extras_packages(light: str) -> None:
+    code = """
+import importlib.util
+for name in ("lightning", "torchmetrics", "matplotlib", "mlxtend", "datasets", "yacs", "pytest"):
+    assert importlib.util.find_spec(name) is None, name
+"""
+    run(light + code, "-I", "-S")
 
 
 def test_the_library_imports_without_the_extras_packages() -> None:

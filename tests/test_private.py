@@ -1,11 +1,146 @@
-"""Private interfaces of PyTorch and Lightning are as this library takes them to be."""
+"""The private interfaces of PyTorch in `vmamba._torch_private` do what the library takes them to do."""
 
+import os
 import platform
+import signal
+import time
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.data import DataLoader
 
 from vmamba import _torch_private
+
+# --- vmamba.ops: the operator's own autograd kernel -------------------------------------------------------
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch's own, in forward mode
+
+
+@pytest.fixture
+def doubling() -> tuple[torch._ops.OpOverload, list[tuple[str, bool]]]:
+    """An operator with an autograd kernel, and what its kernels saw: which one, and `is_transformed`."""
+    with torch.library._scoped_library("vmamba_test", "DEF") as library:
+        library.define("doubling(Tensor x) -> Tensor")
+        operator, seen = torch.ops.vmamba_test.doubling.default, []
+
+        def above(keys, x):
+            seen.append(("above", _torch_private.is_transformed((x, None))))
+            if seen[-1][1]:
+                return x * 2
+            return _torch_private.call_below_autograd(operator, keys, (x,))
+
+        def below(x):
+            seen.append(("below", x.requires_grad))
+            return x * 2
+
+        library.impl("doubling", above, "Autograd", with_keyset=True)
+        library.impl("doubling", below, "CompositeExplicitAutograd")
+        yield operator, seen
+
+
+def test_call_below_autograd(doubling) -> None:
+    """The next kernel runs, once, and nothing in it is recorded for backward."""
+    operator, seen = doubling
+    y = operator(torch.ones(2, requires_grad=True))
+    assert seen == [("above", False), ("below", True)]
+    assert y.tolist() == [2, 2]
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("transformed", "seen_by_autograd"),
+    [
+        (lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), [True]),
+        (lambda f, x: torch.func.vjp(f, x)[0], [True]),
+        (lambda f, x: torch.func.jvp(f, (x,), (x,))[1], [True]),
+        (lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).sum()))(x), [True]),
+        (lambda f, x: f(x), [False]),
+    ],
+)
+def test_is_transformed_by_torch_func(doubling, transformed, seen_by_autograd: list[bool]) -> None:
+    operator, seen = doubling
+    transformed(operator, torch.ones(2))
+    assert [value for name, value in seen if name == "above"] == seen_by_autograd
+
+
+def test_is_transformed_by_forward_mode() -> None:
+    """By a tangent, and not by the level alone."""
+    x = torch.ones(2)
+    assert not _torch_private.is_transformed((x, None))
+    with forward_ad.dual_level():
+        assert not _torch_private.is_transformed((x, None))
+        assert _torch_private.is_transformed((None, x, forward_ad.make_dual(x, x)))
+    assert not _torch_private.is_transformed((x, None))
+
+
+# --- vmamba.data.loading: the workers of a DataLoader
+
+
+def slowly(index: int) -> int:
+    """What a dataset of eight samples does that hangs at the sixth."""
+    time.sleep(1000 if index == 5 else 0)
+    return index
+
+
+class Hanging:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return slowly(index)
+
+
+def loader(**kwargs: Any) -> Any:
+    return DataLoader(Hanging(), num_workers=2, batch_size=2, **kwargs)  # type: ignore[arg-type]
+
+
+def test_the_workers_of_a_loader() -> None:
+    assert _torch_private.loader_workers(iter(DataLoader(Hanging()))) == []  # type: ignore[arg-type]
+    data = loader()
+    batches = iter(data)
+    workers = _torch_private.loader_workers(batches)
+    assert len(workers) == 2
+    assert all(worker.pid and worker.is_alive() for worker in workers)
+    _torch_private.end_loader_workers(data, batches)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_hang_are_ended_at_once(persistent: bool) -> None:
+    data = loader(timeout=1, persistent_workers=persistent)
+    batches = iter(data)
+    workers = _torch_private.loader_workers(batches)
+    with pytest.raises(RuntimeError) as raised:
+        list(batches)
+    assert str(raised.value).startswith(_torch_private.LOADER_TIMED_OUT)
+    _torch_private.end_loader_workers(data, batches)
+    del batches
+    assert not any(worker.is_alive() for worker in workers)
+    again = iter(data)  # by new workers
+    assert next(again).tolist() == [0, 1]
+    assert not set(workers) & set(_torch_private.loader_workers(again))
+    _torch_private.end_loader_workers(data, again)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no SIGCHLD")
+def test_the_handler_of_a_workers_death_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch sets it once in a process, be it in another test.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+
+    def mine(number: int, frame: Any) -> None: ...
+
+    before = signal.signal(signal.SIGCHLD, mine)
+    try:
+        with _torch_private.no_worker_death_handler():
+            data = loader()
+            batches = iter(data)
+            assert signal.getsignal(signal.SIGCHLD) is not mine  # it is PyTorch's
+        assert signal.getsignal(signal.SIGCHLD) is mine
+        _torch_private.end_loader_workers(data, batches)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is on x86 everywhere")

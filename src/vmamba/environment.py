@@ -1,4 +1,4 @@
-"""What a result was made with and on."""
+"""The software and hardware that a result was made with."""
 
 import platform
 import sys
@@ -13,7 +13,7 @@ import vmamba
 
 
 def environment() -> dict[str, Any]:
-    """Date, command, versions, hardware and engines, for a file beside a result."""
+    """Date, command, versions, hardware and backends, to be written beside a result."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -25,13 +25,13 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "engines": {status.name: status.reason or "available" for status in vmamba.ops.backends()},
+        "backends": {status.name: status.reason or "available" for status in vmamba.ops.backends()},
         "cpu kernel": vmamba.ops.cpu.instruction_set(),
     }
 
 
 def _processor() -> str:
-    """The processor's name; Linux has it in a file alone."""
+    """The processor's name; on Linux the platform module does not know it, a file does."""
     file = Path("/proc/cpuinfo")
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():

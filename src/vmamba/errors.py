@@ -21,6 +21,14 @@ class ProcessError(UserError, RuntimeError):
     """Another process of a run died or hangs."""
 
 
+class BackendError(UserError, RuntimeError):
+    """A backend of the selective scan cannot run here, or cannot serve the call that names it."""
+
+
+class UnknownBackendError(BackendError, ValueError):
+    """There is no backend of that name."""
+
+
 class MissingCheckpointError(CheckpointError, FileNotFoundError):
     """There is no checkpoint where one was looked for."""
 

@@ -3,15 +3,22 @@
 import importlib
 from typing import Any
 
-import typer
+from vmamba_cli._messages import refuse
 
 
 def load(module: str, extra: str) -> Any:
-    """Import a module of the library that needs an extra's packages; if they are missing, say so and stop."""
+    """Import a module that needs an extra's packages.
+
+    Args:
+        module: Its full name.
+        extra: The extra of this package that installs what is needed.
+
+    Raises:
+        typer.Exit: A package is missing; the way to install it was printed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("vmamba"):
             raise
-        typer.secho(f"vmamba: {error}; to get it: pip install 'vmamba[{extra}]'", fg="red", err=True)
-        raise typer.Exit(2) from error
+        refuse(f"{error}; to get it: pip install 'vmamba[{extra}]'")

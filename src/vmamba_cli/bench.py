@@ -1,5 +1,9 @@
-"""`vmamba bench`."""
+"""`vmamba bench`.
 
+The parameters of a command are its options, so there may be many.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +13,18 @@ app = typer.Typer(
     name="bench", no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory side by side."
 )
 
-Sizes = Annotated[list[int], typer.Option("--input", help="Side of the images; may be given several times.")]
-Batches = Annotated[list[int], typer.Option("--batch", help="Images at once; may be given several times.")]
+Sizes = Annotated[
+    list[int], typer.Option("--input", min=1, help="Side of the images; may be given several times.")
+]
+Batches = Annotated[
+    list[int], typer.Option("--batch", min=1, help="Images at once; may be given several times.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often all run in turns.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default PyTorch's own.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for results.json and the plot.")]
+
+THROUGHPUT_PLOT = "throughput.png"
 
 
 @app.command("models")
@@ -29,7 +39,7 @@ def models(
     autocast: Annotated[str | None, typer.Option(help="bf16 or fp16; default float32.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure the peak memory of a call too.")] = False,
     backend: Annotated[
-        str | None, typer.Option(help="The scan's engine; default the device's engine of choice.")
+        str | None, typer.Option(help="Of the selective scan; default the device's backend of choice.")
     ] = None,
     device: Device = "cpu",
     rounds: Rounds = 10,
@@ -37,105 +47,118 @@ def models(
     out: Out = None,
 ) -> None:
     """Throughput of models, in turns in one process, after a check of what they compute."""
-    from contextlib import nullcontext
-
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from vmamba.analysis import throughput
-    from vmamba.ops import use_backend
+    from vmamba_cli import _results
 
     if autocast not in (None, "bf16", "fp16"):
         raise typer.BadParameter(f"--autocast: expected bf16 or fp16, got {autocast!r}")
+    if out is not None:
+        _results.check_folder(out, THROUGHPUT_PLOT)
+
+    from rich.console import Console
+
+    from vmamba.bench import models as bench
+
     _prepare(device, threads)
-    names = names or ["vmamba_tiny", *throughput.PEERS]
+    names = names or ["vmamba_tiny", *bench.PEERS]
     rows: list[dict[str, Any]] = []
     console = Console()
     for pixels in size:
         for images in batch:
-            setting = throughput.Setting(pixels, images, train, autocast, device)
-            with console.status("…") as status, use_backend(backend) if backend else nullcontext():
-                found = throughput.bench_models(names, setting, rounds, memory, status.update)
-            mode = ("training step" if train else "inference") + (
-                f", {autocast} autocast" if autocast else ""
-            )
-            table = Table(
-                title=f"{mode}, {pixels}², batch {images}, {device}, {torch.get_num_threads()} threads",
-                title_justify="left",
-                box=None,
-                pad_edge=False,
-            )
-            table.add_column("model", no_wrap=True)
-            for column in ("images/s", f"{names[0]} is", "quartiles", *(["peak MB"] if memory else [])):
-                table.add_column(column, justify="right", no_wrap=True)
-            for m in found:
-                peak = "–" if m.peak_memory is None else f"{m.peak_memory / 2**20:,.0f}"
-                table.add_row(
-                    *(m.model, f"{m.images_per_second:.2f}", f"{m.ratio.median:.2f} ×"),
-                    *(f"{m.ratio.low:.2f}–{m.ratio.high:.2f}", *([peak] if memory else [])),
-                )
-            console.print(table)
-            rows += throughput.to_rows(found, setting)
+            setting = bench.Setting(pixels, images, train, autocast, device, backend)
+            with console.status("…") as status:
+                measurements = bench.bench_models(names, setting, rounds, memory, status.update)
+            console.print(_models_table(measurements, setting, memory))
+            rows += bench.to_rows(measurements, setting)
     if out is not None:
-        _write(out, rows)
-        throughput.draw(rows, out / "throughput.png")
-        console.print(f"{out / 'results.json'} and {out / 'throughput.png'}")
+        path = _results.write(out, rows)
+        bench.draw(rows, out / THROUGHPUT_PLOT)
+        console.print(f"{path} and {out / THROUGHPUT_PLOT}")
+
+
+def _models_table(measurements: Sequence[Any], setting: Any, memory: bool) -> Any:
+    """A `rich` table of `vmamba.bench.models.Measurement`s at one setting."""
+    import torch
+
+    mode = "training step" if setting.train else "inference"
+    mode += f", {setting.autocast} autocast" if setting.autocast else ""
+    mode += f", backend {setting.backend}" if setting.backend else ""
+    threads = torch.get_num_threads()
+    where = f"{setting.device}, {threads} thread{'s' if threads > 1 else ''}"
+    table = _table(f"{mode}, {setting.size}², batch {setting.batch}, {where}")
+    table.add_column("model", no_wrap=True)
+    for column in ("images/s", f"{measurements[0].model} is", "quartiles"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if memory:
+        table.add_column("peak MB", justify="right", no_wrap=True)
+    for m in measurements:
+        cells = [m.model, f"{m.images_per_second:.2f}", f"{m.ratio.median:.2f} ×"]
+        cells.append(f"{m.ratio.low:.2f}–{m.ratio.high:.2f}")
+        if memory:
+            cells.append("–" if m.peak_memory is None else f"{m.peak_memory / 2**20:,.0f}")
+        table.add_row(*cells)
+    return table
 
 
 @app.command("ops")
 def ops(
     model: Annotated[str, typer.Argument(help="The model whose scans are measured.")] = "vmamba_tiny",
-    size: Annotated[int, typer.Option("--input", help="Side of the images.")] = 224,
+    size: Annotated[int, typer.Option("--input", min=1, help="Side of the images.")] = 224,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
     device: Device = "cpu",
     rounds: Rounds = 10,
     threads: Threads = None,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json.")] = None,
 ) -> None:
-    """Speed of the scan's engines, of mambapy where it is installed, and of the exponentials alone."""
+    """Speed of the scan's backends, of mambapy where it is installed, and of the exponentials alone."""
+    from vmamba_cli import _results
+
+    if out is not None:
+        _results.check_folder(out)
+
     from dataclasses import asdict
 
     from rich.console import Console
-    from rich.table import Table
 
-    from vmamba.analysis import operator_throughput as operator
+    from vmamba.bench import operator as bench
 
     _prepare(device, threads)
     console = Console()
+    shapes = bench.shapes(model, size)
     rows = []
     for backward in (False, True):
-        table = Table(
-            title=f"{model}'s scans, {size}², batch {batch}, forward" + (" and backward" if backward else ""),
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-        )
-        for column in ("shape", "engine", "ns a value", "first is", "quartiles"):
-            table.add_column(
-                column, justify="left" if column in ("shape", "engine") else "right", no_wrap=True
-            )
-        found = []
-        for shape in operator.shapes(model, size):
-            with console.status(f"{shape.height}×{shape.width}, {shape.channels} channels"):
-                measured = operator.bench_operator(
+        measurements = []
+        for shape in shapes:
+            with console.status(_shape(shape)):
+                measurements += bench.bench_operator(
                     shape, batch, backward=backward, device=device, rounds=rounds
                 )
-            for m in measured:
-                text = f"{shape.height}×{shape.width}×{shape.channels}, N {shape.n_state}, R {shape.rank}"
-                table.add_row(
-                    *(text, m.engine, f"{m.nanoseconds:.3f}", f"{m.ratio.median:.2f} ×"),
-                    f"{m.ratio.low:.2f}–{m.ratio.high:.2f}",
-                )
-            found += measured
-        for (engine, _), seconds in operator.model_totals(found).items():
-            table.add_row("all of an image", engine, f"{seconds * 1e3:.2f} ms", "", "")
-        console.print(table)
-        rows += [asdict(m) for m in found]
+        title = f"{model}'s scans, {size}², batch {batch}, forward" + (" and backward" if backward else "")
+        console.print(_ops_table(title, measurements, bench.model_totals(measurements)))
+        rows += [asdict(m) for m in measurements]
     console.print("A value is one (position, channel, route).")
     if out is not None:
-        _write(out, rows)
-        console.print(str(out / "results.json"))
+        console.print(str(_results.write(out, rows)))
+
+
+def _shape(shape: Any) -> str:
+    lines = f"{shape.lines} × " if shape.lines > 1 else ""
+    return f"{lines}{shape.height}×{shape.width}×{shape.channels}, N {shape.n_state}, R {shape.rank}"
+
+
+def _ops_table(title: str, measurements: Sequence[Any], totals: dict[tuple[str, bool], float]) -> Any:
+    """A `rich` table of `vmamba.bench.operator.ScanMeasurement`s, and seconds of all scans of an image."""
+    table = _table(title)
+    for column in ("shape", "backend"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ns a value", "first is", "quartiles"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for m in measurements:
+        quartiles = f"{m.ratio.low:.2f}–{m.ratio.high:.2f}"
+        speed = f"{m.nanoseconds:.3f}"
+        table.add_row(_shape(m.shape), m.backend, speed, f"{m.ratio.median:.2f} ×", quartiles)
+    for (backend, _), seconds in totals.items():
+        table.add_row("all of an image", backend, f"{seconds * 1e3:.2f} ms", "", "")
+    return table
 
 
 @app.command("data")
@@ -152,43 +175,62 @@ def data(
     out: Annotated[Path | None, typer.Option(help="Folder for results.json.")] = None,
 ) -> None:
     """Speed of a recipe's data, and whether they or the model hold training up."""
+    from vmamba_cli import _results
+
+    numbers = _worker_numbers(workers)
+    if out is not None:
+        _results.check_folder(out)
+
     from dataclasses import asdict
 
     from rich.console import Console
-    from rich.table import Table
 
     from vmamba_cli._extra import load
 
     checked = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
     bench = load("vmamba.train.throughput", "train")
-    try:
-        numbers = [int(number) for number in (workers or str(checked.train.workers)).split(",")]
-    except ValueError:
-        numbers = [-1]
-    if min(numbers) < 0:
-        raise typer.BadParameter(f"--workers: expected whole numbers with commas between, got {workers!r}")
     console = Console()
     with console.status("reading") as status:
-        found = [bench.bench_loader(checked, number, batches) for number in numbers]
+        loadings = [
+            bench.bench_loader(checked, number, batches) for number in numbers or [checked.train.workers]
+        ]
         status.update("training")
         step = bench.bench_step(checked) if model else None
-    table = Table(title=f"{recipe.stem}, one process", title_justify="left", box=None, pad_edge=False)
+    table = _table(f"{recipe.stem}, one process")
     for column in ("workers", "images/s", "slowest and fastest round"):
         table.add_column(column, justify="right", no_wrap=True)
-    for each in found:
-        table.add_row(
-            str(each.workers), f"{each.images_per_second:,.0f}", f"{each.low:,.0f}–{each.high:,.0f}"
-        )
+    for each in loadings:
+        rounds = f"{each.low:,.0f}–{each.high:,.0f}"
+        table.add_row(str(each.workers), f"{each.images_per_second:,.0f}", rounds)
     console.print(table)
     if step is not None:
-        typer.echo(bench.verdict(found, step, checked.train.workers))
+        typer.echo(bench.verdict(loadings, step, checked.train.workers))
     if out is not None:
-        rows = [asdict(each) for each in found]
-        _write(out, [*rows, *([{"model": checked.model.name, "images_per_second": step}] if model else [])])
-        typer.echo(str(out / "results.json"))
+        rows = [asdict(each) for each in loadings]
+        if step is not None:
+            rows.append({"model": checked.model.name, "images_per_second": step})
+        typer.echo(str(_results.write(out, rows)))
+
+
+def _worker_numbers(text: str | None) -> list[int]:
+    """ "0,2,4" as numbers; none where there is no text."""
+    if text is None:
+        return []
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise typer.BadParameter(f"--workers: expected whole numbers with commas between, got {text!r}")
+    return [int(number) for number in numbers]
+
+
+def _table(title: str) -> Any:
+    from rich.table import Table
+
+    # A title wraps at the width of its table.
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=len(title))
 
 
 def _prepare(device: str, threads: int | None) -> None:
+    """Set the number of threads, and try the device."""
     import torch
 
     if threads is not None:
@@ -197,14 +239,3 @@ def _prepare(device: str, threads: int | None) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
-def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    import json
-
-    from vmamba.environment import environment
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(
-        json.dumps({"environment": environment(), "results": rows}, indent=2) + "\n", encoding="utf-8"
-    )

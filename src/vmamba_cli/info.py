@@ -12,17 +12,17 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show versions, devices and engines here, or a model's counts and settings."""
+    """Show versions, devices and backends of this machine, or a model's counts and settings."""
     import json
 
     if model is None and size is not None:
         raise typer.BadParameter("--input is the input size of a model; name the model too")
-    found = _machine() if model is None else _model(model, size)
+    facts = _machine() if model is None else _model(model, size)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(facts, indent=2))
         return
-    width = max(map(len, found))
-    for name, value in found.items():
+    width = max(map(len, facts))
+    for name, value in facts.items():
         lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else [_text(value)]
         for title, line in zip([name, *[""] * len(lines)], lines, strict=False):
             typer.echo(f"{typer.style(title.ljust(width), bold=True)}  {line}")
@@ -53,52 +53,55 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "devices": ", ".join(devices),
-        "engines": {
+        "backends": {
             status.name: f"available ({status.summary})" if status.available else f"no: {status.reason}"
             for status in vmamba.ops.backends()
         },
-        "engine of choice": {kind: vmamba.ops.engine_of(kind) for kind in kinds},
+        "backend of choice": {kind: vmamba.ops.default_backend(kind) for kind in kinds},
         "cpu kernel": vmamba.ops.cpu.instruction_set(),
     }
 
 
 def _model(name: str, size: str | None) -> dict[str, Any]:
-    from vmamba.analysis.complexity import count, create_on_meta, feature_shapes, parse_size
+    from vmamba.analysis.complexity import count, feature_shapes, parse_size
+    from vmamba.analysis.scans import scan_shapes
+    from vmamba.models.factory import create_on_meta
 
     given = parse_size(size) if size else None
     model = create_on_meta(name, given)
     cfg = model.pretrained_cfg
     in_chans, *default = cfg["input_size"]
     height, width = given or default
-    counts = count(model, (in_chans, height, width))
-    shapes = feature_shapes(model, (in_chans, height, width))
-    return {
+    input_size = in_chans, height, width
+    counts = count(model, input_size)
+    shapes = feature_shapes(model, input_size)
+    facts = {
         "model": name,
         "input": f"{in_chans} x {height} x {width}",
         "parameters": counts.parameters,
         "GMACs": round(counts.macs / 1e9, 3),
         "GMACs, scan as a for-loop": round(counts.macs_for_loop / 1e9, 3),
         "feature maps": {name: " x ".join(map(str, shape)) for name, shape in shapes.items()},
-        **_settings(name),
-        "weights": cfg.get("url") or cfg.get("hf_hub_id") or "none released",
-        "preprocessing": {
-            "mean": tuple(cfg["mean"]),
-            "std": tuple(cfg["std"]),
-            "interpolation": cfg["interpolation"],
-            "crop_pct": cfg["crop_pct"],
-        },
     }
+    if scans := scan_shapes(model, input_size):
+        facts["scans"] = {_times(scan): _scan(scan) for scan in scans}
+    if hasattr(config := getattr(model, "config", None), "arguments"):
+        facts["settings"] = config.arguments()
+    facts["weights"] = cfg.get("url") or cfg.get("hf_hub_id") or "none released"
+    facts["preprocessing"] = {
+        "mean": tuple(cfg["mean"]),
+        "std": tuple(cfg["std"]),
+        "interpolation": cfg["interpolation"],
+        "crop_pct": cfg["crop_pct"],
+    }
+    return facts
 
 
-def _settings(name: str) -> dict[str, Any]:
-    """The arguments of `VMamba` that make the model; nothing for another library's."""
-    from inspect import signature
+def _times(scan: Any) -> str:
+    """How often a scan stands in a model, and its size, of a `ScanShape`."""
+    lines = f"{scan.lines} lines of " if scan.lines > 1 else ""
+    return f"{scan.times} of {lines}{scan.height} x {scan.width}, {scan.channels} channels"
 
-    from vmamba.models import ALIASES, VARIANTS, VMamba
 
-    variant = VARIANTS.get(ALIASES.get(name, name))
-    if variant is None:
-        return {}
-    defaults = {key: parameter.default for key, parameter in signature(VMamba).parameters.items()}
-    unset = ("device", "dtype")
-    return {"settings": {key: value for key, value in {**defaults, **variant}.items() if key not in unset}}
+def _scan(scan: Any) -> str:
+    return f"state size {scan.n_state}, rank of delta {scan.rank}, routes {' '.join(scan.routes)}"

@@ -1,4 +1,4 @@
-"""`vmamba list`."""
+"""`vmamba list`: the table in models.json, which `tools/model_table.py` makes. PyTorch is not imported."""
 
 from typing import Annotated
 
@@ -12,41 +12,24 @@ def command(
     """List the models, with their counts at their own input size."""
     import fnmatch
     import json
+    from pathlib import Path
 
-    from rich.console import Console
-    from rich.table import Table
+    from vmamba_cli._messages import refuse
 
-    from vmamba.analysis.complexity import ModelError, count, create_on_meta
-    from vmamba.models import ALIASES, VARIANTS
-
-    names = fnmatch.filter([*ALIASES, *VARIANTS], pattern)
-    if not names:
-        raise ModelError(f"no model matches {pattern!r}; `vmamba list` shows all")
-    models = {variant: create_on_meta(variant) for variant in dict.fromkeys(ALIASES.get(n, n) for n in names)}
-    counts = {variant: count(m, m.pretrained_cfg["input_size"]) for variant, m in models.items()}
-    rows = []
-    for name in names:
-        variant = ALIASES.get(name, name)
-        cfg = models[variant].pretrained_cfg
-        rows.append(
-            {
-                "model": name,
-                "same as": variant if name in ALIASES else "",
-                "input": cfg["input_size"][-1],
-                "parameters": counts[variant].parameters,
-                "GMACs": round(counts[variant].macs / 1e9, 3),
-                "weights": "authors'" if cfg.get("url") else "",
-            }
-        )
+    table = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
+    rows = [row for row in table if fnmatch.fnmatchcase(row["model"], pattern)]
+    if not rows:
+        refuse(f"no model matches {pattern!r}; `vmamba list` shows all")
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for name, value in rows[0].items():
-        table.add_column(name, no_wrap=True, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
-    Console().print(table)
+    columns = [[title, *(_text(row[title]) for row in rows)] for title in rows[0]]
+    for title, column in zip(rows[0], columns, strict=True):
+        width = max(map(len, column))
+        left = isinstance(rows[0][title], str)
+        column[:] = [cell.ljust(width) if left else cell.rjust(width) for cell in column]
+    for line in zip(*columns, strict=True):
+        typer.echo("  ".join(line).rstrip())
 
 
 def _text(value: str | int | float) -> str:

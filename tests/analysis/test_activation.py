@@ -1,9 +1,10 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 import vmamba
-from vmamba import VMamba
+from vmamba import SS2D, VMamba
 from vmamba.analysis import activation
 from vmamba.analysis.activation import ActivationError, activation_maps, draw, scaled
 
@@ -18,6 +19,31 @@ def model() -> VMamba:
 
 IMAGE = torch.randn(3, 40, 60, generator=torch.Generator().manual_seed(0))
 LAST = {"stage": 1, "block": 1}  # 5×8 positions
+
+
+class Alone(nn.Module):
+    """An SS2D in a network of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.layer = SS2D(8, d_state=2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.patches(images).permute(0, 2, 3, 1))
+
+
+def test_any_model_with_an_ss2d(model: VMamba) -> None:
+    expected = activation_maps(model, IMAGE, **LAST)
+    wrapped = activation_maps(nn.Sequential(model), IMAGE, **LAST)
+    torch.testing.assert_close(wrapped.maps, expected.maps)
+    features = timm.create_model("vmamba_pico", features_only=True, out_indices=(0, 1))
+    assert activation_maps(features, IMAGE, stage=1, block=1).size == (10, 15)
+    named = activation_maps(nn.Sequential(model), IMAGE, module="0.stages.1.blocks.1")
+    torch.testing.assert_close(named.maps, expected.maps)
+    alone = activation_maps(Alone(), IMAGE, module="layer")
+    assert (alone.maps.shape, alone.size) == ((4, 35, 35), (5, 7))
+    assert torch.equal(activation_maps(Alone(), IMAGE, module="").orders, alone.orders)
 
 
 @pytest.mark.parametrize("values_at_once", [1, 2**23])
@@ -91,12 +117,17 @@ def test_a_long_decay_stays_finite(model: VMamba) -> None:
 
 
 def test_what_has_no_map_is_an_error(model: VMamba) -> None:
-    with pytest.raises(ActivationError, match=r"no stages\[1\].blocks\[2\]; the stages have \[1, 2\]"):
+    with pytest.raises(ActivationError, match=r"no block 2 in stage 1 with a scan; the stages have \[1, 2\]"):
         activation_maps(model, IMAGE, stage=1, block=2)
     with pytest.raises(ActivationError, match="kind: expected one of 'CB', 'CwBw', 'ww', got 'QK'"):
         activation_maps(model, IMAGE, **LAST, kind="QK")
-    with pytest.raises(ActivationError, match="expected a VMamba, got ResNet"):
+    with pytest.raises(ActivationError, match="expected one with selective scans, ResNet has none"):
         activation_maps(timm.create_model("test_resnet"), IMAGE)
+    with pytest.raises(ActivationError, match=r"module: .* 'stages.1' has 2; the SS2Ds are 'stages.0.blocks"):
+        activation_maps(model, IMAGE, module="stages.1")
+    alone = Alone()
+    with pytest.raises(ActivationError, match="the model has no stages; give module, one of 'layer'"):
+        activation_maps(alone, IMAGE)
     with pytest.raises(ActivationError, match=r"image: expected .* got shape \(1, 3, 40, 60\)"):
         activation_maps(model, IMAGE[None], **LAST)
     cascade = VMamba(num_classes=0, depths=(1,), dims=(8,), routes="cascade")

@@ -2,29 +2,11 @@ import pytest
 import timm
 import torch
 
-from vmamba.analysis.complexity import ModelError, count, create_on_meta, feature_shapes, parse_size
+from vmamba.analysis.complexity import count, feature_shapes, parse_size
+from vmamba.errors import ModelError
+from vmamba.models.factory import create_on_meta
 
-GMACS = {  # at 224: the figures of the paper and of its authors' tables
-    "vmamba_tiny": 4.858,
-    "vmamba_small": 8.716,
-    "vmamba_base": 15.359,
-    "vmamba_tiny_s1l8": 4.906,
-    "vmamba_small_s1l20": 8.612,
-    "vmamba_base_s1l20": 15.221,
-    "vanilla_vmamba_tiny": 5.627,
-    "vanilla_vmamba_small": 11.232,
-    "vanilla_vmamba_base": 18.020,
-    "vmamba_tiny_v6": 5.633,
-    "vmamba_tiny_v7": 5.179,
-    "vmamba_tiny_v7_shallow": 4.018,
-    "vmamba_tiny_v8": 4.861,
-}
 AT_SIZE = {384: 14.27, 512: 25.38, 640: 39.65, 768: 57.09, 1024: 101.50}  # vmamba_tiny
-
-
-@pytest.mark.parametrize("name", GMACS)
-def test_gmacs_at_224(name: str) -> None:
-    assert count(create_on_meta(name), (3, 224, 224)).macs / 1e9 == pytest.approx(GMACS[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("size", AT_SIZE)

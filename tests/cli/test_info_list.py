@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import vmamba.analysis.complexity
-from vmamba.models import ALIASES, VARIANTS
+from vmamba.models import model_names
 from vmamba_cli.__main__ import app
 
 
@@ -22,27 +24,34 @@ def test_version_and_help() -> None:
 
 
 def test_info_of_the_machine() -> None:
-    found = json.loads(call("info", "--json").stdout)
-    assert found["torch"] == torch.__version__
-    assert found["devices"].startswith("cpu (")
-    assert found["engines"].keys() == {status.name for status in vmamba.ops.backends()}
-    assert found["engines"]["chunked"].startswith("available")
-    assert found["engine of choice"]["cpu"] == vmamba.ops.engine_of("cpu")
+    facts = json.loads(call("info", "--json").stdout)
+    assert facts["torch"] == torch.__version__
+    assert facts["devices"].startswith("cpu (")
+    assert facts["backends"].keys() == {status.name for status in vmamba.ops.backends()}
+    assert facts["backends"]["chunked"].startswith("available")
+    assert facts["backend of choice"]["cpu"] == vmamba.ops.default_backend("cpu")
     assert "reference: available" in call("info").stdout
 
 
 def test_info_of_a_model() -> None:
     done = call("info", "vmamba_tiny", "--input", "384x512", "--json")
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["parameters"] == 30_705_832
-    assert found["GMACs"] == pytest.approx(4.858 * 384 * 512 / 224**2, rel=2e-3)
-    assert found["GMACs, scan as a for-loop"] < found["GMACs"]
-    assert found["feature maps"]["stages.3"] == "768 x 12 x 16"
-    assert found["settings"]["depths"] == [2, 2, 5, 2]
-    assert "device" not in found["settings"]
-    assert found["weights"].endswith("vssm_tiny_0230_ckpt_epoch_262.pth")
-    assert found["preprocessing"]["interpolation"] == "bicubic"
+    facts = json.loads(done.stdout)
+    assert facts["parameters"] == 30_705_832
+    assert facts["GMACs"] == pytest.approx(4.858 * 384 * 512 / 224**2, rel=2e-3)
+    assert facts["GMACs, scan as a for-loop"] < facts["GMACs"]
+    assert facts["feature maps"]["stages.3"] == "768 x 12 x 16"
+    assert facts["scans"]["5 of 24 x 32, 768 channels"] == (
+        "state size 1, rank of delta 24, routes row column row_reversed column_reversed"
+    )
+    assert facts["weights"].endswith("vssm_tiny_0230_ckpt_epoch_262.pth")
+    assert facts["preprocessing"]["interpolation"] == "bicubic"
+
+
+def test_info_shows_the_settings_of_a_model_that_keeps_them() -> None:
+    facts = json.loads(call("info", "vmamba_pico", "--json").stdout)
+    assert facts["settings"]["depths"] == [1, 2, 4, 1]
+    assert "device" not in facts["settings"]
 
 
 def test_info_is_not_cut_at_the_terminals_width() -> None:
@@ -52,24 +61,41 @@ def test_info_is_not_cut_at_the_terminals_width() -> None:
 
 
 def test_info_of_another_librarys_model() -> None:
-    found = json.loads(call("info", "resnet18", "--json").stdout)
-    assert found["GMACs"] == pytest.approx(1.81, rel=1e-2)
-    assert "settings" not in found
+    facts = json.loads(call("info", "resnet18", "--json").stdout)
+    assert facts["GMACs"] == pytest.approx(1.81, rel=1e-2)
+    assert "settings" not in facts
+    assert "scans" not in facts
 
 
 def test_list() -> None:
     rows = json.loads(call("list", "--json").stdout)
-    assert [row["model"] for row in rows] == [*ALIASES, *VARIANTS]
+    assert [row["model"] for row in rows] == model_names()
+    assert rows[0].keys() == {"model", "same as", "input", "parameters", "GMACs", "weights"}
     lines = call("list", "vmamba_tiny*").stdout.splitlines()
-    assert len(lines) == 1 + sum(name.startswith("vmamba_tiny") for name in [*ALIASES, *VARIANTS])
+    assert len(lines) == 1 + sum(row["model"].startswith("vmamba_tiny") for row in rows)
     assert lines[1].split() == ["vmamba_tiny", "vmamba_tiny_s2l5", "224", "30,705,832", "4.858", "authors'"]
     assert max(map(len, lines)) <= 80
+
+
+def test_list_imports_neither_torch_nor_the_library() -> None:
+    code = """
+import sys
+sys.argv = ["vmamba", "list"]
+from vmamba_cli.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("LOADED", [m for m in ("torch", "timm", "vmamba", "numpy") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("info", "vmamba_huge"), "unknown model 'vmamba_huge'; `vmamba list` shows ours"),
+        (("info", "vmamba_huge"), "unknown model 'vmamba_huge'; did you mean vmamba_"),
         (("info", "vmamba_pico", "--input", "3.5"), "input size '3.5': expected 384 or 512x2048"),
         (("info", "vmamba_pico", "--input", "999999999"), "does not take an input of (3, 999999999,"),
         (("list", "resnet*"), "no model matches 'resnet*'"),

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from images import COLOURS, make_folder, tiny_values
-from vmamba.data import EpochSampler, ImageFolder, MnistSubset, ResumableLoader, SampleKey, read_image
+from vmamba.data import (
+    Decoding,
+    EpochSampler,
+    ImageFolder,
+    MnistSubset,
+    ResumableLoader,
+    SampleKey,
+    read_image,
+)
 from vmamba.errors import DataError
 from vmamba.train.recipe import check, override_values
 from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
@@ -29,7 +37,7 @@ def test_image_folder(root: Path) -> None:
     image, label = source.load(0)
     assert (image.mode, image.size, label) == ("RGB", (20, 16), 0)
     assert source.name(18) == str(root / "train" / "red" / "nested" / "deep.JPG")
-    assert ImageFolder(root / "train", mode="L").load(0)[0].mode == "L"
+    assert ImageFolder(root / "train", Decoding(channels=1)).load(0)[0].mode == "L"
 
 
 def test_missing_folder_and_empty_class(root: Path) -> None:
@@ -41,10 +49,12 @@ def test_missing_folder_and_empty_class(root: Path) -> None:
         image.unlink()
     with pytest.raises(DataError, match="green: no images in this class folder"):
         ImageFolder(root / "train")
+    assert len(ImageFolder(root / "train", allow_empty=True)) == 12
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif", "gif"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "webp", "bmp", "tif", "gif", "avif", "ppm", "tga", "ico", "pcx", "sgi"]
+)
 def test_damaged_images_are_named(suffix: str, tmp_path: Path) -> None:
     """Cut or changed anywhere, an image is read or told, and nothing else happens."""
     random = np.random.default_rng(0)
@@ -73,17 +83,13 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         read_image(tmp_path / "none.png")
     with pytest.raises(DataError, match="not an image"):
         read_image(tmp_path)
-    path = tmp_path / "deep.png"
-    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(path)
-    with pytest.raises(DataError, match=r"deep\.png: more than 8 bits a channel"):
-        read_image(path)
 
 
 def test_mnist() -> None:
-    train, val = MnistSubset("train"), MnistSubset("val", mode="L")
+    train, val = MnistSubset("train"), MnistSubset("val", Decoding(channels=1))
     assert (len(train), len(val)) == (4000, 1000)
-    assert np.bincount(val.labels).tolist() == [100] * 10
-    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(val.labels()).tolist() == [100] * 10
+    assert np.bincount(train.labels()).tolist() == [400] * 10
     assert not set(train.numbers.tolist()) & set(val.numbers.tolist())
     image, label = val.load(999)
     assert (image.mode, image.size, label) == ("L", (32, 32), 9)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from images import COLOURS, make_folder, tiny_values
-from vmamba.data import HuggingFaceImages, ImageFolder
+from vmamba.data import Decoding, HuggingFaceImages, ImageFolder
 from vmamba.errors import DataError
 from vmamba.train.recipe import check
 from vmamba.train.run import train
@@ -28,8 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageFolder:
 
 def save(folder: ImageFolder, where: Path, kind: Any = None, column: str = "label", **changed: Any) -> str:
     data = {
-        "image": [{"bytes": path.read_bytes(), "path": None} for path, _ in folder.samples],
-        column: [number for _, number in folder.samples],
+        "image": [{"bytes": folder.path(i).read_bytes(), "path": None} for i in range(len(folder))],
+        column: folder.labels().tolist(),
         **changed,
     }
     features = {"image": datasets.Image(), column: kind or datasets.ClassLabel(names=NAMES)}
@@ -48,7 +48,9 @@ def test_a_saved_data_set_is_the_folder(folder: ImageFolder, tmp_path: Path) -> 
         assert label == expected_label
         assert image.tobytes() == expected.tobytes()
     assert source.name(3) == f"{tmp_path / 'saved'}[train]: row 3"
-    gray = HuggingFaceImages(str(tmp_path / "saved" / "train"), "train", mode="L")  # one split alone
+    gray = HuggingFaceImages(
+        str(tmp_path / "saved" / "train"), "train", decoding=Decoding(channels=1)
+    )  # one split alone
     assert gray.load(0)[0].mode == "L"
 
 
@@ -73,7 +75,7 @@ def test_what_does_not_fit_is_told(folder: ImageFolder, tmp_path: Path) -> None:
         ({"image_column": "img"}, "no column 'img'; set data.image_column to one of 'image', 'label'"),
         ({"image_column": "label"}, "column 'label' holds no images"),
         ({"label_column": "image"}, "column 'image' holds no labels"),
-        ({"root": str(tmp_path / "none")}, r"none\[train\]: cannot load the data set"),
+        ({"root": str(tmp_path / "none")}, r"none\[train\]: cannot load the dataset"),
     ):
         with pytest.raises(DataError, match=told):
             HuggingFaceImages(**{"root": where, "split": "train", **arguments})

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmamba.data import EpochSampler, Groups, SampleKey
+from vmamba.data import BalancedSampler, EpochSampler, SampleGroups, SampleKey, sampler_for
 
 LENGTHS, SEEDS, EPOCHS, WORLDS = (
     st.integers(1, 50),
@@ -67,7 +67,7 @@ def test_grouped_samples_are_read_together(
     """Every sample once, no window before the last is done; ranks and a resume leave the order as it is."""
 
     def sampler(**kwargs: int) -> EpochSampler:
-        made = EpochSampler(sum(groups), seed=seed, groups=Groups(groups, window), **kwargs)
+        made = EpochSampler(sum(groups), seed=seed, groups=SampleGroups(groups, window), **kwargs)
         made.set_epoch(epoch)
         return made
 
@@ -88,11 +88,11 @@ def test_grouped_samples_are_read_together(
 
 def test_groups_that_do_not_add_up() -> None:
     with pytest.raises(ValueError, match="add up to 20, got 9"):
-        EpochSampler(20, groups=Groups([4, 5], 2))
+        EpochSampler(20, groups=SampleGroups([4, 5], 2))
 
 
 def test_the_order_within_a_window_is_drawn_for_each_epoch() -> None:
-    sampler = EpochSampler(200, groups=Groups([10] * 20, 4))
+    sampler = EpochSampler(200, groups=SampleGroups([10] * 20, 4))
     orders = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
@@ -122,3 +122,72 @@ def test_without_shuffle_the_order_is_that_of_the_data(epoch: int) -> None:
     sampler = EpochSampler(4, shuffle=False)
     sampler.set_epoch(epoch)
     assert list(sampler) == [SampleKey(epoch, index) for index in range(4)]
+
+
+def balanced(classes: list[int], epoch: int = 0, **kwargs: int) -> EpochSampler:
+    sampler = BalancedSampler(classes, **kwargs)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+CLASSES = st.lists(st.sampled_from([0, 1, 1, 1, 2, 2, 2, 2, 5]), min_size=1, max_size=60)
+
+
+@given(CLASSES, SEEDS, EPOCHS)
+def test_every_class_is_drawn_equally_often(classes: list[int], seed: int, epoch: int) -> None:
+    keys = list(balanced(classes, epoch, seed=seed))
+    assert len(keys) == len(classes)
+    assert len(set(keys)) == len(keys)  # a sample that is drawn again is augmented in another way
+    counts = [sum(classes[key.index] == label for key in keys) for label in set(classes)]
+    assert max(counts) - min(counts) <= 1
+    for label in set(classes):
+        times = [
+            sum(key.index == index for key in keys)
+            for index in range(len(classes))
+            if classes[index] == label
+        ]
+        assert max(times) - min(times) <= 2
+
+
+def test_all_samples_of_a_large_class_are_drawn_in_turn() -> None:
+    classes = [0] * 30 + [1] * 10
+    drawn: list[int] = []
+    for epoch in range(3):  # 20 of a class each
+        drawn += [key.index for key in balanced(classes, epoch) if key.index < 30]
+    assert sorted(drawn) == sorted([*range(30), *range(30)])
+
+
+@given(CLASSES, WORLDS, SEEDS, EPOCHS, st.data())
+def test_ranks_and_a_resume_leave_the_balanced_order_as_it_is(
+    classes: list[int], world_size: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    whole = list(balanced(classes, epoch, seed=seed))
+    ranks = [
+        list(balanced(classes, epoch, seed=seed, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert [ranks[i % world_size][i // world_size] for i in range(len(whole))] == whole
+    rest = balanced(classes, epoch, seed=seed)
+    consumed = data.draw(st.integers(0, len(classes)))
+    rest.done = (epoch, consumed)
+    assert list(rest) == whole[consumed:]
+
+
+class Data(list[int]):
+    """A dataset that may say how its samples should be drawn."""
+
+    balance: list[int] | None = None
+    groups: SampleGroups | None = None
+
+
+def test_a_dataset_says_how_it_is_sampled() -> None:
+    data = Data([0] * 6)
+    assert list(sampler_for(data, False, seed=1)) == [SampleKey(0, index) for index in range(6)]
+    assert list(sampler_for(data, True, seed=1)) == list(EpochSampler(6, seed=1))
+    data.groups = SampleGroups([3, 3], 1)
+    assert list(sampler_for(data, True)) == list(EpochSampler(6, groups=data.groups))
+    data.balance = [0, 0, 0, 0, 0, 1]
+    assert list(sampler_for(data, True, step=4, rank=1, world_size=2)) == list(
+        BalancedSampler(data.balance, step=4, rank=1, world_size=2)
+    )
+    assert list(sampler_for(data, False)) == [SampleKey(0, index) for index in range(6)]

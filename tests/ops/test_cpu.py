@@ -59,9 +59,9 @@ def test_any_state_size(n_state: int) -> None:
 
 def test_a_larger_state_goes_to_the_slower_engine() -> None:
     call = operands(1, 2, 2, 2, 65, requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .* N of at most 64, got 65"):
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .* n of at most 64, got 65"):
         selective_scan_2d(**call, backend="cpu")
-    with pytest.warns(BackendWarning, match="N of at most 64"):
+    with pytest.warns(BackendWarning, match="n of at most 64"):
         y = selective_scan_2d(**call)
     torch.testing.assert_close(y, selective_scan_2d(**call, backend="reference"))
 

@@ -1,6 +1,7 @@
-"""The operator as PyTorch sees it, its validation, the choice of engine, and the 1D form."""
+"""The operator as PyTorch sees it, its validation, the choice of a backend, and the 1D form."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -8,17 +9,24 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from scans import ENGINES, given, operands, value_and_gradients
+from scans import BACKENDS, given, operands, value_and_gradients
+from vmamba.errors import UserError
 from vmamba.ops import (
+    BackendError,
     BackendWarning,
+    UnknownBackendError,
     _registry,
     backends,
-    chunked,
+    default_backend,
     flops,
+    reference,
+    register_route,
     selective_scan,
     selective_scan_2d,
     use_backend,
 )
+from vmamba.ops.backend import Backend
+from vmamba.ops.operands import Operands
 
 
 def positional(call: dict, backend: str | None = None) -> tuple:
@@ -26,7 +34,7 @@ def positional(call: dict, backend: str | None = None) -> tuple:
     return (*(call[name] for name in names), True, [0, 1, 2, 3], None, None, backend)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 def test_opcheck(backend: str, rank: int | None) -> None:
@@ -58,27 +66,27 @@ def test_compiles_without_a_break() -> None:
 
 
 CASES = [
-    ({"x": torch.zeros(2, 3, 5)}, ValueError, r"x: expected \(B, H, W, D\)"),
+    ({"x": torch.zeros(2, 3, 5)}, ValueError, r"x: expected \(b, h, w, d\)"),
     ({"x": torch.zeros(2, 3, 5, 4, dtype=torch.int64)}, TypeError, "x: expected float16.*got torch.int64"),
-    ({"delta": torch.zeros(2, 3, 5, 4, 7)}, ValueError, r"delta: expected \(B, H, W, K, R\)"),
+    ({"delta": torch.zeros(2, 3, 5, 4, 7)}, ValueError, r"delta: expected \(b, h, w, k, r\)"),
     (
         {"A": torch.zeros(4, 5, 2)},
         ValueError,
-        r"A: expected \(K, D, N\) = \(4, 4, 2\), got shape \(4, 5, 2\)",
+        r"A: expected \(k, d, n\) = \(4, 4, 2\), got shape \(4, 5, 2\)",
     ),
-    ({"A": torch.zeros(4, 2)}, ValueError, r"A: expected \(K, D, N\)"),
-    ({"B": torch.zeros(2, 5, 3, 4, 2)}, ValueError, r"B: expected \(B, H, W, K, N\)"),
-    ({"C": torch.zeros(2, 3, 5, 4, 3)}, ValueError, r"C: expected \(B, H, W, K, N\)"),
-    ({"D": torch.zeros(4)}, ValueError, r"D: expected \(K, D\)"),
+    ({"A": torch.zeros(4, 2)}, ValueError, r"A: expected \(k, d, n\)"),
+    ({"B": torch.zeros(2, 5, 3, 4, 2)}, ValueError, r"B: expected \(b, h, w, k, n\)"),
+    ({"C": torch.zeros(2, 3, 5, 4, 3)}, ValueError, r"C: expected \(b, h, w, k, n\)"),
+    ({"D": torch.zeros(4)}, ValueError, r"D: expected \(k, d\)"),
     ({"D": torch.zeros(4, 4, dtype=torch.complex64)}, TypeError, "D: expected float16"),
-    ({"delta_bias": torch.zeros(4, 1)}, ValueError, r"delta_bias: expected \(K, D\)"),
-    ({"delta_weight": torch.zeros(4, 4)}, ValueError, r"delta_weight: expected \(K, D, R\)"),
+    ({"delta_bias": torch.zeros(4, 1)}, ValueError, r"delta_bias: expected \(k, d\)"),
+    ({"delta_weight": torch.zeros(4, 4)}, ValueError, r"delta_weight: expected \(k, d, r\)"),
     ({"B": torch.zeros(2, 3, 5, 4, 2, device="meta")}, ValueError, "B: expected on cpu as x is, got meta"),
     ({"routes": "spiral"}, ValueError, "routes: unknown name 'spiral'"),
-    ({"routes": ("row", "row")}, ValueError, "delta: expected.*there are K = 2 routes"),
+    ({"routes": ("row", "row")}, ValueError, "delta: expected.*there are k = 2 routes"),
     ({"out_dtype": torch.int8}, TypeError, "out_dtype: expected float16"),
-    ({"backend": "cuda"}, ValueError, "backend: unknown engine 'cuda'; expected one of 'chunked'"),
-    ({"x": torch.zeros(2, 0, 5, 4)}, ValueError, "H, W, D and N of at least 1|expected"),
+    ({"backend": "cuda"}, ValueError, "backend: there is no 'cuda'; expected one of 'cpu', 'triton'"),
+    ({"x": torch.zeros(2, 0, 5, 4)}, ValueError, "h, w, d and n of at least 1|expected"),
 ]
 
 
@@ -96,34 +104,39 @@ def test_bad_calls_name_the_argument(change: dict, error: type[Exception], messa
                 selective_scan_2d(**on_meta)
 
 
-def test_use_backend_holds_for_the_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    engine = _registry._BACKENDS["reference"]
-    recorded = _registry.Backend(
-        "recorded",
+def replaced(name: str, called: list[str], **changes: Any) -> Backend:
+    """The reference under another name, which notes what is called of it."""
+
+    def noted(function: Any, what: str) -> Any:
+        return lambda *args: called.append(what) or function(*args)
+
+    return Backend(
+        name,
         "",
-        lambda *args: called.append("forward") or engine.forward(*args),
-        lambda *args: called.append("backward") or engine.backward(*args),
+        noted(reference.forward, "forward"),
+        noted(reference.backward, "backward"),
+        **changes,
     )
-    monkeypatch.setitem(_registry._BACKENDS, "recorded", recorded)
+
+
+def test_use_backend_holds_for_the_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setitem(_registry._BACKENDS, "recorded", replaced("recorded", called))
     with use_backend("recorded"):
         y = selective_scan_2d(**operands())
     y.sum().backward()
     assert called == ["forward", "backward"]
 
 
-def test_a_fast_engine_is_chosen_by_device_and_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preferred_backend_is_chosen_and_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     why: list[str | None] = [None]
-    called = []
-    engine = _registry._BACKENDS["reference"]
-    fast = _registry.Backend(
+    called: list[str] = []
+    fast = replaced(
         "fast",
-        "",
-        lambda *args: called.append(1) or engine.forward(*args),
-        engine.backward,
+        called,
         why_not_here=lambda: why[0],
-        why_not=lambda device, n_state: "N is at most 2" if n_state > 2 else None,
-        fast_on=("cpu",),
+        why_not=lambda call: "n is at most 2" if call.n_state > 2 else None,
+        preferred_on=("cpu",),
     )
     slow = {name: _registry._BACKENDS[name] for name in ("chunked", "reference")}
     monkeypatch.setattr(_registry, "_BACKENDS", {"fast": fast, **slow})
@@ -131,8 +144,10 @@ def test_a_fast_engine_is_chosen_by_device_and_said_to_be_missing(monkeypatch: p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         selective_scan_2d(**call)
-    assert called == [1]
-    with pytest.warns(BackendWarning, match="slower 'chunked', not on 'fast': N is at most 2"):
+    assert called == ["forward"]
+    assert default_backend("cpu") == "fast"
+    assert default_backend("cpu", n_state=3) == "chunked"
+    with pytest.warns(BackendWarning, match="slower 'chunked', not on 'fast': n is at most 2"):
         selective_scan_2d(**operands(n_state=3))
     why[0] = "it is not built; install a wheel"
     with pytest.warns(BackendWarning, match="not built; install a wheel"):
@@ -140,21 +155,85 @@ def test_a_fast_engine_is_chosen_by_device_and_said_to_be_missing(monkeypatch: p
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # each reason is told once
         selective_scan_2d(**call)
-    assert called == [1]
+    assert called == ["forward"]
     with pytest.raises(RuntimeError, match="'fast' cannot serve this call: it is not built"):
         selective_scan_2d(**call, backend="fast")
     with pytest.raises(RuntimeError, match="'fast' cannot run here: it is not built"), use_backend("fast"):
         pass
     assert {status.name: status.reason for status in backends()}["fast"] == why[0]
+    assert default_backend("cpu") == "chunked"
 
 
-def test_backends_lists_every_engine() -> None:
+def test_why_not_sees_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, types and routes, for tensors without data too."""
+    seen: list[Operands] = []
+    watching = replaced("watching", [], why_not=lambda call: seen.append(call), preferred_on=("cpu", "meta"))
+    monkeypatch.setattr(
+        _registry, "_BACKENDS", {"watching": watching, "chunked": _registry._BACKENDS["chunked"]}
+    )
+    call = operands(2, 3, 5, 4, 2, 3, ("row", "column"), dtype=torch.float32, requires_grad=False)
+    on_meta = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in call.items()}
+    for each in (call, on_meta):
+        seen.clear()
+        selective_scan_2d(**each)
+        assert seen[0].x.shape == (2, 3, 5, 4)
+        assert (seen[0].n_routes, seen[0].n_state, seen[0].rank) == (2, 2, 3)
+        assert (seen[0].routes, seen[0].state_dtype) == ([0, 1], torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    "routes", [("row", torch.arange(14, -1, -1)), ("row", "snake of the operator's test")]
+)
+def test_a_kernel_says_which_routes_it_serves(backend: str, routes: Any) -> None:
+    """Named it raises; unnamed `chunked` serves, with the one warning."""
+    if routes[1] == "snake of the operator's test":
+        register_route(routes[1], snake)
+    status = {status.name: status for status in backends()}
+    if not status[backend].available:
+        pytest.skip(str(status[backend].reason))
+    call = operands(routes=("row", "row"), requires_grad=False) | {"routes": routes}
+    with pytest.raises(BackendError, match=f"'{backend}' cannot serve this call: it reads along the routes"):
+        selective_scan_2d(**call, backend=backend)
+    if backend == "cpu":
+        _registry._WARNED.clear()
+        with pytest.warns(BackendWarning, match="slower 'chunked', not on 'cpu': it reads along"):
+            y = selective_scan_2d(**call)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # told once
+            selective_scan_2d(**call)
+        torch.testing.assert_close(y, selective_scan_2d(**call, backend="reference"))
+
+
+def snake(height: int, width: int) -> list[int]:
+    """Rows in turns from left to right and from right to left."""
+    rows = torch.arange(height * width).view(height, width)
+    rows[1::2] = rows[1::2].flip(1)
+    return rows.flatten().tolist()
+
+
+def test_backend_errors_are_the_users() -> None:
+    """So that the command prints one line of them."""
+    with pytest.raises(UnknownBackendError, match="there is no 'nosuch'; expected one of") as raised:
+        selective_scan_2d(**operands(), backend="nosuch")
+    assert isinstance(raised.value, UserError)
+    assert isinstance(raised.value, ValueError)
+    unavailable = [status for status in backends() if not status.available]
+    for status in unavailable:
+        message = f"'{status.name}' cannot run here"
+        with pytest.raises(BackendError, match=message) as refused, use_backend(status.name):
+            pass
+        assert isinstance(refused.value, UserError)
+        assert isinstance(refused.value, RuntimeError)
+
+
+def test_backends_lists_all() -> None:
     found = {status.name: status for status in backends()}
-    assert list(found) == ["chunked", "cpu", "reference", "triton"]
+    assert list(found) == ["cpu", "triton", "chunked", "reference"]
     assert found["chunked"].available
     assert found["reference"].available
     assert all(status.available == (status.reason is None) for status in found.values())
-    with pytest.raises(ValueError, match="unknown engine 'magic'"), use_backend("magic"):
+    with pytest.raises(ValueError, match="there is no 'magic'"), use_backend("magic"):
         pass
 
 
@@ -172,19 +251,18 @@ def sequence(length: int = 37, groups: int = 1, channels: int = 3, n_state: int 
     }
 
 
-def by_hand(u, delta, A, B, C, D, z, delta_bias) -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(u, delta, A, B, C, D, z, delta_bias, h=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mamba's reference semantics, per channel: its group is channel // (channels of a group)."""
     delta = torch.nn.functional.softplus(delta + delta_bias[:, None])
-    repeat = u.shape[1] // B.shape[1]
-    B, C = B.repeat_interleave(repeat, 1), C.repeat_interleave(repeat, 1)  # (B, GD, N, L)
-    h, ys = torch.zeros(*u.shape[:2], A.shape[1], dtype=u.dtype), []
+    B, C = (t.repeat_interleave(u.shape[1] // t.shape[1], 1) for t in (B, C))  # (b, g·d, n, l)
+    h, ys = torch.zeros(*u.shape[:2], A.shape[1], dtype=u.dtype) if h is None else h, []
     for t in range(u.shape[2]):
         h = torch.exp(delta[:, :, t, None] * A) * h + (delta * u)[:, :, t, None] * B[..., t]
         ys.append((h * C[..., t]).sum(-1) + D * u[:, :, t])
     return torch.stack(ys, -1) * torch.nn.functional.silu(z), h
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_1d_has_mambas_meaning(backend: str, groups: int) -> None:
     call = sequence(groups=groups)
@@ -197,7 +275,45 @@ def test_1d_has_mambas_meaning(backend: str, groups: int) -> None:
         torch.testing.assert_close(selective_scan(**flat, delta_softplus=True, backend=backend), y)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("constant", ["B", "C", "BC"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_1d_takes_a_constant_B_or_C_as_mamba_does(  # noqa: N802
+    backend: str, constant: str, groups: int
+) -> None:
+    """(g·d, n): the same at every position, for each channel its own; with a carried state and gradients."""
+    call = sequence(length=11, groups=groups)
+    state = torch.randn(2, 3 * groups, 2, dtype=torch.float64, requires_grad=True)
+    given = {name: torch.randn(3 * groups, 2, dtype=torch.float64, requires_grad=True) for name in constant}
+    varying = {**call, **{name: t[None, ..., None].expand(2, -1, -1, 11) for name, t in given.items()}}
+    y, last_state = selective_scan(
+        **{**call, **given},
+        delta_softplus=True,
+        return_last_state=True,
+        initial_state=state,
+        backend=backend,
+    )
+    expected, h = by_hand(**varying, h=state)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last_state, h, rtol=1e-12, atol=1e-12)
+    inputs = [call["u"], call["delta"], state, *given.values()]
+    computed = torch.autograd.grad(y.square().sum() + last_state.sum(), inputs)
+    for a, b in zip(computed, torch.autograd.grad(expected.square().sum() + h.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_1d_constant_in_half_precision() -> None:
+    """The factor of each channel is not rounded to half precision on its way."""
+    call = {name: t.detach().half() for name, t in sequence(length=11).items()}
+    call["B"] = torch.rand(3, 2)
+    y = selective_scan(**call, delta_softplus=True)
+    wide = {name: t.double() for name, t in call.items()}
+    expected = selective_scan(**wide, delta_softplus=True)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.double(), expected, rtol=2**-10, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @drawn(cut=st.integers(1, 200), groups=st.integers(1, 2))
 def test_a_split_sequence_with_carried_state_is_the_whole(backend: str, cut: int, groups: int) -> None:
     torch.manual_seed(cut)
@@ -222,11 +338,14 @@ def test_a_split_sequence_with_carried_state_is_the_whole(backend: str, cut: int
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": torch.zeros(2, 3)}, r"u: expected \(B, G·D, L\)"),
+        ({"u": torch.zeros(2, 3)}, r"u: expected \(b, g·d, l\)"),
         ({"delta": torch.zeros(2, 3, 9)}, r"delta: expected"),
-        ({"A": torch.zeros(3, 5)}, r"A: expected \(G·D, N\)"),
+        ({"A": torch.zeros(3, 5)}, r"A: expected \(g·d, n\)"),
         ({"B": torch.zeros(2, 2, 2, 37)}, r"C: expected|divide"),
         ({"z": torch.zeros(2, 3, 1)}, r"z: expected"),
+        ({"B": torch.zeros(3, 5)}, r"B: expected \(g·d, n\) = \(3, 2\)"),
+        ({"C": torch.zeros(2, 2)}, r"C: expected \(g·d, n\) = \(3, 2\)"),
+        ({"C": torch.zeros(2)}, r"C: expected .* or constant \(g·d, n\)"),
     ],
 )
 def test_1d_bad_calls(change: dict, message: str) -> None:
@@ -240,7 +359,7 @@ def test_softplus_to_the_last_digits(value: float, dtype: torch.dtype) -> None:
     z = torch.tensor(value, dtype=dtype)
     expected = torch.nn.functional.softplus(torch.tensor(value, dtype=torch.float64), threshold=700)
     torch.testing.assert_close(
-        chunked.softplus(z).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-43
+        reference.softplus(z).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-43
     )
 
 
@@ -248,7 +367,7 @@ def test_flop_formula() -> None:
     call = operands(2, 3, 5, 4, n_state=2, rank=3, requires_grad=False)
     with FlopCounterMode(display=False) as counter:
         selective_scan_2d(**call)
-    values = 2 * 3 * 5 * 4 * 4  # B·L·K·D
+    values = 2 * 3 * 5 * 4 * 4  # b·l·k·d
     assert counter.get_total_flops() == values * (7 * 2 + 2 + 2 * 3)
     assert flops.scan_macs((2, 3, 5, 4), 4, 2, rank=3) == values * (9 * 2 + 1 + 3)
     with pytest.raises(ValueError, match="counting"):

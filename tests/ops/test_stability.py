@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scans import ENGINES, FAST, assert_accurate, given, operands
+from scans import BACKENDS, FAST, assert_accurate, given, operands
 from vmamba import VMamba
 from vmamba.nn import SS2D
 from vmamba.ops import selective_scan_2d, use_backend
@@ -33,10 +33,8 @@ def test_trains_in_the_precision_claimed(precision: str, routes: str) -> None:
 
 def test_another_precision_than_claimed_is_told() -> None:
     model = VMamba(num_classes=3, depths=(1,), dims=(8,), stem_stride=2)
-    recorder = stability.Recorder(
-        stability._registry.resolve("chunked", torch.device("cpu"), 1), torch.float16
-    )
-    with recorder.recording(), pytest.raises(TypeError, match="x enters the scan in torch"):
+    check = stability.watching_scans(model, stability.ScanChecker(torch.float16))
+    with check, pytest.raises(TypeError, match="x enters the scan in torch"):
         model(torch.randn(1, 3, 8, 8))
 
 
@@ -65,7 +63,7 @@ def extreme(side: int, routes: str | tuple[str, ...]) -> dict:
     return call
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("routes", ["cross", "bidirectional"])
 def test_extreme_values(backend: str, routes: str) -> None:
     call = extreme(16 if backend == "reference" or interpreted() else 64, routes)
@@ -82,7 +80,7 @@ def test_extreme_values_are_exact(backend: str) -> None:
     assert_accurate(extreme(8, "bidirectional"), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("routes", ["cross", "bidirectional"])
 def test_extreme_parameters_of_a_layer(backend: str, routes: str) -> None:
     layer = SS2D(8, d_state=2, routes=routes)
@@ -97,7 +95,7 @@ def test_extreme_parameters_of_a_layer(backend: str, routes: str) -> None:
     assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layer_norms_before_it_rounds_to_half(backend: str) -> None:
     """What a scan of float16 operands gives may be beyond float16, as it is in real training."""
     layer, x = SS2D(8), torch.randn(2, 4, 4, 8, requires_grad=True)
@@ -114,7 +112,7 @@ def test_a_layer_norms_before_it_rounds_to_half(backend: str) -> None:
     assert all(t.grad.isfinite().all() for t in (x, *layer.parameters()))
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_where_dividing_by_cumulated_decays_fails(backend: str) -> None:
     """h_t = w_t Σ_s≤t δ_s B_s x_s / w_s, w the product of the decays: 1 / w ends after 887 steps of 0.1."""
     call = operands(1, 1, 1200, 2, 1, None, routes=("row",), dtype=torch.float32, requires_grad=False)
@@ -133,7 +131,7 @@ def test_where_dividing_by_cumulated_decays_fails(backend: str) -> None:
     torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_where_float32_ends(backend: str) -> None:
     """e^A_log beyond float32 is A = -inf: the state is forgotten at once, and gradients are NaN."""
     call = operands(1, 4, 4, 2, 1, 2, dtype=torch.float32)
@@ -152,7 +150,7 @@ def test_no_step_along_an_infinite_decay_is_nan() -> None:
     assert selective_scan_2d(**call, backend="reference").isnan().all()
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_beyond_half_precision_is_infinite(backend: str) -> None:
     """A gradient is rounded to its operand's type: what a scaled loss has a scaler for."""
     call = operands(1, 4, 4, 2, 1, 2, dtype=torch.float16)

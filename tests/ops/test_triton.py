@@ -1,10 +1,11 @@
-"""What only the Triton engine can get wrong: tiles, blocks of channels, packing, what it saves."""
+"""What only the Triton backend can get wrong: tiles, blocks of channels, packing, what it saves."""
 
 import pytest
 import torch
 
 from scans import assert_accurate, operands, value_and_gradients
-from vmamba.ops import selective_scan_2d, triton
+from vmamba.ops import selective_scan_2d
+from vmamba.ops.triton import backend as triton
 
 pytestmark = pytest.mark.skipif(
     not triton.interpreted(), reason="the kernels are interpreted: TRITON_INTERPRET=1"

@@ -82,7 +82,7 @@ def test_overrides_leave_the_values_as_they_are() -> None:
         ("train: {batch_size: 2.5}", r"train\.batch_size: Input should be a valid integer, got 2.5"),
         ("train: {batch_size: 5}", r"train\.batch_size 5 is odd"),
         ("train: {precision: fp16}", r"train\.precision: .*'bf16-mixed'.* got 'fp16'"),
-        ("data: {mean: [0.5]}", r"data: mean has 1 values for 3 channels"),
+        ("data: {channels: 3, mean: [0.5, 0.5]}", r"data: mean has 2 values for 3 channels"),
         ("data: {std: [1.0, 1.0, 0.0]}", r"data: std .* is not above 0"),
         ("augment: {auto_augment: rand-x9}", r"augment\.auto_augment: 'rand-x9' is no policy"),
         ("augment: {auto_augment: strong}", r"augment\.auto_augment: 'strong' is no policy"),

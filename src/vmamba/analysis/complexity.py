@@ -1,7 +1,7 @@
 """Parameters and multiply-adds, of any timm model.
 
-GMACs count convolutions and matrix products once a multiply-add, layer norm 5 a value, average pooling 1, and
-a selective scan as `vmamba.ops.flops.scan_macs` says, so that they are the figures of the paper's tables.
+One multiply-add of a convolution or matrix product counts 1, layer norm 5 for each value, average pooling 1,
+and a selective scan as `vmamba.ops.flops.scan_macs` says: the counting of the paper's tables.
 """
 
 from collections.abc import Callable
@@ -10,20 +10,14 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmamba  # noqa: F401  (registers the variants)
-from vmamba.errors import UserError
+from vmamba.errors import ModelError
+from vmamba.nn.modes import evaluating
 from vmamba.ops.flops import COUNTINGS, scan_macs
-
-
-class ModelError(UserError, ValueError):
-    """A model's name or an input size is unknown or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +26,8 @@ class Complexity:
 
     Attributes:
         parameters: Of the model.
-        macs: Multiply-adds with a scan at 9·L·D·N a route, as the authors' tables count it.
-        macs_for_loop: With a scan at 3.5·L·D·N a route.
+        macs: Multiply-adds, a scan at 9·l·d·n for each route, as the authors' tables count it.
+        macs_for_loop: With a scan at 3.5·l·d·n for each route.
     """
 
     parameters: int
@@ -41,35 +35,16 @@ class Complexity:
     macs_for_loop: float
 
 
-def create_on_meta(name: str, size: tuple[int, int] | None = None, **kwargs: Any) -> Any:
-    """A model (`nn.Module`) of timm's registry without memory for its weights.
-
-    Args:
-        name: Of the model.
-        size: (height, width) of the images, for models that are made for one size.
-        kwargs: Further arguments of the model.
-
-    Raises:
-        ModelError: There is none of that name.
-    """
-    if not timm.is_model(name):
-        raise ModelError(f"unknown model {name!r}; `vmamba list` shows ours, timm.list_models() all")
-    if size is not None and get_pretrained_cfg_value(name, "fixed_input_size"):
-        kwargs["img_size"] = size
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
-
-
 def parse_size(text: str) -> tuple[int, int]:
-    """ "384" or "512x2048" (height x width) → (height, width).
+    """Read (height, width) from "384" or "512x2048" (height x width).
 
     Raises:
-        ModelError: It is of neither form.
+        ModelError: The text is of neither form.
     """
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ModelError(f"input size {text!r}: expected 384 or 512x2048 (height x width)")
-    return int(parts[0]), int(parts[-1])
+    return int(sides[0]), int(sides[-1])
 
 
 def count(model: nn.Module, input_size: tuple[int, ...]) -> Complexity:
@@ -82,25 +57,24 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> Complexity:
     Raises:
         ModelError: The model does not take that size.
     """
-    fewer: list[float] = []  # by as much is a scan less in the counting as a for-loop
+    excess: list[float] = []  # per scan: MACs by the paper's counting minus MACs by the for-loop counting
 
-    def scan(
-        x: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any, weight: Any, *_: Any, **__: Any
-    ) -> int:
+    def scan(*shapes: Any, **_: Any) -> int:
+        x, _delta, A, _B, _C, D, _bias, weight, *_rest = shapes
         rank = None if weight is None else weight[2]
         paper, for_loop = (
             scan_macs(tuple(x), A[0], A[2], rank=rank, skip=D is not None, counting=counting)
             for counting in COUNTINGS
         )
-        fewer.append(paper - for_loop)
+        excess.append(paper - for_loop)
         return int(2 * paper)
 
     formulas = {**_FORMULAS, torch.ops.vmamba.selective_scan_2d: scan}
     weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         _evaluate(model, partial(functional_call, model, weights), input_size)
-    macs = counter.get_total_flops() / 2  # the counter has two to a multiply-add
-    return Complexity(sum(p.numel() for p in model.parameters()), macs, macs - sum(fewer))
+    macs = counter.get_total_flops() / 2  # PyTorch counts a multiply-add as 2
+    return Complexity(sum(p.numel() for p in model.parameters()), macs, macs - sum(excess))
 
 
 def feature_shapes(model: Any, input_size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -119,17 +93,13 @@ def feature_shapes(model: Any, input_size: tuple[int, ...]) -> dict[str, tuple[i
 
 
 def _evaluate(model: nn.Module, call: Callable[[Tensor], Any], input_size: tuple[int, ...]) -> Any:
-    """Call with an image without memory, the model in eval mode for that time."""
-    training = model.training
+    """The result of a call with one image on the meta device, with the model in evaluation mode."""
     try:
         image = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return call(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(f"the model does not take an input of {tuple(input_size)}: {error}") from error
-    finally:
-        model.train(training)
 
 
 def _per_value(macs: int, shape: Any, *_: Any, **__: Any) -> int:

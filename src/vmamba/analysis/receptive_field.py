@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.nn.modes import evaluating
 
 
 class ReceptiveFieldError(UserError, ValueError):
@@ -17,23 +18,22 @@ def receptive_field(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     """Mean contribution of each pixel, as the authors draw it.
 
     For each image: the last feature map before the final norm, through ReLU, at its centre, summed over
-    channels; its gradient to the image, through ReLU, summed over channels. Maps with NaN are left out.
+    channels; its gradient with respect to the image, through ReLU, summed over channels. Maps with NaN are
+    left out.
 
     Args:
-        model: Any timm model with `forward_intermediates`; it is put to eval mode for the time of the call.
-        images: Normed images, (C, H, W) each, all of one size.
+        model: Any timm model with `forward_intermediates`; it runs in evaluation mode.
+        images: Normalised images, (channels, height, width) each, all of one size.
 
     Returns:
-        (H, W), float32, on the CPU.
+        (height, width), float32, on the CPU.
 
     Raises:
         ReceptiveFieldError: There is no image, or none gave a map without NaN.
     """
     device = next(model.parameters()).device
-    training = model.training
     maps = []
-    try:
-        model.eval()
+    with evaluating(model):
         for image in images:
             pixels = image.to(device)[None].requires_grad_()
             feature = model.forward_intermediates(pixels, indices=1, intermediates_only=True)[-1]  # type: ignore[operator]
@@ -42,8 +42,6 @@ def receptive_field(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
             contribution = gradient[0].relu().sum(0)
             if not contribution.isnan().any():
                 maps.append(contribution.float().cpu())
-    finally:
-        model.train(training)
     if not maps:
         raise ReceptiveFieldError("no image gave a map without NaN; give at least one, and check the weights")
     return torch.stack(maps).mean(0)
@@ -53,7 +51,7 @@ def high_contribution_ratio(field: Tensor, share: float) -> float:
     """Area of the smallest centred square that holds a share of the contribution, over the whole area.
 
     Args:
-        field: (H, W), not negative.
+        field: (height, width), not negative.
         share: In (0, 1].
 
     Raises:
@@ -75,7 +73,7 @@ def draw(fields: dict[str, Tensor], path: str | Path) -> None:
     """Write maps side by side as a PNG, each shown as (map / max)^0.2.
 
     Args:
-        fields: Titles and maps, (H, W).
+        fields: Titles and maps, (height, width).
         path: Of the picture.
     """
     from matplotlib.figure import Figure

@@ -1,42 +1,63 @@
-"""Data sets, their order and their randomness."""
+"""Datasets, their order and their randomness."""
 
-from vmamba.data.classification import (
-    ClassificationDataset,
-    ImageFolder,
-    ImageSource,
-    MnistSubset,
-    read_image,
-)
-from vmamba.data.huggingface import HuggingFaceImages
-from vmamba.data.loading import Loaded, ResumableLoader, ShardError
+from vmamba.data.classes import read_classes
+from vmamba.data.dataset import ClassificationDataset, ImageDataset
+from vmamba.data.decoding import DecodedImage, Decoding, image_suffixes, printable, read_image
+from vmamba.data.finding import LeftOut, find_images
+from vmamba.data.loading import LoadedBatch, ResumableLoader, ShardError
 from vmamba.data.pack import write_shards, write_tar
-from vmamba.data.remote import RemoteShards
-from vmamba.data.sampling import EpochSampler, Groups, SampleKey
+from vmamba.data.preprocessing import Preprocessing
+from vmamba.data.sampling import BalancedSampler, EpochSampler, SampleGroups, SampleKey, sampler_for
+from vmamba.data.section import ClassificationSection, DataSection
 from vmamba.data.seeding import draw_seed, seeded
-from vmamba.data.shards import Shards, find_shards, read_classes
+from vmamba.data.source import ClassifiedImages, ImageSource, class_weights
+from vmamba.data.sources import ClassificationData
+from vmamba.data.sources.folder import FolderSection, ImageFolder
+from vmamba.data.sources.huggingface import HuggingFaceImages
+from vmamba.data.sources.mnist import MnistSubset
+from vmamba.data.sources.remote import RemoteShards
+from vmamba.data.sources.tar import TarImages
+from vmamba.data.sources.webdataset import Shards, find_shards
+from vmamba.data.splitting import SplitImages
 from vmamba.data.storage import is_url
-from vmamba.data.tar import TarImages
 
 __all__ = [
+    "BalancedSampler",
+    "ClassificationData",
     "ClassificationDataset",
+    "ClassificationSection",
+    "ClassifiedImages",
+    "DataSection",
+    "DecodedImage",
+    "Decoding",
     "EpochSampler",
-    "Groups",
+    "FolderSection",
     "HuggingFaceImages",
+    "ImageDataset",
     "ImageFolder",
     "ImageSource",
-    "Loaded",
+    "LeftOut",
+    "LoadedBatch",
     "MnistSubset",
+    "Preprocessing",
     "RemoteShards",
     "ResumableLoader",
+    "SampleGroups",
     "SampleKey",
     "ShardError",
     "Shards",
+    "SplitImages",
     "TarImages",
+    "class_weights",
     "draw_seed",
+    "find_images",
     "find_shards",
+    "image_suffixes",
     "is_url",
+    "printable",
     "read_classes",
     "read_image",
+    "sampler_for",
     "seeded",
     "write_shards",
     "write_tar",

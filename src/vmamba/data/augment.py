@@ -1,21 +1,21 @@
-"""What timm's augmentation needs to run with every Pillow."""
+"""Repairs of timm's augmentation, so that it runs with every version of Pillow."""
 
 from typing import Any
 
 from PIL import Image, ImageOps
 
 
-def keep_a_bit(transform: Any) -> Any:
-    """Let the posterising of timm's policies leave at least one bit a channel.
+def skip_posterize_to_zero_bits(transform: Any) -> Any:
+    """Make the posterising of timm's policies leave at least one bit of each channel.
 
-    At the greatest magnitude they ask for none, as for one image in 650 with the paper's policy: Pillow made
-    it black once, and raises today.
+    At the greatest magnitude timm asks for none, with the paper's policy for one image in 650. Older Pillow
+    made such an image black, newer Pillow raises.
 
     Args:
         transform: From `timm.data.create_transform`; it is changed, and returned.
     """
-    for part in transform.transforms:
-        policy = getattr(part, "policy", [getattr(part, "ops", [])])  # AutoAugment's, else RandAugment's
+    for step in transform.transforms:
+        policy = getattr(step, "policy", [getattr(step, "ops", [])])  # AutoAugment's, else RandAugment's
         for operation in (operation for operations in policy for operation in operations):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize

@@ -1,21 +1,26 @@
-"""A data loader that can go on in the middle of an epoch, and that tells errors of the data as they are."""
+"""A data loader that can resume in the middle of an epoch, and that raises errors of the data as they are."""
 
 import atexit
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from vmamba._torch_private import (
+    LOADER_TIMED_OUT,
+    end_loader_workers,
+    kill,
+    loader_workers,
+    no_worker_death_handler,
+)
 from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.errors import CheckpointError, DataError
 
-TRIES = 100
-"""So many damaged samples in a row are not a blemish of the data any more."""
+MAX_DAMAGED_IN_A_ROW = 100
+"""With so many damaged samples one behind the other something else is wrong than a few files."""
 
 
 class ShardError(DataError):
@@ -23,7 +28,7 @@ class ShardError(DataError):
 
     Args:
         message: Names it.
-        samples: How many it holds: from a sample in it, so far on is one of another file.
+        samples: How many it holds: so many samples behind one of it comes one of another file.
     """
 
     def __init__(self, message: str, samples: int = 1) -> None:
@@ -35,20 +40,31 @@ class WorkerError(DataError):
     """A process that reads data died or hangs."""
 
 
-class Loaded(NamedTuple):
-    """A batch, and where it comes from."""
+class LoadedBatch(NamedTuple):
+    """A batch, and where it comes from.
+
+    Attributes:
+        batch: Of collated samples.
+        keys: Of the samples in it, in order.
+        skipped: What was wrong with those left out.
+    """
 
     batch: Any
-    indices: list[int]  # of its samples in the data set, in order
-    skipped: list[str]  # what was wrong with those left out
+    keys: list[SampleKey]
+    skipped: list[str]
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the samples in the dataset, in order."""
+        return [key.index for key in self.keys]
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over an `EpochSampler`, with a state; it yields `Loaded`.
+    """A `DataLoader` over an `EpochSampler`, with a state; it yields `LoadedBatch`.
 
-    A `DataError` comes out of it as it was raised, also from a worker, where PyTorch would wrap a traceback
-    into its message; so does a worker that died or hangs. Workers leave signals to the process that runs the
-    steps.
+    A `DataError` comes out of it as it was raised, also from a worker, where PyTorch would put a traceback
+    into its message. A worker that died or hangs raises `WorkerError`. Workers ignore signals: the process
+    that runs the steps decides when to stop.
 
     Args:
         dataset: Indexed by `SampleKey`.
@@ -82,7 +98,7 @@ class ResumableLoader(DataLoader[Any]):
             _ErrorsAsSamples(dataset, on_error),
             sampler=sampler,
             collate_fn=_Collate(collate_fn or default_collate, on_error),
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_ignore_signals,
             num_workers=num_workers,
             timeout=min(timeout, 1) if num_workers else 0,
             **kwargs,
@@ -91,17 +107,18 @@ class ResumableLoader(DataLoader[Any]):
         self.consumed = 0
         self.skipped: dict[str, None] = {}
 
-    def __iter__(self) -> Iterator[Loaded]:  # type: ignore[override]
-        with _handler_kept():
+    def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
+        with no_worker_death_handler():
             batches = super().__iter__()
-        workers = getattr(batches, "_workers", [])
-        _workers.update(workers)
+        workers = loader_workers(batches)
+        _all_workers.update(workers)
         while (loaded := self._next(batches, workers)) is not None:
             if isinstance(loaded, DataError):
-                self._put_away(batches)  # else they may be waited for, seconds each, by the garbage collector
+                # Now: the garbage collector would wait seconds for each of them.
+                end_loader_workers(self, batches)
                 raise loaded
             self.skipped.update(dict.fromkeys(loaded.skipped))
-            if loaded.indices:  # else all of it was dropped
+            if loaded.keys:  # else all of it was dropped
                 yield loaded
 
     def _next(self, batches: Iterator[Any], workers: Sequence[Any]) -> Any:
@@ -110,39 +127,31 @@ class ResumableLoader(DataLoader[Any]):
         while True:
             try:
                 return next(batches, None)
-            except Exception as error:  # a death shows as any of a dozen
-                if isinstance(error, (OSError, EOFError)):  # a pipe is gone a moment before its process
+            except Exception as error:  # the death of a worker shows as any of a dozen
+                if isinstance(error, (OSError, EOFError)):  # a pipe breaks a moment before its process ends
                     for worker in workers:
                         worker.join(0.1)
                 ended = [worker for worker in workers if worker.exitcode]
-                silent = str(error).startswith("DataLoader timed out")
-                if not ended and not silent:
+                timed_out = str(error).startswith(LOADER_TIMED_OUT)
+                if not ended and not timed_out:
                     raise
                 if not ended and time.monotonic() - start < self.patience:
                     continue
-                dead = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
-                self._put_away(batches)
-                raise WorkerError(
-                    f"a data worker died: {dead}; if it was killed (exit code -9), memory ran out: lower "
-                    "train.workers"
-                    if dead
-                    else f"no batch from the data workers within {self.patience:g} s: a worker hangs or the "
-                    "storage does not answer; raise train.loader_timeout if the data are that slow"
-                ) from error
+                end_loader_workers(self, batches)
+                raise WorkerError(_explain_silence(ended, self.patience)) from error
 
-    def _put_away(self, batches: Any) -> None:
-        """End the workers of an iteration, also those that hang."""
-        if workers := getattr(batches, "_workers", []):
-            batches._workers_done_event = _Kill(workers)
-            batches._shutdown_workers()
-        self._iterator = None  # the next iteration starts new ones
+    def read_again(self, keys: Sequence[SampleKey]) -> Any:
+        """The batch of these samples, read by this process; for what a step's batch held."""
+        dataset: Any = self.dataset
+        collate: Any = self.collate_fn
+        return collate.collate([dataset.dataset[key] for key in keys])
 
     def state_dict(self) -> dict[str, int]:
-        """(epoch, samples consumed): all there is to the order and the augmentation; and in what parts."""
-        return {"epoch": self.sampler.epoch, "consumed": self.consumed, "part": self._part}
+        """Epoch, samples consumed, and samples of a round: all that a resumed epoch depends on."""
+        return {"epoch": self.sampler.epoch, "consumed": self.consumed, "part": self._round}
 
     @property
-    def _part(self) -> int:
+    def _round(self) -> int:
         """Samples that all ranks read at a time."""
         return (self.batch_size or 1) * self.sampler.world_size
 
@@ -150,19 +159,33 @@ class ResumableLoader(DataLoader[Any]):
         """Go on behind the last step of `state`.
 
         Raises:
-            CheckpointError: It is within an epoch that was read in other parts, which Lightning counts.
+            CheckpointError: It lies within an epoch, and a round had another number of samples: Lightning
+                counts rounds.
         """
-        if 0 < state["consumed"] < self.sampler.total and state["part"] != self._part:
+        if 0 < state["consumed"] < self.sampler.total and state["part"] != self._round:
             raise CheckpointError(
                 f"the checkpoint is within an epoch, read in parts of {state['part']} samples; here they "
-                f"would be of {self._part}: resume with the same processes and train.micro_batch_size"
+                f"would be of {self._round}: resume with the same processes and train.micro_batch_size"
             )
         self.sampler.epoch, self.consumed = state["epoch"], state["consumed"]
         self.sampler.done = (self.sampler.epoch, self.consumed)
 
 
+def _explain_silence(ended: Sequence[Any], patience: float) -> str:
+    if ended:
+        processes = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in ended)
+        return (
+            f"a data worker died: {processes}; if it was killed (exit code -9), memory ran out: lower "
+            "train.workers"
+        )
+    return (
+        f"no batch from the data workers within {patience:g} s: a worker hangs or the storage does not "
+        "answer; raise train.loader_timeout if the data are that slow"
+    )
+
+
 class _ErrorsAsSamples(Dataset[Any]):
-    """Yields (index, sample or error, errors on the way to it)."""
+    """Yields (key, sample or error, messages of the samples skipped before it)."""
 
     def __init__(self, dataset: Dataset[Any], on_error: str) -> None:
         self.dataset, self.on_error = dataset, on_error
@@ -170,86 +193,50 @@ class _ErrorsAsSamples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, key: SampleKey) -> tuple[int, Any, list[str]]:
+    def __getitem__(self, key: SampleKey) -> tuple[SampleKey, Any, list[str]]:
         skipped: list[str] = []
-        index = key.index
-        for _ in range(TRIES if self.on_error == "replace" else 1):
+        replacing = key
+        for _ in range(MAX_DAMAGED_IN_A_ROW if self.on_error == "replace" else 1):
             try:
-                return index, self.dataset[SampleKey(key.epoch, index)], skipped
+                return replacing, self.dataset[replacing], skipped
             except DataError as error:
                 last = error
                 skipped.append(str(error))
-                index = (index + (error.samples if isinstance(error, ShardError) else 1)) % len(self)
+                step = error.samples if isinstance(error, ShardError) else 1
+                replacing = replacing._replace(index=(replacing.index + step) % len(self))
         if self.on_error == "replace":
-            last = DataError(f"{TRIES} damaged samples in a row, the last: {last}")
-        return key.index, last, skipped
+            last = DataError(f"{MAX_DAMAGED_IN_A_ROW} damaged samples in a row, the last: {last}")
+        return key, last, skipped
 
 
 class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any], on_error: str) -> None:
         self.collate, self.on_error = collate, on_error
 
-    def __call__(self, samples: list[tuple[int, Any, list[str]]]) -> Loaded | DataError:
+    def __call__(self, samples: list[tuple[SampleKey, Any, list[str]]]) -> LoadedBatch | DataError:
         errors = [sample for _, sample, _ in samples if isinstance(sample, DataError)]
         if errors and self.on_error != "drop":
             return errors[0]
-        good = [(index, sample) for index, sample, _ in samples if not isinstance(sample, DataError)]
-        return Loaded(
+        good = [(key, sample) for key, sample, _ in samples if not isinstance(sample, DataError)]
+        return LoadedBatch(
             self.collate([sample for _, sample in good]) if good else None,
-            [index for index, _ in good],
+            [key for key, _ in good],
             [message for _, _, skipped in samples for message in skipped],
         )
 
 
-def _leave_signals(worker: int) -> None:
-    """Let the process that runs the steps decide when to stop, though a whole group was told to."""
+def _ignore_signals(worker: int) -> None:
+    """The process that runs the steps decides when to stop, though its whole process group got the signal."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks the last two
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-@contextmanager
-def _handler_kept() -> Iterator[None]:
-    """Leave out PyTorch's handler of a child's death: it raises wherever the process happens to be."""
-    # Windows has no such handler, and the main thread alone can set one.
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-_workers: WeakSet[Any] = WeakSet()
-"""All that may be alive."""
-
-
-def _kill(workers: Iterable[Any]) -> None:
-    """End workers, also those that hang."""
-    for worker in workers:
-        worker.kill()
-        worker.join()
-
-
-class _Kill:
-    """In place of the event by which PyTorch tells workers to end.
-
-    One that was killed may have held the event's lock, and whoever sets it then waits forever.
-    """
-
-    def __init__(self, workers: Iterable[Any]) -> None:
-        self._workers = workers
-
-    def set(self) -> None:
-        _kill(self._workers)
-
-    def is_set(self) -> bool:
-        return True
+_all_workers: WeakSet[Any] = WeakSet()
+"""Every worker that was started and may be alive."""
 
 
 @atexit.register
-def _kill_all() -> None:
-    """Python's own end would send a signal that they ignore, and wait for them."""
-    _kill([worker for worker in _workers if worker.is_alive()])
+def _kill_all_workers() -> None:
+    """Python's own end would send workers a signal that they ignore, and wait for them."""
+    kill([worker for worker in _all_workers if worker.is_alive()])

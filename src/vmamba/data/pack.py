@@ -1,7 +1,6 @@
 """From an image folder to one tar, or to WebDataset shards; the same input gives the same bytes."""
 
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from vmamba.data.classification import ImageFolder
-from vmamba.data.remote import SIZES, read_sizes
+from vmamba.data.decoding import printable
 from vmamba.data.seeding import draw_seed
+from vmamba.data.sources.folder import ImageFolder
+from vmamba.data.sources.remote import SIZES, read_sizes
 from vmamba.errors import DataError
+from vmamba.files import replacing, write_atomically
 
 
 def write_tar(folder: str | Path, path: str | Path) -> int:
@@ -27,8 +28,8 @@ def write_tar(folder: str | Path, path: str | Path) -> int:
     """
     source = ImageFolder(folder)
     with _writing(Path(path)) as tar:
-        for file, _ in source.samples:
-            _add(tar, file.relative_to(source.root).as_posix(), file.read_bytes())
+        for index, path in enumerate(source.paths):
+            _add(tar, path, source.path(index).read_bytes())
     return len(source)
 
 
@@ -62,16 +63,16 @@ def write_shards(
         sizes = read_sizes(str(out / SIZES))
         generator = torch.Generator().manual_seed(draw_seed("shards", seed))
         order = torch.randperm(len(source), generator=generator).split(samples)
-        for number, own in enumerate(order):
+        for number, indices in enumerate(order):
             name = f"{split}-{number:06}.tar"
             with _writing(out / name) as tar:
-                for index in own.tolist():
-                    file, label = source.samples[index]
+                for index in indices.tolist():
+                    file = source.path(index)
                     _add(tar, f"{index:08}{file.suffix.lower()}", file.read_bytes())
-                    _add(tar, f"{index:08}.cls", str(label).encode())
-            sizes[name] = len(own)
-        _write_text(classes, names)
-        _write_text(out / SIZES, json.dumps(sizes, indent=1) + "\n")
+                    _add(tar, f"{index:08}.cls", str(source.label(index)).encode())
+            sizes[name] = len(indices)
+        write_atomically(classes, names)
+        write_atomically(out / SIZES, json.dumps(sizes, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot write the shards ({error.strerror})") from error
     return len(order)
@@ -79,24 +80,16 @@ def write_shards(
 
 @contextmanager
 def _writing(path: Path) -> Iterator[tarfile.TarFile]:
-    part = path.with_name(f"{path.name}.part")
     try:
-        with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
+        with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             yield tar
-        os.replace(part, path)
     except OSError as error:
-        raise DataError(f"{error.filename or path}: cannot write {path} ({error.strerror})") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise DataError(
+            f"{printable(error.filename or path)}: cannot write {path} ({error.strerror})"
+        ) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, BytesIO(content))
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

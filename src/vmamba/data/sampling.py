@@ -1,9 +1,11 @@
-"""The order in which samples are taken: a function of (seed, epoch), with a state of two numbers."""
+"""The order in which samples are read: a function of (seed, epoch), with a state of two numbers."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -11,13 +13,21 @@ from vmamba.data.seeding import draw_seed
 
 
 class SampleKey(NamedTuple):
-    """What a data set is asked for: `index`, and the epoch, which decides how it is augmented."""
+    """What a dataset is asked for.
+
+    Attributes:
+        epoch: Decides, with the rest, how the sample is augmented.
+        index: Of the sample in the dataset.
+        repetition: Tells apart the times that balanced sampling draws a sample in one epoch, so that each is
+            augmented in its own way.
+    """
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which a key has no use for
+    repetition: int = 0
 
 
-class Groups(NamedTuple):
+class SampleGroups(NamedTuple):
     """Samples that should be read together, such as those of a shard.
 
     Attributes:
@@ -36,9 +46,9 @@ class EpochSampler(Sampler[SampleKey]):
     in a batch of their size: the number of processes changes nothing in what a step sees.
 
     Args:
-        length: Samples in the data set.
+        length: Samples in the dataset.
         seed: Of the order.
-        shuffle: Draw the order anew for each epoch; else it is that of the data set.
+        shuffle: Draw the order anew for each epoch; else it is that of the dataset.
         rank: This process.
         world_size: Processes.
         chunk: Consecutive samples that go to the same rank.
@@ -48,7 +58,10 @@ class EpochSampler(Sampler[SampleKey]):
 
     Attributes:
         epoch: The epoch that an iteration reads.
-        done: An epoch, and the samples of it, over all ranks, that were taken before and are left out.
+        done: An epoch, and the samples of it, over all ranks, that were read before and are left out.
+
+    Raises:
+        ValueError: The arguments do not fit each other.
     """
 
     def __init__(
@@ -61,7 +74,7 @@ class EpochSampler(Sampler[SampleKey]):
         world_size: int = 1,
         chunk: int = 1,
         step: int = 1,
-        groups: Groups | None = None,
+        groups: SampleGroups | None = None,
     ) -> None:
         if step > 1 and step % (chunk * world_size):
             share = chunk * world_size
@@ -79,7 +92,8 @@ class EpochSampler(Sampler[SampleKey]):
         """Go to an epoch; Lightning calls it, in a resumed run with other epochs first."""
         self.epoch = epoch
 
-    def _mine(self) -> Iterator[int]:
+    def _positions(self) -> Iterator[int]:
+        """Of this rank, in the epoch's order."""
         for start in range(self.rank * self.chunk, self.total, self.world_size * self.chunk):
             yield from range(start, min(start + self.chunk, self.total))
 
@@ -87,7 +101,11 @@ class EpochSampler(Sampler[SampleKey]):
         rounds, rest = divmod(self.total, self.world_size * self.chunk)
         return rounds * self.chunk + min(max(rest - self.rank * self.chunk, 0), self.chunk)
 
-    def _order(self) -> Tensor:
+    def _order(self) -> list[tuple[int, ...]]:
+        """Index, and repetition if any, of each sample in the epoch's order."""
+        return [(index,) for index in self._indices().tolist()]
+
+    def _indices(self) -> Tensor:
         if not self.shuffle:
             return torch.arange(self.length)
         generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
@@ -97,12 +115,68 @@ class EpochSampler(Sampler[SampleKey]):
         groups = torch.arange(self.length).split(sizes)
         shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
         windows = [torch.cat(shuffled[start : start + window]) for start in range(0, len(groups), window)]
-        return torch.cat([own[torch.randperm(len(own), generator=generator)] for own in windows])
+        return torch.cat([mixed[torch.randperm(len(mixed), generator=generator)] for mixed in windows])
 
     def __iter__(self) -> Iterator[SampleKey]:
-        order = self._order().tolist()
+        order = self._order()
         epoch, consumed = self.done
         skipped = consumed if epoch == self.epoch else 0
-        for position in self._mine():
+        for position in self._positions():
             if position >= skipped:
-                yield SampleKey(self.epoch, order[position])
+                yield SampleKey(self.epoch, *order[position])
+
+
+class BalancedSampler(EpochSampler):
+    """Every class equally often, in an epoch as long as that of `EpochSampler`.
+
+    Samples of small classes come several times an epoch, those of large ones take turns over the epochs: each
+    class walks through endless permutations of its samples.
+
+    Args:
+        classes: Of each sample, the number of its class.
+        options: As `EpochSampler`, but for `shuffle` and `groups`.
+    """
+
+    def __init__(self, classes: Sequence[int] | NDArray[np.int64], **options: Any) -> None:
+        super().__init__(len(classes), **options)
+        of_class = torch.as_tensor(np.asarray(classes, dtype=np.int64))
+        self._members = [torch.nonzero(of_class == label).flatten() for label in of_class.unique().tolist()]
+
+    def _order(self) -> list[tuple[int, ...]]:
+        generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
+        share, rest = divmod(self.length, len(self._members))
+        one_more = set(torch.randperm(len(self._members), generator=generator)[:rest].tolist())
+        stride = share + bool(rest)
+        pairs = []
+        for number in range(len(self._members)):
+            start = self.epoch * stride
+            pairs.append(self._walk(number, start, start + share + (number in one_more)))
+        drawn = torch.cat(pairs)
+        return [(i, n) for i, n in drawn[torch.randperm(len(drawn), generator=generator)].tolist()]
+
+    def _walk(self, number: int, start: int, stop: int) -> Tensor:
+        """Steps `start` to `stop` of a class, (steps, 2): index, and permutations since the first step."""
+        members = self._members[number]
+        first, last = start // len(members), (stop - 1) // len(members)
+        pairs = [torch.empty(0, 2, dtype=torch.int64)]
+        for turn in range(first, last + 1):
+            generator = torch.Generator().manual_seed(draw_seed("class order", self.seed, number, turn))
+            permuted = members[torch.randperm(len(members), generator=generator)]
+            begin = turn * len(members)
+            drawn = permuted[max(start - begin, 0) : stop - begin]
+            pairs.append(torch.stack([drawn, torch.full_like(drawn, turn - first)], 1))
+        return torch.cat(pairs)
+
+
+def sampler_for(dataset: Any, training: bool, **options: Any) -> EpochSampler:
+    """The order of a dataset's samples: shuffled for training, balanced or in groups as the dataset says.
+
+    Args:
+        dataset: Its `balance` and `groups`, if it has them, are followed; see `ImageDataset`.
+        training: Whether to shuffle.
+        options: `seed`, `rank`, `world_size`, `chunk` and `step` of `EpochSampler`.
+    """
+    balance = getattr(dataset, "balance", None)
+    if training and balance is not None:
+        return BalancedSampler(balance, **options)
+    return EpochSampler(len(dataset), shuffle=training, groups=getattr(dataset, "groups", None), **options)

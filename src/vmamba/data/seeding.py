@@ -24,25 +24,26 @@ def draw_seed(purpose: str, *counters: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-_spare: list[np.random.MT19937] = []
-"""Generators that no block uses at the time; blocks within blocks need one each."""
+_idle_generators: list[np.random.MT19937] = []
+"""NumPy's, which no block uses at the time; blocks within blocks need one each."""
 
 
 @contextmanager
 def seeded(purpose: str, *counters: int) -> Iterator[None]:
     """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded; then as before."""
     states = random.getstate(), torch.get_rng_state()
-    # NumPy copies a state in 0.1 ms, as long as a small image takes to decode: its generator is put aside.
-    numpys, own = get_bit_generator(), _spare.pop() if _spare else np.random.MT19937(0)
+    # To copy NumPy's state takes 0.1 ms, as long as to decode a small image: swap its generator.
+    numpy_generator = get_bit_generator()
+    generator = _idle_generators.pop() if _idle_generators else np.random.MT19937(0)
     seed = draw_seed(purpose, *counters)
     random.seed(seed)
-    set_bit_generator(own)
+    set_bit_generator(generator)
     np.random.seed(seed % 2**32)
     torch.random.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
-        set_bit_generator(numpys)
-        _spare.append(own)
+        set_bit_generator(numpy_generator)
+        _idle_generators.append(generator)
         torch.set_rng_state(states[1])

@@ -1,4 +1,4 @@
-"""Object storage, through fsspec."""
+"""Object storage, through fsspec; ours is that a download is whole or not there, and is tried again."""
 
 import os
 import time
@@ -7,16 +7,23 @@ from typing import Any
 
 from vmamba.errors import DataError
 
-_WAITS = (1.0, 4.0)
+_RETRY_WAITS = (1.0, 4.0)
 """Seconds before a download is tried again."""
 
 
 def is_url(root: str) -> bool:
+    """Whether it is an address, and no path."""
     return "://" in root
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Anew in each call: a file system that was made before a fork does not work behind it."""
+    """The file system of an address, and the path in it.
+
+    It is made anew in each call: one that was made before a fork does not work behind it.
+
+    Raises:
+        DataError: fsspec does not know the address, or is not installed.
+    """
     try:
         from fsspec.core import url_to_fs
 
@@ -28,22 +35,26 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def download(url: str, path: Path) -> None:
-    """All of it, or nothing at `path`; only one process at a time."""
-    part = path.with_name(f"{path.name}.part")
-    for wait in (*_WAITS, None):
+    """Fetch a file: all of it, or nothing at `path`; only one process at a time.
+
+    Raises:
+        DataError: It cannot be fetched.
+    """
+    partial = path.with_name(f"{path.name}.part")
+    for wait in (*_RETRY_WAITS, None):
         try:
             fs, inside = file_system(url)
             expected = fs.info(inside)["size"]
-            fs.get_file(inside, str(part))
-            size = part.stat().st_size
+            fs.get_file(inside, str(partial))
+            size = partial.stat().st_size
             if expected is not None and size != expected:
                 raise OSError(f"{size} of {expected} bytes came")
-            os.replace(part, path)
+            os.replace(partial, path)
             return
         except DataError:
             raise
         except Exception as error:  # every storage raises its own
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             if wait is None or isinstance(error, FileNotFoundError):
                 raise DataError(f"{url}: cannot fetch the shard ({error!r})") from error
             time.sleep(wait)

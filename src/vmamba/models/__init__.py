@@ -1,7 +1,25 @@
 """VMamba and its variants, registered with timm."""
 
+import timm
+
 from vmamba.models.official import load_official
-from vmamba.models.vmamba import ALIASES, VARIANTS, VMamba
+from vmamba.models.vmamba import ALIASES, VMamba, VMambaConfig
 from vmamba.models.weights import LoadReport, load_weights
 
-__all__ = ["ALIASES", "VARIANTS", "LoadReport", "VMamba", "load_official", "load_weights"]
+__all__ = [
+    "ALIASES",
+    "LoadReport",
+    "VMamba",
+    "VMambaConfig",
+    "load_official",
+    "load_weights",
+    "model_names",
+]
+
+
+def model_names() -> list[str]:
+    """The names of the models that this library registers with timm, the aliases first."""
+    names = [
+        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")
+    ]
+    return sorted(names, key=lambda name: name not in ALIASES)

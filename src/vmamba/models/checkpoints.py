@@ -213,7 +213,6 @@ _IGNORED = (
     ),
     "numpy.ndarray",
     "numpy.dtype",
-    "_codecs.encode",  # how protocol 2 writes numpy's bytes
 )
 """Records of a training run beside the weights, which nobody here reads."""
 
@@ -358,21 +357,26 @@ def open_checkpoint(source: Place | Mapping[str, Any]) -> Checkpoint:
 
 def _inspect(path: str, values: Mapping[str, Any], config: Mapping[str, Any] | None) -> Checkpoint:
     if CONTENTS in values:
-        recipe, classes = contents(values, path)
-        kinds = {kind: _below(values["state_dict"], prefix) for kind, prefix in _OF_A_RUN.items()}
-        kinds = {kind: weights for kind, weights in kinds.items() if weights}
-        auto = "ema" if "ema" in kinds else "raw"
-        return Checkpoint(path, kinds, auto, recipe, classes, values[CONTENTS].get("config"))
-    kinds = {}
+        return _of_a_run(path, values)
+    kinds: dict[str, Mapping[str, Any]] = {}
     for kind, keys in _OF_OTHERS.items():
         if weights := next((values[key] for key in keys if isinstance(values.get(key), Mapping)), None):
             kinds[kind] = weights
     if not kinds:
         kinds = {"raw": values}
+    recipe = ((config or {}).get(CONTENTS) or {}).get("recipe")
     classes = config.get("label_names") if config else None
     if isinstance(classes, list) and config and isinstance(config.get("label_descriptions"), dict):
         classes = [config["label_descriptions"].get(name, name) for name in classes]
-    return Checkpoint(path, kinds, next(iter(kinds)), None, classes, config)
+    return Checkpoint(path, kinds, next(iter(kinds)), recipe, classes, config)
+
+
+def _of_a_run(path: str, values: Mapping[str, Any]) -> Checkpoint:
+    recipe, classes = contents(values, path)
+    kinds = {kind: _below(values["state_dict"], prefix) for kind, prefix in _OF_A_RUN.items()}
+    kinds = {kind: weights for kind, weights in kinds.items() if weights}
+    auto = "ema" if "ema" in kinds else "raw"
+    return Checkpoint(path, kinds, auto, recipe, classes, values[CONTENTS].get("config"))
 
 
 _OF_A_RUN = {"raw": "model.", "ema": "ema.module."}

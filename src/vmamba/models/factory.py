@@ -1,4 +1,4 @@
-"""The one way in which the library creates a model by its name: what cannot work is refused in plain words."""
+"""The one factory of models: by name, and what cannot work is refused in plain words."""
 
 import difflib
 import inspect

@@ -1,29 +1,30 @@
 """The VMamba backbone and its variants, under timm's model contract (arXiv 2401.10166, section 4).
 
-B batch, H height, W width, C channels. Images come and feature maps go as (B, C, H, W); inside all is
-(B, H, W, C).
+b batch, h height, w width, c channels. Images come and feature maps go as (b, c, h, w); inside all is
+(b, h, w, c).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, lecun_normal_, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
-    checkpoint,
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from vmamba.models.official import checkpoint_filter_fn, safe_globals
-from vmamba.nn import ConvDownsample, ConvStem, MergeDownsample, PatchStem, VSSBlock
+from vmamba.nn import SS2D, ConvDownsample, ConvStem, MergeDownsample, PatchStem, SS2DConfig, VSSBlock
 
-__all__ = ["VMamba", "VSSStage"]
+__all__ = ["FeatureMaps", "VMamba", "VMambaConfig", "VSSStage"]
 
 _STEMS = {"conv": ConvStem, "patch": PatchStem}
 _DOWNSAMPLES = {"conv": ConvDownsample, "merge": MergeDownsample}
@@ -34,26 +35,80 @@ _WEIGHT_INITS: dict[str, Callable[[Tensor], Any]] = {
 
 
 class VSSStage(nn.Module):
-    """A downsampling, except in the first stage, and VSS blocks; (B, H, W, C) → (B, H', W', C')."""
+    """A downsampling, except in the first stage, and VSS blocks; (b, h, w, c) → (b, h', w', c')."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.grad_checkpointing = False
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  (TorchScript)
-                x = checkpoint(block, x)
+        return self.blocks(self.downsample(x))
+
+
+@dataclass(frozen=True)
+class VMambaConfig:
+    """The settings of a `VMamba` but those of its input and classifier, named as its arguments are.
+
+    Raises:
+        ValueError: A value is out of range or unknown.
+    """
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    ss2d: SS2DConfig
+    mlp_ratio: float
+    stem: str
+    stem_stride: int
+    downsample: str
+    drop_path_rate: float
+    drop_rate: float
+    weight_init: str
+    output_stride: int
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != len(self.dims) or not self.depths or min(self.depths) < 1:
+            raise ValueError(
+                f"depths, dims: expected as many of one as of the other, and at least one block a stage, "
+                f"got {self.depths} and {self.dims}"
+            )
+        for name, choices in (("stem", _STEMS), ("downsample", _DOWNSAMPLES), ("weight_init", _WEIGHT_INITS)):
+            if getattr(self, name) not in choices:
+                expected = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
+        if self.output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride: expected 8, 16 or 32, got {self.output_stride}")
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as keyword arguments of `VMamba`."""
+        arguments = {**vars(self), **vars(self.ss2d)}
+        del arguments["ss2d"], arguments["ssm_conv_dilation"]  # the latter follows from output_stride
+        return arguments
+
+    def stages(self) -> Iterator[tuple[int, int, int]]:
+        """Of each stage: stride of its downsampling, dilation of the downsampling, dilation of its blocks.
+
+        A downsampling that would exceed `output_stride` keeps the size. The convolutions that follow it look
+        at pixels twice as far apart instead, so that they see as much of the image as before.
+        """
+        total, dilation = self.stem_stride, 1
+        yield 1, 1, 1
+        for _ in self.depths[1:]:
+            if total < self.output_stride:
+                total *= 2
+                yield 2, dilation, dilation
             else:
-                x = block(x)
-        return x
+                yield 1, dilation, 2 * dilation
+                dilation *= 2
+
+    def reductions(self) -> list[int]:
+        """Size of the image over that of each stage's feature map."""
+        strides = [stride for stride, _, _ in self.stages()]
+        return [self.stem_stride * math.prod(strides[: i + 1]) for i in range(len(strides))]
 
 
 class VMamba(nn.Module):
-    """VMamba: stem, four stages of VSS blocks, norm, head; (B, in_chans, H, W) → (B, num_classes).
+    """VMamba: stem, four stages of VSS blocks, norm, head; (b, in_chans, h, w) → (b, num_classes).
 
     Any input size from 32×32 is taken, odd and non-square ones too.
 
@@ -63,8 +118,8 @@ class VMamba(nn.Module):
         global_pool: Pooling of the head, as in timm; "" for none.
         depths: Blocks of each stage.
         dims: Channels of each stage.
-        d_state: State size N of the scan.
-        dt_rank: Rank R of delta; default ⌈C / 16⌉ of each stage.
+        d_state: State size n of the scan.
+        dt_rank: Rank r of delta; default ⌈c / 16⌉ of each stage.
         ssm_ratio: Channels inside SS2D over those outside.
         ssm_conv: Kernel size of the depthwise convolution before the scan; 0 leaves it out (its SiLU stays).
         ssm_conv_bias: Give that convolution a bias.
@@ -79,6 +134,13 @@ class VMamba(nn.Module):
         drop_rate: Dropout before the classifier.
         weight_init: Linear layers of the blocks truncated normal with a standard deviation of 0.02 ("normal",
             the authors') or of 1/√inputs ("lecun", from which narrow models learn faster).
+        output_stride: 32, or 16 or 8 for dense prediction: the image is at most so many times as large as a
+            feature map; later stages keep the size, and their convolutions are dilated instead.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        config: The settings, but those of input and classifier.
 
     Raises:
         ValueError: An argument is out of range or unknown.
@@ -108,60 +170,47 @@ class VMamba(nn.Module):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         weight_init: str = "normal",
+        output_stride: int = 32,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(depths) != len(dims) or not depths or min(depths) < 1:
-            raise ValueError(
-                f"depths, dims: expected as many of one as of the other, and at least one block a stage, "
-                f"got {tuple(depths)} and {tuple(dims)}"
-            )
-        if stem not in _STEMS:
-            raise ValueError(f"stem: expected one of {', '.join(map(repr, _STEMS))}, got {stem!r}")
-        if downsample not in _DOWNSAMPLES:
-            raise ValueError(
-                f"downsample: expected one of {', '.join(map(repr, _DOWNSAMPLES))}, got {downsample!r}"
-            )
-        if weight_init not in _WEIGHT_INITS:
-            raise ValueError(
-                f"weight_init: expected one of {', '.join(map(repr, _WEIGHT_INITS))}, got {weight_init!r}"
-            )
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        ss2d = SS2DConfig(
+            d_state=d_state,
+            dt_rank=dt_rank,
+            ssm_ratio=ssm_ratio,
+            ssm_conv=ssm_conv,
+            ssm_conv_bias=ssm_conv_bias,
+            ssm_init=ssm_init,
+            gate=gate,
+            routes=routes,
+        )
+        self.config = VMambaConfig(
+            depths=tuple(depths),
+            dims=tuple(dims),
+            ss2d=ss2d,
+            mlp_ratio=mlp_ratio,
+            stem=stem,
+            stem_stride=stem_stride,
+            downsample=downsample,
+            drop_path_rate=drop_path_rate,
+            drop_rate=drop_rate,
+            weight_init=weight_init,
+            output_stride=output_stride,
+        )
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = dims[-1]
-
-        self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
-        drop_paths = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
-        stages = []
-        feature_info: list[dict[str, Any]] = []
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            down = nn.Identity() if i == 0 else _DOWNSAMPLES[downsample](dims[i - 1], dim, **dd)
-            blocks = [
-                VSSBlock(
-                    dim,
-                    mlp_ratio=mlp_ratio,
-                    drop_path=drop_paths[sum(depths[:i]) + j],
-                    d_state=d_state,
-                    dt_rank=dt_rank,
-                    ssm_ratio=ssm_ratio,
-                    ssm_conv=ssm_conv,
-                    ssm_conv_bias=ssm_conv_bias,
-                    ssm_init=ssm_init,
-                    gate=gate,
-                    routes=routes,
-                    **dd,
-                )
-                for j in range(depth)
-            ]
-            stages.append(VSSStage(down, blocks))
-            feature_info.append({"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"})
-        self.feature_info = feature_info
-        self.stages = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(self.num_features, **dd)
         self.drop_rate = drop_rate
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, self.config.reductions(), strict=True))
+        ]
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
+        self.stages = nn.Sequential(*_stages(self.config, **dd))
+        self.norm = nn.LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
@@ -171,11 +220,12 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The parameters of the recurrence: A_log, D and delta's bias."""
+        """The parameters of the recurrence: A_log, D and delta's bias of each layer."""
         return {
-            name
-            for name, _ in self.named_parameters()
-            if name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+            f"{path}.{name}"
+            for path, layer in self.named_modules()
+            if isinstance(layer, SS2D)
+            for name in layer.no_weight_decay()
         }
 
     @torch.jit.ignore
@@ -195,8 +245,9 @@ class VMamba(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for backward, and compute each block again there."""
-        for stage in self.stages:
-            cast(VSSStage, stage).grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, VSSBlock):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -229,10 +280,10 @@ class VMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps of the stages, (B, C, H, W) each, before the final norm.
+        """The feature maps of the stages, (b, c, h, w) each, before the final norm.
 
         Args:
-            x: (B, in_chans, H, W).
+            x: (b, in_chans, h, w).
             indices: The last n stages if an int, all if None, else those of these indices.
             norm: Apply the final norm to the last stage's map.
             stop_early: Stop after the last stage asked for.
@@ -280,15 +331,34 @@ class VMamba(nn.Module):
         return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → the last feature map, normed, (B, C, H, W)."""
+        """(b, in_chans, h, w) → the last feature map, normed, (b, c, h, w)."""
         return self.norm(self.stages(self.stem(x))).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """A feature map (B, C, H, W) → logits (B, num_classes), or what the classifier takes."""
+        """A feature map (b, c, h, w) → logits (b, num_classes), or what the classifier takes."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _stages(config: VMambaConfig, **dd: Any) -> Iterator[VSSStage]:
+    """The stages; drop path rises linearly from 0 over all blocks."""
+    blocks, last = 0, max(1, sum(config.depths) - 1)
+    for i, (stride, dilation, dilation_inside) in enumerate(config.stages()):
+        dim = config.dims[i]
+        downsample = (
+            _DOWNSAMPLES[config.downsample](config.dims[i - 1], dim, stride, dilation, **dd)
+            if i > 0
+            else nn.Identity()
+        )
+        ss2d = replace(config.ss2d, ssm_conv_dilation=dilation_inside)
+        rates = [config.drop_path_rate * (blocks + j) / last for j in range(config.depths[i])]
+        blocks += config.depths[i]
+        yield VSSStage(
+            downsample,
+            [VSSBlock(dim, ss2d, mlp_ratio=config.mlp_ratio, drop_path=rate, **dd) for rate in rates],
+        )
 
 
 def _init_weights(module: nn.Module, draw: Callable[[Tensor], Any] = _WEIGHT_INITS["normal"]) -> None:
@@ -352,6 +422,37 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class FeatureMaps(FeatureGetterNet):
+    """What `features_only=True` gives: the model, returning the stages' feature maps.
+
+    timm's own wrapper passes neither gradient checkpointing nor the parameters without weight decay on.
+    """
+
+    model: VMamba
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As of the model."""
+        self.model.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """As of the model, by the names that the parameters have here."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+def _create(name: str, pretrained: bool, settings: dict[str, Any]) -> VMamba:
+    """Build a variant under its registered name, with the authors' weights if asked for."""
+    # timm reads files with weights_only=True; the authors' hold a yacs config beside the weights.
+    with safe_globals():
+        return build_model_with_cfg(
+            VMamba,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureMaps},
+            **settings,
+        )
+
+
 _WIDE = (128, 256, 512, 1024)
 _VANILLA: dict[str, Any] = {
     "d_state": 16,
@@ -363,57 +464,142 @@ _VANILLA: dict[str, Any] = {
 }
 
 
-_V6: dict[str, Any] = {"depths": (2, 2, 2, 2), "d_state": 16, "gate": True, "ssm_conv": 0}
-_PICO: dict[str, Any] = {"dims": (24, 48, 96, 192), "depths": (1, 2, 4, 1), "stem_stride": 2}
-_NANO: dict[str, Any] = {"dims": (48, 96, 192, 384), "depths": (2, 2, 4, 1), "stem_stride": 2}
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T of this version of the paper: 30.7 M parameters, 4.86 GMACs at 224²."""
+    settings = {"depths": (2, 2, 5, 2)}
+    return _create("vmamba_tiny_s2l5", pretrained, settings | kwargs)
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "vmamba_tiny_s2l5": {"depths": (2, 2, 5, 2)},
-    "vmamba_small_s2l15": {"depths": (2, 2, 15, 2)},
-    "vmamba_base_s2l15": {"depths": (2, 2, 15, 2), "dims": _WIDE},
-    "vmamba_tiny_s1l8": {"depths": (2, 2, 8, 2), "ssm_ratio": 1.0},
-    "vmamba_small_s1l20": {"depths": (2, 2, 20, 2), "ssm_ratio": 1.0},
-    "vmamba_base_s1l20": {"depths": (2, 2, 20, 2), "dims": _WIDE, "ssm_ratio": 1.0},
-    "vanilla_vmamba_tiny": {**_VANILLA, "depths": (2, 2, 9, 2)},
-    "vanilla_vmamba_small": {**_VANILLA, "depths": (2, 2, 27, 2)},
-    "vanilla_vmamba_base": {**_VANILLA, "depths": (2, 2, 27, 2), "dims": _WIDE},
-    "vmamba_tiny_v6": _V6,
-    "vmamba_tiny_v7": {**_V6, "depths": (2, 2, 5, 2), "ssm_ratio": 1.0},
-    "vmamba_tiny_v7_shallow": {**_V6, "ssm_ratio": 1.0},
-    "vmamba_tiny_v8": {**_V6, "depths": (2, 2, 5, 2), "ssm_ratio": 1.0, "gate": False},
-    "vmamba_large": {"depths": (2, 2, 15, 2), "dims": (192, 384, 768, 1536)},
-    "vmamba_nano": _NANO,
-    "vmamba_pico": _PICO,
-}
-"""The arguments in which each variant differs from `VMamba`'s defaults."""
+
+@register_model
+def vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The paper's VMamba-T: `vmamba_tiny_s2l5`. Later versions of the paper call `vmamba_tiny_s1l8` so."""
+    settings = {"depths": (2, 2, 5, 2)}
+    return _create("vmamba_tiny", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S of this version of the paper: 50.1 M parameters, 8.72 GMACs at 224²."""
+    settings = {"depths": (2, 2, 15, 2)}
+    return _create("vmamba_small_s2l15", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The paper's VMamba-S: `vmamba_small_s2l15`."""
+    settings = {"depths": (2, 2, 15, 2)}
+    return _create("vmamba_small", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B of this version of the paper: 88.6 M parameters, 15.36 GMACs at 224²."""
+    settings = {"depths": (2, 2, 15, 2), "dims": _WIDE}
+    return _create("vmamba_base_s2l15", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """The paper's VMamba-B: `vmamba_base_s2l15`."""
+    settings = {"depths": (2, 2, 15, 2), "dims": _WIDE}
+    return _create("vmamba_base", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Deeper and narrower inside than s2l5; VMamba-T of the paper's later versions."""
+    settings = {"depths": (2, 2, 8, 2), "ssm_ratio": 1.0}
+    return _create("vmamba_tiny_s1l8", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Deeper and narrower inside than s2l15; VMamba-S of the paper's later versions."""
+    settings = {"depths": (2, 2, 20, 2), "ssm_ratio": 1.0}
+    return _create("vmamba_small_s1l20", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Deeper and narrower inside than s2l15; VMamba-B of the paper's later versions."""
+    settings = {"depths": (2, 2, 20, 2), "dims": _WIDE, "ssm_ratio": 1.0}
+    return _create("vmamba_base_s1l20", pretrained, settings | kwargs)
+
+
+@register_model
+def vanilla_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Vanilla VMamba-T, steps V0 to V5 of Figure 9: gated, without MLP."""
+    settings = _VANILLA | {"depths": (2, 2, 9, 2)}
+    return _create("vanilla_vmamba_tiny", pretrained, settings | kwargs)
+
+
+@register_model
+def vanilla_vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Vanilla VMamba-S: gated, without MLP."""
+    settings = _VANILLA | {"depths": (2, 2, 27, 2)}
+    return _create("vanilla_vmamba_small", pretrained, settings | kwargs)
+
+
+@register_model
+def vanilla_vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Vanilla VMamba-B: gated, without MLP."""
+    settings = _VANILLA | {"depths": (2, 2, 27, 2), "dims": _WIDE}
+    return _create("vanilla_vmamba_base", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_tiny_v6(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Step V6 of Figure 9: MLP and new stem; gated, without the depthwise convolution."""
+    settings = {"depths": (2, 2, 2, 2), "d_state": 16, "gate": True, "ssm_conv": 0}
+    return _create("vmamba_tiny_v6", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_tiny_v7(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Step V7 of Figure 9: V6 narrower inside and deeper."""
+    settings = {"depths": (2, 2, 5, 2), "d_state": 16, "gate": True, "ssm_conv": 0, "ssm_ratio": 1.0}
+    return _create("vmamba_tiny_v7", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_tiny_v7_shallow(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """V6 narrower inside at the same depth."""
+    settings = {"depths": (2, 2, 2, 2), "d_state": 16, "gate": True, "ssm_conv": 0, "ssm_ratio": 1.0}
+    return _create("vmamba_tiny_v7_shallow", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_tiny_v8(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Step V8 of Figure 9: V7 without the gate."""
+    settings = {"depths": (2, 2, 5, 2), "d_state": 16, "ssm_conv": 0, "ssm_ratio": 1.0}
+    return _create("vmamba_tiny_v8", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_large(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Our choice for the large model that the paper announces."""
+    settings = {"depths": (2, 2, 15, 2), "dims": (192, 384, 768, 1536)}
+    return _create("vmamba_large", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_nano(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """At most 6 M parameters, for images of 32 to 64 pixels and CPUs."""
+    settings = {"depths": (2, 2, 4, 1), "dims": (48, 96, 192, 384), "stem_stride": 2}
+    return _create("vmamba_nano", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_pico(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """At most 1.5 M parameters, for images of 32 to 64 pixels and CPUs."""
+    settings = {"depths": (1, 2, 4, 1), "dims": (24, 48, 96, 192), "stem_stride": 2}
+    return _create("vmamba_pico", pretrained, settings | kwargs)
+
 
 ALIASES = {
     "vmamba_tiny": "vmamba_tiny_s2l5",
     "vmamba_small": "vmamba_small_s2l15",
     "vmamba_base": "vmamba_base_s2l15",
 }
-"""The paper's names. Later versions of the paper, and the authors' README, call s1l8 VMamba-T."""
-
-
-def _register(name: str, settings: dict[str, Any]) -> None:
-    def create(pretrained: bool = False, **kwargs: Any) -> VMamba:
-        # timm reads files with weights_only=True; the authors' hold a yacs config beside the weights.
-        with safe_globals():
-            return build_model_with_cfg(
-                VMamba,
-                name,
-                pretrained,
-                pretrained_filter_fn=checkpoint_filter_fn,
-                feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-                **{**settings, **kwargs},
-            )
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"`VMamba` with {settings}."
-    globals()[name] = register_model(create)
-
-
-for _name, _settings in VARIANTS.items():
-    _register(_name, _settings)
-for _name, _variant in ALIASES.items():
-    _register(_name, VARIANTS[_variant])
+"""The paper's names, each with the variant that it stands for."""

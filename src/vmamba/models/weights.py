@@ -40,6 +40,7 @@ class LoadReport:
         left_out: Names in the file, without the prefix, of what the model has no place for.
         elsewhere: Names in the file outside the prefix: a detector's neck and heads.
         missing: Names in the model of what the file does not have; they keep the values that they had.
+        notes: What else there is to say, in sentences.
     """
 
     source: str
@@ -50,6 +51,7 @@ class LoadReport:
     left_out: Sequence[str] = ()
     elsewhere: Sequence[str] = ()
     missing: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def summary(self) -> str:
@@ -65,7 +67,7 @@ class LoadReport:
         return f"{self.source}{kind}: {', '.join(numbers)}"
 
     def __str__(self) -> str:
-        lines = [self.summary]
+        lines = [self.summary, *(f"  {note}" for note in self.notes)]
         lines += [f"  converted: {name} {how}" for name, how in self.converted.items()]
         lines += [f"  left out: {names}" for names in _abridged(self.left_out)]
         lines += [f"  left out, outside {self.prefix}: {names}" for names in _abridged(self.elsewhere)]
@@ -164,6 +166,19 @@ def load_weights(
         left_out=plan.left_out,
         elsewhere=outside,
         missing=plan.missing,
+        notes=plan.notes,
+    )
+
+
+def fits(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
+    """Whether every weight of a file has a place of its shape in a model, and every place is filled."""
+    target = _target(model)
+    prefix, weights = _strip_wrappers(state_dict, target)
+    if weights.keys() != target.tensors.keys() or any(not name.startswith(prefix) for name in state_dict):
+        return False
+    return all(
+        isinstance(weight, Tensor) and weight.shape == target.tensors[name].shape
+        for name, weight in weights.items()
     )
 
 
@@ -198,6 +213,7 @@ class _Plan:
         self.converted: dict[str, str] = {}
         self.left_out: list[str] = []
         self.missing: list[str] = []
+        self.notes: list[str] = []
         self.problems: list[str] = []
 
     def match(self, classifier: str, convert_channels: bool, partial: Sequence[str]) -> None:
@@ -238,6 +254,11 @@ class _Plan:
         if classifier == "new" and self.target.is_classifier(name) and weight.shape[1:] == shape[1:]:
             self.left_out.append(name)
             self.missing.append(name)
+            if weight.ndim > 1:
+                self.notes.append(
+                    f"its classifier is for {len(weight)} classes, the model's for {shape[0]}: the model "
+                    "keeps its own"
+                )
             return
         if convert_channels and self._other_channels(name, weight):
             self.loaded[name] = _adapt(weight, shape[1])

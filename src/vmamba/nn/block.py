@@ -4,83 +4,85 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
+from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vmamba.nn.linear import Mlp
-from vmamba.nn.parts import add_by_rows, goes_in_parts, in_groups
+from vmamba.nn.config import SS2DConfig, configured
+from vmamba.nn.fused.entry import fused_form
+from vmamba.nn.fused.switch import fused
+from vmamba.nn.layer import Layer
+from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D, CascadeSS2D
 
 
-class VSSBlock(nn.Module):
-    """x + SS2D(norm(x)), then x + MLP(norm(x)); (B, H, W, C) → (B, H, W, C).
+class VSSBlock(Layer):
+    """x + SS2D(norm(x)), then x + MLP(norm(x)); (b, h, w, c) → (b, h, w, c).
 
     Args:
-        dim: C.
-        mlp_ratio: Hidden width of the MLP over C; 0 leaves the MLP out, as in the vanilla models.
+        dim: c.
+        config: Settings of the SS2D layer; routes="cascade" makes it a `CascadeSS2D`.
+        mlp_ratio: Hidden width of the MLP over c; 0 leaves the MLP out, as in the vanilla models.
         drop_path: Rate of stochastic depth of both residual branches.
-        routes: As for `SS2D`, or "cascade" for `CascadeSS2D`.
-        d_state, dt_rank, ssm_ratio, ssm_conv, ssm_conv_bias, ssm_init, gate: As for `SS2D`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        changes: Settings in which the layer differs from `config`: `VSSBlock(96, d_state=16, gate=True)`.
+
+    Attributes:
+        grad_checkpointing: Keep only the block's input for backward, and compute the block again there.
 
     Raises:
-        ValueError: An argument is out of range or unknown.
+        TypeError: `changes` names what is no setting.
+        ValueError: A setting is out of range or unknown.
     """
 
     def __init__(
         self,
         dim: int,
+        config: SS2DConfig | None = None,
         *,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
-        d_state: int = 1,
-        dt_rank: int | None = None,
-        ssm_ratio: float = 2.0,
-        ssm_conv: int = 3,
-        ssm_conv_bias: bool = False,
-        ssm_init: str = "mamba",
-        gate: bool = False,
-        routes: str | tuple[str, ...] = "cross",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        args = (dim, d_state, dt_rank, ssm_ratio, ssm_conv, ssm_conv_bias, ssm_init, gate)
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.op = CascadeSS2D(*args, **dd) if routes == "cascade" else SS2D(*args, routes, **dd)
+        config = configured(config, changes)
+        ss2d = CascadeSS2D if config.routes == "cascade" else SS2D
+        self.grad_checkpointing = False
+        self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.op = ss2d(dim, config, device=device, dtype=dtype)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd) if mlp_ratio > 0 else nn.Identity()
-        self.hidden = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, self.hidden, **dd) if mlp_ratio > 0 else None
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 and mlp_ratio > 0 else nn.Identity()
+        self.norm2: Any = None
+        self.mlp: Any = None
+        self.drop_path2: Any = None
+        if mlp_ratio > 0:
+            self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
-            if self._known() and goes_in_parts(self, x):
-                inner = x.numel() // x.shape[-1] * self.op.D.shape[1]
-                return in_groups(self._by_rows, x, inner)
         x = x + self.drop_path1(self.op(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
 
-    def _mlp_branch(self, x: Tensor) -> Tensor:
-        assert self.mlp is not None
-        return self.mlp(self.norm2(x))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.grad_checkpointing:
+            return super().__call__(*args, **kwargs)
+        return self._checkpointed(*args, **kwargs)
 
-    def _known(self) -> bool:
-        """Whether what the layers do is known: none has taken the place of another."""
-        return isinstance(self.op, SS2D) and all(
-            isinstance(m, (DropPath, nn.Identity)) for m in (self.drop_path1, self.drop_path2)
-        )
+    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, again in backward. Both times by the same calls, whoever watches one of them alone."""
+        form = None
+        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+            form = fused_form(self, args[0])
+        if form is not None:
+            return checkpoint(form.forward, args[0])
+        if torch.compiler.is_compiling():
+            return checkpoint(super().__call__, *args, **kwargs)
+        return checkpoint(self._call_plainly, *args, **kwargs)
 
-    def _by_rows(self, x: Tensor) -> Tensor:
-        """The forward without random numbers; what follows the scan some rows at a time."""
-        x = add_by_rows(x, self.op.finish, self._scanned(x), self.op.D.shape[1])
-        if self.mlp is not None:
-            x = add_by_rows(x, self._mlp_branch, (x,), self.hidden)
-        return x
-
-    def _scanned(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `SS2D.finish` takes; all else is free on return."""
-        x, delta, B, C, z = self.op.project(self.norm1(x))
-        return self.op.scan(x, delta, B, C), z
+    def _call_plainly(self, *args: Any, **kwargs: Any) -> Any:
+        with fused(False):
+            return super().__call__(*args, **kwargs)

@@ -1,19 +1,22 @@
 """SS2D: the 2D selective scan as a layer (arXiv 2401.10166, section 4.2).
 
-B batch, H height, W width, C channels outside, D = ssm_ratio·C inside, K routes, N state size, R rank of
-delta.
+b batch, h height, w width, c channels outside, d = ssm_ratio·c channels inside, k routes, n state size,
+r rank of delta.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmamba.nn.linear import Linear, convolved_silu, linear, normed_product
+from vmamba.nn.config import SS2DConfig, configured
+from vmamba.nn.half import call_in_type_of, is_half
+from vmamba.nn.layer import Layer
 from vmamba.ops import decomposition
-from vmamba.ops._routes import route_codes
+from vmamba.ops.routes import route_codes
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -25,25 +28,25 @@ def at_least_float32(t: Tensor) -> Tensor:
 torch.fx.wrap("at_least_float32")
 
 
-class SS2D(nn.Module):
-    """Project, scan along K routes, finish; (B, H, W, C) → (B, H, W, C).
+class SS2D(Layer):
+    """Project, scan along k routes, finish; (b, h, w, c) → (b, h, w, c).
 
     The forward is `finish(scan(project(x)))`, so that what the scan takes can be had without running it.
 
     Args:
-        dim: C.
-        d_state: N.
-        dt_rank: R; default ⌈C / 16⌉.
-        ssm_ratio: D / C.
-        conv: Kernel size of the depthwise convolution before the scan, odd; 0 leaves it out (its SiLU stays).
-        conv_bias: Give that convolution a bias.
-        init: "mamba": A = -(1 … N), and softplus(dt_bias) log-uniform in [1e-3, 0.1]; "rand": A_log normal;
-            "zero": A_log zero (both with delta's weight and bias drawn small).
-        gate: Multiply the normed output by SiLU(z), z a second half of the input projection.
-        routes: As for `vmamba.ops.selective_scan_2d`.
+        dim: c.
+        config: The settings; None for the defaults.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        changes: Settings in which the layer differs from `config`: `SS2D(96, d_state=16, gate=True)`.
+
+    Attributes:
+        config: The settings.
+        routes: The code of each route, as the operator takes them.
 
     Raises:
-        ValueError: An argument is out of range or unknown.
+        TypeError: `changes` names what is no setting.
+        ValueError: A setting is out of range or unknown.
     """
 
     routes: list[int]
@@ -52,62 +55,61 @@ class SS2D(nn.Module):
     def __init__(
         self,
         dim: int,
-        d_state: int = 1,
-        dt_rank: int | None = None,
-        ssm_ratio: float = 2.0,
-        conv: int = 3,
-        conv_bias: bool = False,
-        init: str = "mamba",
-        gate: bool = False,
-        routes: str | tuple[str, ...] = "cross",
+        config: SS2DConfig | None = None,
+        *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        inner, rank = int(ssm_ratio * dim), math.ceil(dim / 16) if dt_rank is None else dt_rank
-        if d_state < 1 or rank < 1 or inner < 1:
-            raise ValueError(
-                f"expected d_state, dt_rank and ssm_ratio·dim of at least 1, got {d_state}, {rank}, {inner}"
-            )
-        if conv < 0 or (conv > 0 and conv % 2 == 0):
-            raise ValueError(f"conv: expected 0 or an odd kernel size, got {conv}")
-        if init not in ("mamba", "rand", "zero"):
-            raise ValueError(f"init: expected 'mamba', 'rand' or 'zero', got {init!r}")
-        self.routes = route_codes(routes)
-        self.gated = gate
-        self.init = init
-        self.splits = [rank, d_state, d_state]
-        n_routes = len(self.routes)
+        self.config = configured(config, changes)
+        inner, rank, n = self.config.inner(dim), self.config.rank(dim), self.config.d_state
+        self.routes = route_codes(self.config.routes)
+        self.splits = [rank, n, n]
+        k = len(self.routes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        self.in_proj = Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
-        self.conv = (
-            nn.Conv2d(inner, inner, conv, padding=conv // 2, groups=inner, bias=conv_bias, **dd)
-            if conv
-            else nn.Identity()
-        )
-        self.x_proj_weight = nn.Parameter(torch.empty(n_routes, sum(self.splits), inner, **dd))
-        self.dt_weight = nn.Parameter(torch.empty(n_routes, inner, rank, **dd))
-        self.dt_bias = nn.Parameter(torch.empty(n_routes, inner, **dd))
-        self.A_log = nn.Parameter(torch.empty(n_routes, inner, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(n_routes, inner, **dd))
+        self.in_proj = nn.Linear(dim, 2 * inner if self.config.gate else inner, bias=False, **dd)
+        self.conv = self._depthwise_conv(inner, **dd)
+        self.act = nn.SiLU()
+        self.x_proj_weight = nn.Parameter(torch.empty(k, sum(self.splits), inner, **dd))
+        self.dt_weight = nn.Parameter(torch.empty(k, inner, rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(k, inner, **dd))
+        self.A_log = nn.Parameter(torch.empty(k, inner, n, **dd))
+        self.D = nn.Parameter(torch.empty(k, inner, **dd))
         self.out_norm = nn.LayerNorm(inner, **dd)
-        self.out_proj = Linear(inner, dim, bias=False, **dd)
+        self.gate_act = nn.SiLU() if self.config.gate else None
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.reset_parameters()
+
+    def _depthwise_conv(self, inner: int, **dd: Any) -> nn.Module:
+        kernel, dilation = self.config.ssm_conv, self.config.ssm_conv_dilation
+        if not kernel:
+            return nn.Identity()
+        return nn.Conv2d(
+            inner,
+            inner,
+            kernel,
+            padding=dilation * (kernel // 2),
+            dilation=dilation,
+            groups=inner,
+            bias=self.config.ssm_conv_bias,
+            **dd,
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the parameters of the scan; the submodules draw their own."""
         _, inner, rank = self.dt_weight.shape
-        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # Linear's default, a group each
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # Linear's default, a route each
         self.D.fill_(1.0)
-        if self.init == "mamba":
+        if self.config.ssm_init == "mamba":
             nn.init.uniform_(self.dt_weight, -(rank**-0.5), rank**-0.5)
             nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1))
             dt = self.dt_bias.exp().clamp_(min=1e-4)
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             self.A_log.copy_(torch.arange(1, self.A_log.shape[2] + 1, device=self.A_log.device).log())
-        elif self.init == "rand":
+        elif self.config.ssm_init == "rand":
             nn.init.normal_(self.dt_weight, std=0.1)
             nn.init.normal_(self.dt_bias, std=0.1)
             nn.init.normal_(self.A_log)
@@ -116,37 +118,45 @@ class SS2D(nn.Module):
             nn.init.uniform_(self.dt_bias, 0.0, 0.1)
             nn.init.zeros_(self.A_log)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters of the recurrence: A_log, D and delta's bias."""
+        return {"A_log", "D", "dt_bias"}
+
     def A(self) -> Tensor:  # noqa: N802
-        """A = -exp(A_log), (K, D, N), in float32 at least, also in a model put to half."""
+        """A = -exp(A_log), (k, d, n), in float32 at least, also in a model put to half."""
         return -torch.exp(at_least_float32(self.A_log))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """(B, H, W, C) → the operator's x (B, H, W, D), low-rank delta (B, H, W, K, R), B and C
-        (B, H, W, K, N), and the gate's z (B, H, W, D) if there is a gate."""
+        """(b, h, w, c) → the operator's x (b, h, w, d), low-rank delta (b, h, w, k, r), B and C
+        (b, h, w, k, n), and the gate's z (b, h, w, d) if there is a gate."""
         x, z = self._expand(x)
         delta, B, C = self._scan_inputs(x, self.x_proj_weight)
         return x, delta, B, C, z
 
     def _expand(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, H, W, C) → x after convolution and SiLU, and z, each (B, H, W, D)."""
-        x = self.in_proj(x)
-        z: Tensor | None = None
-        if self.gated:
-            x, z = x.chunk(2, dim=-1)
-        if not torch.jit.is_scripting():
-            return convolved_silu(x, self.conv), z
-        return F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), z
+        """(b, h, w, c) → x after convolution and SiLU, and z, each (b, h, w, d)."""
+        x, z = self._split(self.in_proj(x))
+        return self.act(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), z
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(b, h, w, 2d) → x and z with a gate; else x (b, h, w, d) and None."""
+        if self.gate_act is None:
+            return x, None
+        x, z = x.chunk(2, dim=-1)
+        return x, z
 
     def _scan_inputs(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One product for all routes, (B, H, W, D) and (K, R + 2N, D) → delta, B and C, (B, H, W, K, ·)."""
-        rows = weight.flatten(0, 1)
-        projected = F.linear(x, rows) if torch.jit.is_scripting() else linear(x, rows)
-        projected = projected.unflatten(-1, (weight.shape[0], weight.shape[1]))
+        """One product for all routes, (b, h, w, d) and (k, r + 2n, d) → delta, B and C, (b, h, w, k, ·)."""
+        projected = self._linear(x, weight.flatten(0, 1)).unflatten(-1, (weight.shape[0], weight.shape[1]))
         delta, B, C = projected.split(self.splits, dim=-1)
         return delta, B, C
 
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """Run the operator → (B, H, W, D) in float32 (float64 where x is float64), as the paper's V3 does."""
+        """Run the operator → (b, h, w, d) in float32 (float64 where x is float64), as the paper's V3 does."""
         return self._operator(x, delta, self.A(), B, C, self.D, self.dt_bias, self.dt_weight)
 
     def _operator(
@@ -171,16 +181,31 @@ class SS2D(nn.Module):
         return y
 
     def finish(self, y: Tensor, z: Tensor | None) -> Tensor:
-        """Norm in y's type, gate, cast, project back → (B, H, W, C)."""
-        if z is None and not torch.jit.is_scripting():
-            joined = normed_product(y, self.out_norm, self.out_proj)
-            if joined is not None:
-                return joined
-        weight, bias = self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype)
-        y = F.layer_norm(y, weight.shape, weight, bias, self.out_norm.eps)
-        if z is not None:
-            y = y * F.silu(z)
-        return self.out_proj(y.to(self.out_proj.weight.dtype))
+        """Norm in y's type, gate, cast, project back → (b, h, w, c)."""
+        return self.out_proj(self._gated_norm(y, z))
+
+    def _gated_norm(self, y: Tensor, z: Tensor | None) -> Tensor:
+        y = self._norm(y)
+        if self.gate_act is not None:
+            assert z is not None
+            y = y * self.gate_act(z)
+        return y.to(self.x_proj_weight.dtype)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        """out_norm(y), in y's type also in a model put to half, whose weights are narrower than y."""
+        if torch.jit.is_scripting():
+            return self._scripted_norm(y)
+        else:  # noqa: RET505  (TorchScript compiles what follows an `if`, but not its `else`)
+            return call_in_type_of(y, self.out_norm) if is_half(self.out_norm) else self.out_norm(y)
+
+    def _scripted_norm(self, y: Tensor) -> Tensor:
+        """`_norm` in TorchScript, which asks for the attributes when it compiles."""
+        if hasattr(self.out_norm, "normalized_shape"):  # noqa: SIM102
+            if hasattr(self.out_norm, "bias"):  # noqa: SIM102
+                if self.out_norm.bias is not None:
+                    weight, bias = self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype)
+                    return F.layer_norm(y, self.out_norm.normalized_shape, weight, bias, self.out_norm.eps)
+        return self.out_norm(y)
 
     def forward(self, x: Tensor) -> Tensor:
         x, delta, B, C, z = self.project(x)
@@ -190,56 +215,53 @@ class SS2D(nn.Module):
 class CascadeSS2D(SS2D):
     """SS2D with the cascade scan of Table 5: along every row, then along every column.
 
-    Each row is a sequence of its own, read left to right (group 0) plus right to left (group 1) from
-    u = LayerNorm(x); then each column likewise, down (group 2) plus up (group 3), from v = LayerNorm of what
-    the rows gave, whose projections are made anew. Neither norm has weights. Arguments as for `SS2D`, without
-    `routes`.
+    Each row is a sequence of its own, read left to right (route 0) plus right to left (route 1) from
+    u = LayerNorm(x); then each column likewise, down (route 2) plus up (route 3), from v = LayerNorm of what
+    the rows gave, whose projections are made anew. Neither norm has weights. Arguments as for `SS2D`; the
+    setting `routes` is "cascade", whatever is given.
     """
 
     def __init__(
         self,
         dim: int,
-        d_state: int = 1,
-        dt_rank: int | None = None,
-        ssm_ratio: float = 2.0,
-        conv: int = 3,
-        conv_bias: bool = False,
-        init: str = "mamba",
-        gate: bool = False,
+        config: SS2DConfig | None = None,
+        *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **changes: Any,
     ) -> None:
-        super().__init__(
-            dim, d_state, dt_rank, ssm_ratio, conv, conv_bias, init, gate, "cross", device=device, dtype=dtype
-        )
+        # Weights for four routes, of which each scan takes two.
+        four = replace(configured(config, changes), routes="cross")
+        super().__init__(dim, four, device=device, dtype=dtype)
+        self.config = replace(four, routes="cascade")
         self.routes = route_codes(("row", "row_reversed"))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """As `SS2D.project`, for the rows: delta, B and C are of groups 0 and 1."""
+        """As `SS2D.project`, for the rows: delta, B and C are of routes 0 and 1."""
         x, z = self._expand(x)
         x = F.layer_norm(x, [x.shape[-1]])
         delta, B, C = self._scan_inputs(x, self.x_proj_weight[:2])
         return x, delta, B, C, z
 
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """Rows, then columns → (B, H, W, D)."""
+        """Rows, then columns → (b, h, w, d)."""
         y = self._scan_lines(x, delta, B, C, 0)
         v = F.layer_norm(y, [y.shape[-1]]).to(x.dtype).transpose(1, 2)
         delta, B, C = self._scan_inputs(v, self.x_proj_weight[2:])
         return self._scan_lines(v, delta, B, C, 2).transpose(1, 2)
 
-    def _scan_lines(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, group: int) -> Tensor:
-        """Both ways along every line of the image: dimension 1 counts sequences, dimension 2 is one."""
-        own = slice(group, group + 2)
+    def _scan_lines(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, first: int) -> Tensor:
+        """Routes `first` and `first + 1` along every line: dimension 1 counts lines, dimension 2 is one."""
+        routes = slice(first, first + 2)
         batch, lines = x.shape[0], x.shape[1]
         y = self._operator(
             x.flatten(0, 1).unsqueeze(1),
             delta.flatten(0, 1).unsqueeze(1),
-            self.A()[own],
+            self.A()[routes],
             B.flatten(0, 1).unsqueeze(1),
             C.flatten(0, 1).unsqueeze(1),
-            self.D[own],
-            self.dt_bias[own],
-            self.dt_weight[own],
+            self.D[routes],
+            self.dt_bias[routes],
+            self.dt_weight[routes],
         )
         return y.squeeze(1).unflatten(0, (batch, lines))

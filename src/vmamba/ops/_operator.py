@@ -1,134 +1,108 @@
-"""`vmamba::selective_scan_2d` as a PyTorch operator, with its backward, fake kernels and autograd.
+"""`vmamba::selective_scan_2d` as a PyTorch operator: schema, kernels, fake kernels, derivatives, vmap.
 
-The operator and not a Python function is what modules call, so that TorchScript, FX and torch.compile see one
-node. Validation and the choice of engine happen inside. It has no autocast rule: mixed types are legal, and
-the engines compute in the state's type whatever autocast says.
+Modules call the operator and not a Python function, so that TorchScript, FX and torch.compile see one node.
+Validation and the choice of backend happen inside. It has no autocast rule: mixed types are legal, and the
+backends compute in the state's type whatever autocast says.
+
+Under `torch.func.grad`, `vjp`, `jvp`, what is built of them, and for tensors with a tangent the operator is
+`vmamba.ops.decomposition`, plain PyTorch, which can be differentiated in every way and any number of times.
+
+Sizes: b batch, h height, w width, d channels, k routes, n state size.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmamba.ops import reference
-from vmamba.ops._registry import Gradients, resolve
-from vmamba.ops._validate import state_dtype, validate
+from vmamba._torch_private import call_below_autograd, is_transformed
+from vmamba.ops import decomposition, reference
+from vmamba.ops._registry import resolve
+from vmamba.ops.backend import Gradients
+from vmamba.ops.operands import Operands
+from vmamba.ops.routes import check_orders
 
 _OPERANDS = """Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias,
     Tensor? delta_weight, bool delta_softplus, int[] routes, Tensor? initial_state"""
 
 library = torch.library.Library("vmamba", "DEF")
 library.define(
-    f"selective_scan_2d({_OPERANDS}, ScalarType? out_dtype, str? backend)"
-    " -> (Tensor y, Tensor last, Tensor states)",
+    f"selective_scan_2d({_OPERANDS}, ScalarType? out_dtype, str? backend, Tensor? orders=None)"
+    " -> (Tensor y, Tensor last_state, Tensor states)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    f"selective_scan_2d_backward(Tensor grad_y, Tensor? grad_last, {_OPERANDS}, Tensor states, str? backend)"
+    f"selective_scan_2d_backward(Tensor grad_y, Tensor? grad_last_state, {_OPERANDS}, Tensor states,"
+    " str? backend, Tensor? orders=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_SCAN = torch.ops.vmamba.selective_scan_2d.default
+_SCAN_BACKWARD = torch.ops.vmamba.selective_scan_2d_backward.default
 
 
-def _forward(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    out_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, H, W, D) in `out_dtype` (None: the state's type), last state (B, K, D, N), saved states."""
-    validate(x, delta, A, B, C, D, delta_bias, delta_weight, routes, initial_state, out_dtype)
-    engine = resolve(backend, x.device, A.shape[2])
-    with torch.autocast(x.device.type, enabled=False):
-        y, last, states = engine.forward(
-            x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, routes, initial_state
-        )
-    return y.to(out_dtype or state_dtype(x)), last, states
+# The schemas above are the one place that lists the arguments. PyTorch hands them over by position, without
+# `orders` where it is None.
+def _unpack(arguments: tuple[Any, ...]) -> tuple[Operands, torch.dtype | None, str | None]:
+    """The call, `out_dtype` and `backend` of `selective_scan_2d`'s arguments."""
+    return Operands(*arguments[:11], *arguments[13:]), arguments[11], arguments[12]
 
 
-def _forward_fake(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    out_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    validate(x, delta, A, B, C, D, delta_bias, delta_weight, routes, initial_state, out_dtype)
-    batch, height, width, channels = x.shape
-    n_routes, n_state, dtype = len(routes), A.shape[2], state_dtype(x)
-    saved = resolve(backend, x.device, n_state).saved_states(height, width, n_state)
+def _unpack_backward(
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None, Operands, Tensor, str | None]:
+    """grad_y, grad_last_state, the call, states and `backend` of `selective_scan_2d_backward`'s arguments."""
+    call = Operands(*arguments[2:13], *arguments[15:])
+    return arguments[0], arguments[1], call, arguments[13], arguments[14]
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # The context takes longer than all else that surrounds the kernel.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, h, w, d) in `out_dtype` (None: the state's type), last state (b, k, d, n), saved states."""
+    call, out_dtype, backend = _unpack(arguments)
+    call.validate(out_dtype)
+    if call.orders is not None:
+        check_orders(call.orders)
+    with _without_autocast(call.device.type):
+        y, last_state, states = resolve(backend, call).forward(call)
+    return y.to(out_dtype or call.state_dtype), last_state, states
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, out_dtype, backend = _unpack(arguments)
+    call.validate(out_dtype)
+    x, dtype = call.x, call.state_dtype
+    b, _, _, d = x.shape
+    n_saved = resolve(backend, call).n_saved(call)
     return (
         x.new_empty(x.shape, dtype=out_dtype or dtype),
-        x.new_empty((batch, n_routes, channels, n_state), dtype=dtype),
-        x.new_empty((batch, n_routes, saved, n_state, channels), dtype=dtype),
+        x.new_empty((b, call.n_routes, d, call.n_state), dtype=dtype),
+        x.new_empty((b, call.n_routes, n_saved, call.n_state, d), dtype=dtype),
     )
 
 
-def _backward(
-    grad_y: Tensor,
-    grad_last: Tensor | None,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    states: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    engine = resolve(backend, x.device, A.shape[2])
-    operands = (x, delta, A, B, C, D, delta_bias, delta_weight)
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = engine.backward(
-            grad_y, grad_last, *operands, delta_softplus, routes, initial_state, states
-        )
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_y, grad_last_state, call, states, backend = _unpack_backward(arguments)
+    with _without_autocast(call.device.type):
+        gradients = resolve(backend, call).backward(grad_y, grad_last_state, call, states)
     return tuple(
-        _no_gradient(x) if gradient is None or operand is None else gradient.to(operand.dtype).contiguous()
-        for gradient, operand in zip(gradients, (*operands, initial_state), strict=True)
+        _no_gradient(call.x)
+        if gradient is None or operand is None
+        else gradient.to(operand.dtype).contiguous()
+        for gradient, operand in zip(gradients, call.tensors, strict=True)
     )
 
 
-def _backward_fake(
-    grad_y: Tensor,
-    grad_last: Tensor | None,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    states: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    operands = (x, delta, A, B, C, D, delta_bias, delta_weight, initial_state)
-    return tuple(_no_gradient(x) if t is None else t.new_empty(t.shape) for t in operands)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = _unpack_backward(arguments)[2]
+    return tuple(_no_gradient(call.x) if t is None else t.new_empty(t.shape) for t in call.tensors)
 
 
 def _no_gradient(x: Tensor) -> Tensor:
@@ -136,79 +110,150 @@ def _no_gradient(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *operands, ctx.delta_softplus, ctx.routes, initial_state, _, backend = inputs
-    _, _, states = output
-    ctx.mark_non_differentiable(states)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*operands, initial_state, states)
-    # Not the argument: backward may run outside of the `use_backend` block, or in another thread.
-    ctx.backend = resolve(backend, operands[0].device, operands[2].shape[2]).name
+def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
 
 
-def _autograd_backward(
-    ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *operands, initial_state, states = ctx.saved_tensors
-    x = operands[0]
-    if grad_y is None:
-        grad_y = x.new_zeros(x.shape, dtype=states.dtype)
-    if ctx.backend == "reference" and torch.is_grad_enabled():
-        gradients = _differentiable_backward(
-            grad_y, grad_last, (*operands, initial_state), ctx.delta_softplus, ctx.routes
+def _autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator above autograd."""
+    call, out_dtype, backend = _unpack(arguments)
+    if is_transformed(call.tensors):
+        return _decomposed(call, out_dtype, backend)
+    if _needs_gradient(arguments):
+        return _Scan.apply(keys, *arguments)
+    return call_below_autograd(_SCAN, keys, arguments)
+
+
+def _decomposed(
+    call: Operands, out_dtype: torch.dtype | None, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator as plain PyTorch; a backend that cannot serve the call raises here too."""
+    if backend is not None:
+        resolve(backend, call)
+    if call.orders is not None:
+        check_orders(call.orders)
+    y, last_state = decomposition.scan(call, out_dtype)
+    b, k, d, n = last_state.shape
+    return y, last_state, last_state.new_empty((b, k, 0, n, d))
+
+
+class _Scan(torch.autograd.Function):
+    """The operator with its gradient, outside of transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        call, _, backend = _unpack(arguments)
+        y, last_state, states = call_below_autograd(_SCAN, keys, arguments)
+        ctx.mark_non_differentiable(states)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*call.tensors, call.orders, states)
+        ctx.settings = call.delta_softplus, call.routes
+        # Not the argument: backward may run outside of the `use_backend` block, or in another thread.
+        ctx.backend = resolve(backend, call).name
+        ctx.n_arguments = len(arguments)
+        return y, last_state, states
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_last_state: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *operands, initial_state, orders, states = ctx.saved_tensors
+        call = Operands(*operands, *ctx.settings, initial_state, orders)  # type: ignore[call-arg]
+        if grad_y is None:
+            grad_y = call.x.new_zeros(call.x.shape, dtype=states.dtype)
+        if ctx.backend == "reference" and torch.is_grad_enabled():
+            gradients = _differentiable_gradients(grad_y, grad_last_state, call)
+        else:
+            gradients = _SCAN_BACKWARD(grad_y, grad_last_state, *call[:-1], states, ctx.backend, orders)
+        *of_operands, of_initial = (
+            None if operand is None else gradient
+            for gradient, operand in zip(gradients, call.tensors, strict=True)
         )
-    else:
-        gradients = torch.ops.vmamba.selective_scan_2d_backward(
-            grad_y, grad_last, *operands, ctx.delta_softplus, ctx.routes, initial_state, states, ctx.backend
-        )
-    *grad_operands, grad_initial = (
-        gradient if operand is not None else None
-        for gradient, operand in zip(gradients, (*operands, initial_state), strict=True)
-    )
-    return (*grad_operands, None, None, grad_initial, None, None)
+        after = (None,) * (ctx.n_arguments - 11)  # out_dtype, backend, orders
+        return (None, *of_operands, None, None, of_initial, *after)
 
 
-def _differentiable_backward(
-    grad_y: Tensor,
-    grad_last: Tensor | None,
-    operands: tuple[Tensor | None, ...],
-    delta_softplus: bool,
-    routes: list[int],
-) -> Gradients:
+def _differentiable_gradients(grad_y: Tensor, grad_last_state: Tensor | None, call: Operands) -> Gradients:
     """The gradients by autograd through the reference, so that they can be differentiated in turn."""
-    *first, initial_state = operands
-    y, last, _ = reference.scan(*first, delta_softplus, routes, initial_state)  # type: ignore[call-arg, arg-type]
-    wanted = {
-        i: operand for i, operand in enumerate(operands) if operand is not None and operand.requires_grad
-    }
-    outputs, grads = [y], [grad_y.to(y.dtype)]
-    if grad_last is not None:
-        outputs, grads = [y, last], [*grads, grad_last]
-    found = torch.autograd.grad(outputs, list(wanted.values()), grads, create_graph=True, allow_unused=True)
-    gradients: list[Tensor | None] = [None] * len(operands)
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
+    y, last_state, _ = reference.forward(call)
+    places = [i for i, t in enumerate(call.tensors) if t is not None and t.requires_grad]
+    outputs, grad_outputs = [y], [grad_y.to(y.dtype)]
+    if grad_last_state is not None:
+        outputs, grad_outputs = [y, last_state], [*grad_outputs, grad_last_state]
+    inputs = [t for t in call.tensors if t is not None and t.requires_grad]
+    computed = torch.autograd.grad(outputs, inputs, grad_outputs, create_graph=True, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * len(call.tensors)
+    for place, gradient in zip(places, computed, strict=True):
+        gradients[place] = gradient
     return tuple(gradients)  # type: ignore[return-value]
 
 
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Nothing is kept: there is no second derivative here."""
+def _autograd_of_backward(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradient above autograd: it has no derivative, and says so instead of dropping one."""
+    call = _unpack_backward(arguments)[2]
+    if is_transformed((*arguments[:2], *call.tensors)):
+        raise RuntimeError(
+            "selective_scan_2d: its gradient is differentiated by torch.func or by forward mode, but the "
+            "scan itself ran outside of that transform; run the scan inside of the transformed function"
+        )
+    if _needs_gradient(arguments):
+        return _Gradient.apply(keys, *arguments)
+    return call_below_autograd(_SCAN_BACKWARD, keys, arguments)
 
 
-def _second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "selective_scan_2d: second derivatives exist in the engine 'reference' alone; "
-        "run the forward with backend='reference' or inside vmamba.ops.use_backend('reference')"
-    )
+class _Gradient(torch.autograd.Function):
+    """The gradient, whose own derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        return call_below_autograd(_SCAN_BACKWARD, keys, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "selective_scan_2d: second derivatives exist in the backend 'reference' and under torch.func; "
+            "run the forward with backend='reference' or inside vmamba.ops.use_backend('reference'), or "
+            "use torch.func.grad, jvp or hessian"
+        )
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """`torch.vmap`: more images where only what belongs to an image is batched, else a scan each."""
+    of_images = (0, 1, 3, 4, 10)  # x, delta, B, C, initial_state
+    if any(isinstance(dim, int) for place, dim in enumerate(in_dims) if place not in of_images):
+        return _one_by_one(_SCAN, info.batch_size, in_dims, arguments)
+    folded = list(arguments)
+    for place in of_images:
+        t, dim = arguments[place], in_dims[place]
+        if t is not None:
+            t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            folded[place] = t.flatten(0, 1)
+    images = (info.batch_size, folded[0].shape[0] // info.batch_size)
+    return tuple(t.unflatten(0, images) for t in _SCAN(*folded)), (0, 0, 0)
+
+
+def _vmap_of_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """One by one: the gradients of parameters are sums over the images of each."""
+    return _one_by_one(_SCAN_BACKWARD, info.batch_size, in_dims, arguments)
+
+
+def _one_by_one(
+    operator: Any, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def of(i: int) -> list[Any]:
+        pairs = zip(arguments, in_dims, strict=True)
+        return [a.select(dim, i) if isinstance(dim, int) else a for a, dim in pairs]
+
+    outputs = [operator(*of(i)) for i in range(size)]
+    stacked = tuple(torch.stack(each) for each in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 library.impl("selective_scan_2d", _forward, "CompositeExplicitAutograd")
 library.impl("selective_scan_2d_backward", _backward, "CompositeExplicitAutograd")
+library.impl("selective_scan_2d", _autograd, "Autograd", with_keyset=True)
+library.impl("selective_scan_2d_backward", _autograd_of_backward, "Autograd", with_keyset=True)
 torch.library.register_fake("vmamba::selective_scan_2d", _forward_fake, lib=library)
 torch.library.register_fake("vmamba::selective_scan_2d_backward", _backward_fake, lib=library)
-torch.library.register_autograd(
-    "vmamba::selective_scan_2d", _autograd_backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd(
-    "vmamba::selective_scan_2d_backward", _second_derivative, setup_context=_setup_second, lib=library
-)
+torch.library.register_vmap("vmamba::selective_scan_2d", _vmap, lib=library)
+torch.library.register_vmap("vmamba::selective_scan_2d_backward", _vmap_of_backward, lib=library)

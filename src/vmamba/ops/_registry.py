@@ -1,60 +1,37 @@
-"""Engines of the selective scan, and the choice between them.
-
-An engine is one file that defines `forward` and `backward` and registers itself as a `Backend`.
-"""
+"""The backends there are, and which one serves a call."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
-from torch import Tensor
 
-Gradients = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]
-"""Of x, delta, A, B, C, D, delta_bias, delta_weight and initial_state."""
+from vmamba.errors import BackendError, UnknownBackendError
+from vmamba.ops.backend import Backend, no_data_call
+from vmamba.ops.operands import Operands
+
+BY_PREFERENCE = ("cpu", "triton", "chunked", "reference")
+"""Modules of this folder, each with a `BACKEND`. A call that names none is served by the first of those
+preferred on its device that can."""
+
+FALLBACK = "chunked"
+"""The backend that serves any call on any device."""
+
+_BACKENDS: dict[str, Backend] = {}
+_FORCED: ContextVar[str | None] = ContextVar("vmamba_backend", default=None)
+_WARNED: set[tuple[str, str]] = set()
 
 
 class BackendWarning(UserWarning):
-    """A slower engine than the device could have is in use."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One engine.
-
-    Attributes:
-        name: As given to `backend=` and `use_backend`.
-        summary: What it is, in a line.
-        forward: The operator's operands up to `initial_state` → y (B, H, W, D), the last state (B, K, D, N)
-            and what it saves for its backward, states (B, K, `saved_states`, N, D), all of the state's type.
-        backward: The gradients of y and of the last state (or None), the operands, the saved states →
-            a gradient for each operand given, in the state's type or the operand's.
-        why_not_here: Why it cannot run on this machine and how to make it run, or None if it can.
-        why_not: Why it cannot serve a call on this device with this state size, or None if it can.
-        fast_on: Device types on which it is the engine of choice.
-        saved_states: How many states of a route forward saves, from H, W and N; by default those before the
-            first position of each `state_stride(N)`.
-    """
-
-    name: str
-    summary: str
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., Gradients]
-    why_not_here: Callable[[], str | None] = lambda: None
-    why_not: Callable[[torch.device, int], str | None] = lambda device, n_state: None
-    fast_on: tuple[str, ...] = ()
-    saved_states: Callable[[int, int, int], int] = lambda height, width, n_state: (
-        -(-height * width // state_stride(n_state))
-    )
+    """A slower backend than the device could have is in use."""
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """An engine as it stands on this machine; `reason` says why it is not available."""
+    """A backend as it stands on this machine; `reason` says why it is not available."""
 
     name: str
     summary: str
@@ -62,33 +39,34 @@ class BackendStatus:
     reason: str | None
 
 
-FALLBACK = "chunked"
-"""The engine that serves any call on any device."""
-
-_BACKENDS: dict[str, Backend] = {}
-_FORCED: ContextVar[str | None] = ContextVar("vmamba_backend", default=None)
-_WARNED: set[tuple[str, str]] = set()
-
-
-def register(backend: Backend) -> None:
-    """Add an engine."""
+def register_backend(backend: Backend) -> None:
+    """Add a backend, after the others in the order of preference; one of the same name is replaced."""
     _BACKENDS[backend.name] = backend
 
 
-def _get(name: str) -> Backend:
+for _name in BY_PREFERENCE:
+    register_backend(import_module(f"vmamba.ops.{_name}").BACKEND)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        UnknownBackendError: There is none.
+    """
     if name not in _BACKENDS:
-        raise ValueError(
-            f"backend: unknown engine {name!r}; expected one of {', '.join(map(repr, _BACKENDS))}"
+        raise UnknownBackendError(
+            f"backend: there is no {name!r}; expected one of {', '.join(map(repr, _BACKENDS))}"
         )
     return _BACKENDS[name]
 
 
-def _why_not(backend: Backend, device: torch.device, n_state: int) -> str | None:
-    return backend.why_not_here() or backend.why_not(device, n_state)
+def _why_not(backend: Backend, call: Operands) -> str | None:
+    return backend.why_not_here() or backend.why_not(call)
 
 
 def backends() -> tuple[BackendStatus, ...]:
-    """Every engine, whether it can run on this machine, and why not."""
+    """Every backend in the order of preference, whether it can run on this machine, and why not."""
     reasons = {backend.name: backend.why_not_here() for backend in _BACKENDS.values()}
     return tuple(
         BackendStatus(backend.name, backend.summary, reasons[backend.name] is None, reasons[backend.name])
@@ -96,26 +74,27 @@ def backends() -> tuple[BackendStatus, ...]:
     )
 
 
-def engine_of(device: str | torch.device, n_state: int = 1) -> str:
-    """The engine that serves a call on a device if none is named."""
+def default_backend(device: str | torch.device, n_state: int = 1) -> str:
+    """The name of the backend that serves a usual call on a device if none is named."""
     device = torch.device(device)
-    fast = (backend for backend in _BACKENDS.values() if device.type in backend.fast_on)
-    return next((b.name for b in fast if _why_not(b, device, n_state) is None), FALLBACK)
+    # The device itself is touched only where a backend can run on its type.
+    candidates = [b for b in _BACKENDS.values() if device.type in b.preferred_on and not b.why_not_here()]
+    return next((b.name for b in candidates if not b.why_not(no_data_call(device, n_state))), FALLBACK)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every scan inside the `with` block on one engine, and the backward of those scans too.
+    """Run every scan inside the `with` block on one backend, and the backward of those scans too.
 
-    A call that names its engine keeps it.
+    A call that names its backend keeps it.
 
     Raises:
-        ValueError: There is no such engine.
-        RuntimeError: It cannot run on this machine; the message says why.
+        UnknownBackendError: There is no such backend (a ValueError).
+        BackendError: It cannot run on this machine; the message says why (a RuntimeError).
     """
-    reason = _get(name).why_not_here()
+    reason = get_backend(name).why_not_here()
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+        raise BackendError(f"backend: {name!r} cannot run here: {reason}")
     token = _FORCED.set(name)
     try:
         yield
@@ -123,24 +102,24 @@ def use_backend(name: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def resolve(name: str | None, device: torch.device, n_state: int) -> Backend:
-    """The engine that serves a call: the one named, else the one forced, else the device's fastest.
+def resolve(name: str | None, call: Operands) -> Backend:
+    """The backend that serves a call: the one named, else the one forced, else the device's preferred.
 
     Raises:
-        ValueError: There is no engine of that name.
-        RuntimeError: The engine named or forced cannot serve the call; the message says why.
+        UnknownBackendError: There is no backend of that name.
+        BackendError: The backend named or forced cannot serve the call; the message says why.
     """
     name = name or _FORCED.get()
     if name is not None:
-        backend = _get(name)
-        reason = _why_not(backend, device, n_state)
+        backend = get_backend(name)
+        reason = _why_not(backend, call)
         if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
+            raise BackendError(f"backend: {name!r} cannot serve this call: {reason}")
         return backend
     for backend in _BACKENDS.values():
-        if device.type not in backend.fast_on:
+        if call.device.type not in backend.preferred_on:
             continue
-        reason = _why_not(backend, device, n_state)
+        reason = _why_not(backend, call)
         if reason is None:
             return backend
         if (backend.name, reason) not in _WARNED:
@@ -151,11 +130,3 @@ def resolve(name: str | None, device: torch.device, n_state: int) -> Backend:
                 stacklevel=2,
             )
     return _BACKENDS[FALLBACK]
-
-
-def state_stride(n_state: int) -> int:
-    """Positions of a route between two saved states.
-
-    Grows with the state size N, so that what is saved for backward stays at most a quarter of (B, L, K, D).
-    """
-    return 64 * ((n_state + 15) // 16)

@@ -1,15 +1,16 @@
-"""Engine `chunked`: pure PyTorch on any device, parallel within chunks of the routes.
+"""Backend `chunked`: pure PyTorch on any device, parallel within chunks of the routes.
 
-B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta, T a chunk.
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta,
+t positions of a chunk.
 
-All K routes advance together, a chunk of T positions at a time; what a chunk needs is gathered from image
-position by the routes' order, so that nothing of size (B, K, L, …) is ever stored. Within a chunk, each pair
+All k routes advance together, a chunk of t positions at a time; what a chunk needs is gathered from image
+position by the routes' order, so that nothing of size (b, k, l, …) is ever stored. Within a chunk, each pair
 (a, b) of h ↦ a·h + b is combined with its neighbour as (a₂a₁, a₂b₁ + b₂), in place, up and down a binary
-tree: 3·log₂ T launches, 3·T combinations, and neither a division nor a difference of cumulated sums. The
+tree: 3·log₂ t launches, 3·t combinations, and neither a division nor a difference of cumulated sums. The
 backward starts each chunk from a saved state and computes it again.
 
 Memory beyond inputs and outputs: about a dozen values for each element of a chunk, which is at most
-an eighth of the batch's positions, plus the saved states. It does not grow with N.
+an eighth of the batch's positions, plus the saved states. It does not grow with n.
 """
 
 from collections.abc import Iterator
@@ -17,32 +18,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vmamba.ops._registry import Backend, Gradients, register, state_stride
-from vmamba.ops._routes import scan_order
-from vmamba.ops._validate import state_dtype
+from vmamba.ops.backend import Backend, Gradients, saved_every_stride, state_stride
+from vmamba.ops.operands import Operands
+from vmamba.ops.reference import softplus
 
 CPU_CHUNK = 2**18
-"""Elements (B, K, T, D) of a chunk on a CPU: near the caches' size, and large beside the cost of a launch."""
+"""Elements (b, k, t, d) of a chunk on a CPU: near the caches' size, and large beside the cost of a launch."""
 
 
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z) with the relative error of the logarithm.
-
-    log1p(u) as log(w) + (u - (w - 1)) / w with w = 1 + u rounded, whose second term is what the rounding
-    lost: PyTorch's own log1p takes five times as long as its log on a CPU.
-    """
-    u = z.clamp(max=40.0).exp_()
-    w = u + 1
-    lost = u.sub_(w - 1).div_(w)
-    return w.log_().add_(lost).add_(z.sub(40.0).clamp_(min=0.0))  # log(1 + e^z) is z beyond 40
-
-
-def scan_(a: Tensor, b: Tensor, reverse: bool = False) -> None:
+def recurrence_(a: Tensor, b: Tensor, reverse: bool = False) -> None:
     """b ← h with h_t = a_t h_{t-1} + b_t along dimension -2, in place; a is overwritten.
 
     Args:
-        a: (..., T, D).
-        b: (..., T, D).
+        a: (…, t, d).
+        b: (…, t, d).
         reverse: h_t = a_t h_{t+1} + b_t instead.
     """
     length = b.shape[-2]
@@ -66,208 +55,203 @@ def scan_(a: Tensor, b: Tensor, reverse: bool = False) -> None:
     a_second, b_second = a[..., second, :], b[..., second, :]
     b_second.addcmul_(a_second, b[..., first, :])
     a_second.mul_(a[..., first, :])
-    scan_(a_second, b_second, reverse)
+    recurrence_(a_second, b_second, reverse)
     b[..., rest, :].addcmul_(a[..., rest, :], b_second[..., before, :])
 
 
 class _Chunk:
-    """The operands of one chunk in the order of the routes and in the state's type, (B, K, T, ·)."""
+    """The operands of one chunk in the order of the routes and in the state's type, (b, k, t, ·).
 
-    def __init__(
-        self,
-        order: Tensor,  # (K, T)
-        x: Tensor,
-        delta: Tensor,
-        B: Tensor,
-        C: Tensor,
-        delta_bias: Tensor | None,
-        delta_weight: Tensor | None,
-        delta_softplus: bool,
-    ) -> None:
-        dtype = state_dtype(x)
-        rows, columns = order // x.shape[2], order % x.shape[2]
+    Args:
+        call: The call.
+        images: Of the batch.
+        order: (k, t), the flat positions that the routes visit.
+    """
+
+    def __init__(self, call: Operands, images: slice, order: Tensor) -> None:
+        dtype, width = call.state_dtype, call.x.shape[2]
+        rows, columns = order // width, order % width
         route = torch.arange(len(order), device=order.device)[:, None]
-        self.x = x[:, rows, columns].to(dtype)
-        self.B = B[:, rows, columns, route].to(dtype)
-        self.C = C[:, rows, columns, route].to(dtype)
-        self.delta_in = delta[:, rows, columns, route].to(dtype)  # (B, K, T, R), or (B, K, T, D) as below
+        self.x = call.x[images][:, rows, columns].to(dtype)
+        self.B = call.B[images][:, rows, columns, route].to(dtype)
+        self.C = call.C[images][:, rows, columns, route].to(dtype)
+        self.delta_in = call.delta[images][:, rows, columns, route].to(dtype)  # its last size is r or d
         z = self.delta_in
-        if delta_weight is not None:
-            z = z @ delta_weight.to(dtype).transpose(1, 2)
-        if delta_bias is not None:
-            z = z + delta_bias.to(dtype)[:, None]
+        if call.delta_weight is not None:
+            z = z @ call.delta_weight.to(dtype).transpose(1, 2)
+        if call.delta_bias is not None:
+            z = z + call.delta_bias.to(dtype)[:, None]
         self.z = z
-        self.delta = softplus(z) if delta_softplus else z
+        self.delta = softplus(z) if call.delta_softplus else z
+        self.D = None if call.D is None else call.D.to(dtype)[:, None]
+
+    def skip(self, t: Tensor) -> Tensor:
+        """D ⊙ t; zero without D."""
+        return torch.zeros_like(t) if self.D is None else t * self.D
 
     def decay(self, A: Tensor, n: int) -> Tensor:
-        """exp(δ A) of state n; A: (K, D, N)."""
+        """exp(δ A) of state n; A: (k, d, n)."""
         return (self.delta * A[:, None, :, n]).exp_()
 
     def states(self, decay: Tensor, h: Tensor, n: int) -> Tensor:
-        """h of state n after each position, given it before the first, (B, K, D); overwrites `decay`."""
+        """h of state n after each position, given it before the first, (b, k, d); overwrites `decay`."""
         b = (self.delta * self.x).mul_(self.B[..., n, None])
         b[..., 0, :].addcmul_(decay[..., 0, :], h)
-        scan_(decay, b)
+        recurrence_(decay, b)
         return b
 
 
-def _chunk_size(x: Tensor, n_routes: int, n_state: int) -> tuple[int, int]:
-    """(samples, positions) of a chunk; positions are a multiple of `state_stride` or all of them."""
-    batch, height, width, channels = x.shape
-    length, stride = height * width, state_stride(n_state)
+def _chunk_size(call: Operands) -> tuple[int, int]:
+    """(images, positions) of a chunk; positions are a multiple of `state_stride` or all of them."""
+    batch, length, stride = call.x.shape[0], call.length, state_stride(call.n_state)
     budget = max(1, batch * length // 8)
-    if x.device.type == "cpu":
-        budget = min(budget, max(1, CPU_CHUNK // (n_routes * channels)))
-    samples = max(1, min(batch, budget // min(stride, length)))
-    return samples, min(length, stride * max(1, budget // (samples * stride)))
+    if call.device.type == "cpu":
+        budget = min(budget, max(1, CPU_CHUNK // (call.n_routes * call.x.shape[3])))
+    images = max(1, min(batch, budget // min(stride, length)))
+    return images, min(length, stride * max(1, budget // (images * stride)))
 
 
-def _chunks(samples: int, positions: int, batch: int, length: int) -> Iterator[tuple[slice, list[slice]]]:
-    for i in range(0, batch, samples):
+def _chunks(call: Operands) -> Iterator[tuple[slice, list[slice]]]:
+    """Images, and the positions of their chunks."""
+    batch, length = call.x.shape[0], call.length
+    images, positions = _chunk_size(call)
+    for i in range(0, batch, images):
         yield (
-            slice(i, min(i + samples, batch)),
+            slice(i, min(i + images, batch)),
             [slice(t, min(t + positions, length)) for t in range(0, length, positions)],
         )
 
 
-def forward(
-    x: Tensor,  # (B, H, W, D)
-    delta: Tensor,  # (B, H, W, K, D), or (B, H, W, K, R) with delta_weight
-    A: Tensor,  # (K, D, N)
-    B: Tensor,  # (B, H, W, K, N)
-    C: Tensor,  # (B, H, W, K, N)
-    D: Tensor | None,  # (K, D)
-    delta_bias: Tensor | None,  # (K, D)
-    delta_weight: Tensor | None,  # (K, D, R)
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,  # (B, K, D, N)
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.forward`."""
-    dtype = state_dtype(x)
-    batch, height, width, channels = x.shape
-    length, n_routes, n_state = height * width, len(routes), A.shape[2]
-    stride = state_stride(n_state)
-    A = A.to(dtype)
-    order = scan_order(routes, height, width, x.device)
-    y = x.new_zeros((batch, length, channels), dtype=dtype)
-    saved = x.new_empty((batch, n_routes, -(-length // stride), n_state, channels), dtype=dtype)
-    last = x.new_zeros((batch, n_routes, n_state, channels), dtype=dtype)
-    if initial_state is not None:
-        last.copy_(initial_state.transpose(2, 3))
+    dtype, x = call.state_dtype, call.x
+    b, height, width, d = x.shape
+    k, n, stride = call.n_routes, call.n_state, state_stride(call.n_state)
+    A, order = call.A.to(dtype), call.order()
+    y = x.new_zeros((b, call.length, d), dtype=dtype)
+    saved = x.new_empty((b, k, saved_every_stride(call), n, d), dtype=dtype)
+    last = x.new_zeros((b, k, n, d), dtype=dtype)
+    if call.initial_state is not None:
+        last.copy_(call.initial_state.transpose(2, 3))
 
-    samples, positions = _chunk_size(x, n_routes, n_state)
-    for i, chunks in _chunks(samples, positions, batch, length):
+    for i, chunks in _chunks(call):
         for t in chunks:
-            chunk = _Chunk(order[:, t], x[i], delta[i], B[i], C[i], delta_bias, delta_weight, delta_softplus)
-            out = torch.zeros_like(chunk.x) if D is None else chunk.x * D.to(dtype)[:, None]
+            chunk = _Chunk(call, i, order[:, t])
+            out = chunk.skip(chunk.x)
             slots = saved[i, :, t.start // stride : -(-t.stop // stride)]
             slots[:, :, 0] = last[i]
-            for n in range(n_state):
-                h = chunk.states(chunk.decay(A, n), last[i, :, n], n)
-                slots[:, :, 1:, n] = h[:, :, stride - 1 : -1 : stride]
-                last[i, :, n] = h[:, :, -1]
-                out.addcmul_(h, chunk.C[..., n, None])
-            for k in range(n_routes):
-                y[i].index_add_(1, order[k, t], out[:, k])
-    return y.view(batch, height, width, channels), last.transpose(2, 3).contiguous(), saved
+            for state in range(n):
+                h = chunk.states(chunk.decay(A, state), last[i, :, state], state)
+                slots[:, :, 1:, state] = h[:, :, stride - 1 : -1 : stride]
+                last[i, :, state] = h[:, :, -1]
+                out.addcmul_(h, chunk.C[..., state, None])
+            for route in range(k):
+                y[i].index_add_(1, order[route, t], out[:, route])
+    return y.view(b, height, width, d), last.transpose(2, 3).contiguous(), saved
 
 
-def backward(
-    grad_y: Tensor,  # (B, H, W, D)
-    grad_last_state: Tensor | None,  # (B, K, D, N)
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    states: Tensor,
-) -> Gradients:
+class _Sums:
+    """The gradients, filled chunk by chunk."""
+
+    def __init__(self, call: Operands) -> None:
+        x, dtype = call.x, call.state_dtype
+        b, _, _, d = x.shape
+        k, n, length = call.n_routes, call.n_state, call.length
+        self.call = call
+        self.A_values = call.A.to(dtype)
+        self.W_values = None if call.delta_weight is None else call.delta_weight.to(dtype)
+        self.route = torch.arange(k, device=x.device)[:, None]
+        self.x = x.new_zeros((b, length, d), dtype=dtype)
+        # Each position is visited once a route, so these three are written in full.
+        self.delta = x.new_empty((b, length, *call.delta.shape[3:]), dtype=dtype)
+        self.B = x.new_empty((b, length, k, n), dtype=dtype)
+        self.C = torch.empty_like(self.B)
+        self.A = torch.zeros_like(self.A_values)
+        self.D = x.new_zeros(d, dtype=dtype)  # the same for every route
+        self.bias = x.new_zeros((k, d), dtype=dtype)
+        self.W = None if self.W_values is None else torch.zeros_like(self.W_values)
+        # The gradient of the state before the chunk in hand, coming from what follows.
+        self.carry = x.new_zeros((b, k, n, d), dtype=dtype)
+
+    def add(self, i: slice, order: Tensor, dy: Tensor, before: Tensor) -> None:
+        """Add one chunk of images i.
+
+        Args:
+            i: The images.
+            order: (k, t).
+            dy: The gradient of y along the routes, (b, k, t, d).
+            before: The states before the chunk, (b, k, n, d).
+        """
+        chunk = _Chunk(self.call, i, order)
+        dx, d_delta = chunk.skip(dy), torch.zeros_like(chunk.x)
+        dB, dC = torch.empty_like(chunk.B), torch.empty_like(chunk.C)
+        for n in range(self.call.n_state):
+            decay = chunk.decay(self.A_values, n)
+            scratch = decay.clone()
+            h = chunk.states(scratch, before[:, :, n], n)
+            dC[..., n] = torch.linalg.vecdot(dy, h)
+
+            scratch[:, :, :-1] = decay[:, :, 1:]
+            g = dy * chunk.C[..., n, None]
+            g[:, :, -1] += self.carry[i, :, n]
+            recurrence_(scratch, g, reverse=True)
+            self.carry[i, :, n] = decay[:, :, 0] * g[:, :, 0]
+
+            # decay ← gradient of the exponent δA: g_t ⊙ exp(δ_t A) ⊙ h_{t-1}
+            decay.mul_(g)
+            decay[:, :, 1:] *= h[:, :, :-1]
+            decay[:, :, 0] *= before[:, :, n]
+            self.A[..., n] += torch.mul(decay, chunk.delta, out=scratch).sum((0, 2))
+            d_delta.addcmul_(decay, self.A_values[:, None, :, n])
+
+            torch.mul(g, chunk.delta, out=scratch)
+            dB[..., n] = torch.linalg.vecdot(scratch, chunk.x)
+            dx.addcmul_(scratch, chunk.B[..., n, None])
+            d_delta.addcmul_(g.mul_(chunk.x), chunk.B[..., n, None])
+        self._add_delta(i, order, chunk, d_delta)
+        self.B[i][:, order, self.route] = dB
+        self.C[i][:, order, self.route] = dC
+        for k in range(self.call.n_routes):
+            self.x[i].index_add_(1, order[k], dx[:, k])
+
+    def _add_delta(self, i: slice, order: Tensor, chunk: _Chunk, d_delta: Tensor) -> None:
+        """From the gradient of the step sizes to those of delta, its bias and its weight."""
+        if self.call.delta_softplus:
+            d_delta.mul_(torch.sigmoid(chunk.z))
+        self.bias += d_delta.sum((0, 2))
+        if self.W is not None and self.W_values is not None:
+            self.W += torch.einsum("bktd,bktr->kdr", d_delta, chunk.delta_in)
+            d_delta = d_delta @ self.W_values
+        self.delta[i][:, order, self.route] = d_delta
+
+
+def backward(grad_y: Tensor, grad_last_state: Tensor | None, call: Operands, states: Tensor) -> Gradients:
     """As `Backend.backward`: g_t = C_t dy_t + exp(δ_{t+1} A) ⊙ g_{t+1}, with g_t the gradient of h_t."""
-    dtype = state_dtype(x)
-    batch, height, width, channels = x.shape
-    length, n_routes, n_state = height * width, len(routes), A.shape[2]
-    stride = state_stride(n_state)
-    A = A.to(dtype)
-    W = None if delta_weight is None else delta_weight.to(dtype)
-    order = scan_order(routes, height, width, x.device)
-    route = torch.arange(n_routes, device=x.device)[:, None]
-    grad_x = x.new_zeros((batch, length, channels), dtype=dtype)
-    # Each position is visited once a route, so these three are written in full.
-    grad_delta = x.new_empty((batch, length, *delta.shape[3:]), dtype=dtype)
-    grad_B = x.new_empty((batch, length, n_routes, n_state), dtype=dtype)
-    grad_C = torch.empty_like(grad_B)
-    grad_A = torch.zeros_like(A)
-    grad_D = x.new_zeros(channels, dtype=dtype)  # the same for every route
-    grad_bias = x.new_zeros((n_routes, channels), dtype=dtype)
-    grad_W = None if W is None else torch.zeros_like(W)
-    # The gradient of the state before the chunk in hand, coming from what follows.
-    carry = x.new_zeros((batch, n_routes, n_state, channels), dtype=dtype)
+    dtype = call.state_dtype
+    _, height, width, _ = call.x.shape
+    stride, order = state_stride(call.n_state), call.order()
+    sums = _Sums(call)
     if grad_last_state is not None:
-        carry.copy_(grad_last_state.transpose(2, 3))
+        sums.carry.copy_(grad_last_state.transpose(2, 3))
 
-    samples, positions = _chunk_size(x, n_routes, n_state)
-    for i, chunks in _chunks(samples, positions, batch, length):
-        grad_D += (grad_y[i].to(dtype) * x[i]).sum((0, 1, 2))
+    for i, chunks in _chunks(call):
+        sums.D += (grad_y[i].to(dtype) * call.x[i]).sum((0, 1, 2))
         for t in reversed(chunks):
             o = order[:, t]
-            chunk = _Chunk(o, x[i], delta[i], B[i], C[i], delta_bias, delta_weight, delta_softplus)
             dy = grad_y[i, o // width, o % width].to(dtype)
-            dx = torch.zeros_like(chunk.x) if D is None else dy * D.to(dtype)[:, None]
-            d_delta = torch.zeros_like(chunk.x)
-            dB, dC = torch.empty_like(chunk.B), torch.empty_like(chunk.C)
-            for n in range(n_state):
-                decay, before = chunk.decay(A, n), states[i, :, t.start // stride, n]
-                scratch = decay.clone()
-                h = chunk.states(scratch, before, n)
-                dC[..., n] = torch.linalg.vecdot(dy, h)
-
-                scratch[:, :, :-1] = decay[:, :, 1:]
-                g = dy * chunk.C[..., n, None]
-                g[:, :, -1] += carry[i, :, n]
-                scan_(scratch, g, reverse=True)
-                carry[i, :, n] = decay[:, :, 0] * g[:, :, 0]
-
-                # decay ← gradient of the exponent δA: g_t ⊙ exp(δ_t A) ⊙ h_{t-1}
-                decay.mul_(g)
-                decay[:, :, 1:] *= h[:, :, :-1]
-                decay[:, :, 0] *= before
-                grad_A[..., n] += torch.mul(decay, chunk.delta, out=scratch).sum((0, 2))
-                d_delta.addcmul_(decay, A[:, None, :, n])
-
-                torch.mul(g, chunk.delta, out=scratch)
-                dB[..., n] = torch.linalg.vecdot(scratch, chunk.x)
-                dx.addcmul_(scratch, chunk.B[..., n, None])
-                d_delta.addcmul_(g.mul_(chunk.x), chunk.B[..., n, None])
-            if delta_softplus:
-                d_delta.mul_(torch.sigmoid(chunk.z))
-            grad_bias += d_delta.sum((0, 2))
-            if W is not None and grad_W is not None:
-                grad_W += torch.einsum("bktd,bktr->kdr", d_delta, chunk.delta_in)
-                d_delta = d_delta @ W
-            grad_delta[i][:, o, route] = d_delta
-            grad_B[i][:, o, route] = dB
-            grad_C[i][:, o, route] = dC
-            for k in range(n_routes):
-                grad_x[i].index_add_(1, o[k], dx[:, k])
-    image = (batch, height, width)
+            sums.add(i, o, dy, states[i, :, t.start // stride])
+    image = (height, width)
     return (
-        grad_x.view(*image, channels),
-        grad_delta.view(*image, *delta.shape[3:]),
-        grad_A,
-        grad_B.view(*image, n_routes, n_state),
-        grad_C.view(*image, n_routes, n_state),
-        None if D is None else grad_D.expand(n_routes, -1),
-        None if delta_bias is None else grad_bias,
-        grad_W,
-        None if initial_state is None else carry.transpose(2, 3),
+        sums.x.unflatten(1, image),
+        sums.delta.unflatten(1, image),
+        sums.A,
+        sums.B.unflatten(1, image),
+        sums.C.unflatten(1, image),
+        None if call.D is None else sums.D.expand(call.n_routes, -1),
+        None if call.delta_bias is None else sums.bias,
+        sums.W,
+        None if call.initial_state is None else sums.carry.transpose(2, 3),
     )
 
 
-register(Backend("chunked", "pure PyTorch on any device, parallel within chunks", forward, backward))
+BACKEND = Backend("chunked", "pure PyTorch on any device, parallel within chunks", forward, backward)

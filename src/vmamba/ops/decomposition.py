@@ -1,106 +1,120 @@
-"""The operator as plain aten, for torch.export: `chunked`'s pairs in functional form, for symbolic sizes.
+"""The operator as plain aten, for torch.export and torch.func: `chunked`'s pairs in functional form.
 
-B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 
-The number of operations may not depend on L here. Groups of `GROUP` neighbours, a fixed number, are combined
-up and down a tree; from group to group the carry is found by doubling: step s takes in 2^s groups more.
+It serves symbolic sizes, so the number of operations may not depend on l. Blocks of `BLOCK` neighbours, a
+fixed number, are combined up and down a tree; from block to block the carry is found by doubling: step s
+takes in 2^s blocks more.
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vmamba.ops._routes import route_order, scan_order
-from vmamba.ops._validate import state_dtype, validate
+from vmamba.ops.operands import Operands
 from vmamba.ops.reference import softplus
 
-GROUP, DOUBLINGS = 64, 15
-MAX_LENGTH = (2**DOUBLINGS - 1) * GROUP
+BLOCK, DOUBLINGS = 64, 15
+MAX_LENGTH = (2**DOUBLINGS - 1) * BLOCK
 """Two million positions: an image of 5,792 by 5,792 pixels at a stem's stride of 4."""
 
 
-def scan(a: Tensor, b: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t along dimension -2 from h = 0; all (..., L, D), L up to `MAX_LENGTH`."""
+def recurrence(a: Tensor, b: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t along dimension -2 from h = 0; all (…, l, d), l up to `MAX_LENGTH`."""
     length = b.shape[-2]
-    # No symbolic size may be 1, for export would guard on it: hence a group more than is needed.
-    groups = length // GROUP + 2
-    padding = (0, 0, 0, groups * GROUP - length)
-    h = _scan_groups(
-        F.pad(a, padding).unflatten(-2, (groups, GROUP)), F.pad(b, padding).unflatten(-2, (groups, GROUP))
+    # No symbolic size may be 1, for export would guard on it: hence a block more than is needed.
+    blocks = length // BLOCK + 2
+    padding = (0, 0, 0, blocks * BLOCK - length)
+    h = _recurrence_in_blocks(
+        F.pad(a, padding).unflatten(-2, (blocks, BLOCK)), F.pad(b, padding).unflatten(-2, (blocks, BLOCK))
     )
-    # A copy in plain layout: whether the slice is contiguous depends on L, and export would guard on it.
+    # A copy in plain layout: whether the slice is contiguous depends on l, and export would guard on it.
     return h.flatten(-3, -2)[..., :length, :].clone(memory_format=torch.contiguous_format)
 
 
-def _scan_groups(a: Tensor, b: Tensor) -> Tensor:
-    """`scan` of (..., groups, size, D) along groups·size, size a power of two."""
-    groups, size = b.shape[-3], b.shape[-2]
+def _recurrence_in_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """`recurrence` of (…, blocks, size, d) along blocks·size, size a power of two."""
+    blocks, size = b.shape[-3], b.shape[-2]
     if size == 1:
         for step in range(DOUBLINGS):
+            if isinstance(blocks, int) and 2**step >= blocks:
+                break  # the first block has reached the last
             shift = (0, 0, 0, 0, 2**step, 0)
-            b = b + a * F.pad(b, shift)[..., :groups, :, :]
-            a = a * F.pad(a, shift)[..., :groups, :, :]
+            b = b + a * F.pad(b, shift)[..., :blocks, :, :]
+            a = a * F.pad(a, shift)[..., :blocks, :, :]
         return b
     a_first, a_second = a.unflatten(-2, (size // 2, 2)).unbind(-2)
     b_first, b_second = b.unflatten(-2, (size // 2, 2)).unbind(-2)
-    second = _scan_groups(a_second * a_first, a_second * b_first + b_second)
-    carry = F.pad(second[..., -1:, :], (0, 0, 0, 0, 1, 0))[..., :groups, :, :]
+    second = _recurrence_in_blocks(a_second * a_first, a_second * b_first + b_second)
+    carry = F.pad(second[..., -1:, :], (0, 0, 0, 0, 1, 0))[..., :blocks, :, :]
     before = torch.cat((carry, second[..., :-1, :]), -2)
     return torch.stack((a_first * before + b_first, second), -2).flatten(-3, -2)
 
 
-def selective_scan_2d(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_weight: Tensor | None,
-    delta_softplus: bool,
-    routes: list[int],
-    initial_state: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """y (B, H, W, D) in `out_dtype` (None: the state's type) and the last state (B, K, D, N).
+def scan(call: Operands, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """y (b, h, w, d) in `out_dtype` (None: the state's type) and the last state (b, k, d, n).
 
     Raises:
         TypeError: As the operator.
-        ValueError: As the operator; also for more than `MAX_LENGTH` positions, where L is known.
+        ValueError: As the operator; also for more than `MAX_LENGTH` positions, where l is known.
     """
-    validate(x, delta, A, B, C, D, delta_bias, delta_weight, routes, initial_state, out_dtype)
-    dtype = state_dtype(x)
-    height, width = x.shape[1], x.shape[2]
-    length = height * width
-    if isinstance(length, int) and length > MAX_LENGTH:
-        raise ValueError(f"x: expected at most {MAX_LENGTH} positions for export, got {height}·{width}")
-    order = scan_order(routes, height, width, x.device)
-    route = torch.arange(len(routes), device=x.device)[:, None]
+    call.validate(out_dtype)
+    if isinstance(call.length, int) and call.length > MAX_LENGTH:
+        raise ValueError(
+            f"x: expected at most {MAX_LENGTH} positions for export and torch.func, "
+            f"got {call.x.shape[1]}·{call.x.shape[2]}"
+        )
     # Where autocast is off, the context would still leave a region of its own in the exported graph.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        u = x.flatten(1, 2)[:, order].to(dtype)  # (B, K, L, D)
-        z = delta.flatten(1, 2)[:, order, route].to(dtype)
-        if delta_weight is not None:
-            z = z @ delta_weight.to(dtype).transpose(1, 2)
-        if delta_bias is not None:
-            z = z + delta_bias.to(dtype)[:, None]
-        d = softplus(z) if delta_softplus else z
-        b_in = B.flatten(1, 2)[:, order, route].to(dtype).transpose(2, 3)  # (B, K, N, L)
-        c_out = C.flatten(1, 2)[:, order, route].to(dtype).transpose(2, 3)
-        a = torch.exp(d[:, :, None] * A.to(dtype).transpose(1, 2)[:, :, None])  # (B, K, N, L, D)
-        b = (d * u)[:, :, None] * b_in[..., None]
-        if initial_state is not None:
-            entering = a[..., :1, :] * initial_state.to(dtype).transpose(2, 3)[..., None, :]
-            b = b + F.pad(entering, (0, 0, 0, length - 1))
-        h = scan(a, b)
-        out = (h * c_out[..., None]).sum(2)
-        if D is not None:
-            out = out + u * D.to(dtype)[:, None]
+    device_type = call.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        order = call.order()
+        x = call.x[:, :, :, None].expand(-1, -1, -1, call.n_routes, -1)
+        u = _visited(x, order).to(call.state_dtype)  # (b, k, l, d)
+        h, out = _along_routes(call, order, u)
         y = torch.zeros_like(u[:, 0])
-        for k, code in enumerate(routes):
-            y = y.index_add(1, route_order(code, height, width, x.device), out[:, k])
-    return y.unflatten(1, (height, width)).to(out_dtype or dtype), h[..., -1, :].transpose(2, 3)
+        for k in range(call.n_routes):
+            y = y.index_add(1, order[k], out[:, k])
+    y = y.unflatten(1, (call.x.shape[1], call.x.shape[2])).to(out_dtype or call.state_dtype)
+    return y, h[..., -1, :].transpose(2, 3)
+
+
+def _visited(t: Tensor, order: Tensor) -> Tensor:
+    """(b, h, w, k, ·) in the order of each route, (b, k, l, ·).
+
+    By index_select, for the gradient of indexing with a tensor writes in place, which vmap refuses.
+    """
+    t = t.flatten(1, 2)
+    return torch.stack([t[:, :, k].index_select(1, order[k]) for k in range(order.shape[0])], 1)
+
+
+def _along_routes(call: Operands, order: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The states (b, k, n, l, d) and the outputs (b, k, l, d) of every route, in its own order."""
+    dtype = call.state_dtype
+    z = _visited(call.delta, order).to(dtype)
+    if call.delta_weight is not None:
+        z = z @ call.delta_weight.to(dtype).transpose(1, 2)
+    if call.delta_bias is not None:
+        z = z + call.delta_bias.to(dtype)[:, None]
+    delta = softplus(z) if call.delta_softplus else z
+    B = _visited(call.B, order).to(dtype).transpose(2, 3)  # (b, k, n, l)
+    C = _visited(call.C, order).to(dtype).transpose(2, 3)
+    decay = torch.exp(delta[:, :, None] * call.A.to(dtype).transpose(1, 2)[:, :, None])  # (b, k, n, l, d)
+    drive = (delta * u)[:, :, None] * B[..., None]
+    if call.initial_state is not None:
+        entering = decay[..., :1, :] * call.initial_state.to(dtype).transpose(2, 3)[..., None, :]
+        drive = drive + F.pad(entering, (0, 0, 0, call.length - 1))
+    h = recurrence(decay, drive)
+    out = (h * C[..., None]).sum(2)
+    if call.D is not None:
+        out = out + u * call.D.to(dtype)[:, None]
+    return h, out
+
+
+def selective_scan_2d(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`scan` with the operator's arguments by position, up to `out_dtype`."""
+    *operands, out_dtype = arguments
+    return scan(Operands(*operands), out_dtype)

@@ -1,6 +1,6 @@
 """Operation counts of the selective scan.
 
-B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ def scan_macs(
     """Multiply-adds of `selective_scan_2d`.
 
     Args:
-        shape: (B, H, W, D) of x.
-        n_routes: K.
-        n_state: N.
-        rank: R where delta comes as low-rank factors, whose product counts L·R·D a route.
-        skip: D is given; L·D a route.
-        counting: "paper", 9·L·D·N a route, as the authors' tables have it; or "for-loop", 3.5·L·D·N, the
+        shape: (b, h, w, d) of x.
+        n_routes: k.
+        n_state: n.
+        rank: r where delta comes as low-rank factors, whose product counts l·r·d a route.
+        skip: Whether D is given, which counts l·d a route.
+        counting: "paper", 9·l·d·n a route, as the authors' tables have it; or "for-loop", 3.5·l·d·n, the
             multiplications and additions of the recurrence itself, two to a multiply-add.
 
     Raises:
@@ -53,7 +53,7 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.vmamba.selective_scan_2d_backward)
 def _backward_flops(
-    grad_y: Any, grad_last: Any, x: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any,
+    grad_y: Any, grad_last_state: Any, x: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any,
     delta_weight: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The states again, their gradients, and the products with each operand: three times the forward."""

@@ -1,16 +1,16 @@
 """The selective scan (S6) over an image and over a sequence, as functions.
 
-B batch, H height, W width, L length, D channels, K routes, N state size, R rank of delta, G groups.
+Sizes: b batch, h height, w width, l length, d channels, k routes, n state size, r rank of delta, g groups.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import vmamba.ops._operator  # noqa: F401  (registers the operator)
-from vmamba.ops._routes import route_codes
+from vmamba.ops.routes import Routes, parse_routes, route_codes
 
 
 def selective_scan_2d(
@@ -24,44 +24,55 @@ def selective_scan_2d(
     *,
     delta_weight: Tensor | None = None,
     delta_softplus: bool = True,
-    routes: str | Sequence[str] = "cross",
+    routes: Routes = "cross",
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Read an image along K routes, each a selective state-space recurrence, and sum (SS2D, section 4.2).
+    """Read an image along k routes, each a selective state-space recurrence, and sum (SS2D, section 4.2).
 
-    For route k visiting the positions p_1 … p_L, per channel:
+    For route k visiting the positions p_1 … p_l, per channel:
 
         δ_t = softplus(delta[p_t] + delta_bias)
         h_t = exp(δ_t A) ⊙ h_{t-1} + δ_t B[p_t] x[p_t]
         y[p_t] += C[p_t]·h_t + D x[p_t]
 
+    **`delta_softplus` is True by default here, and False in `selective_scan`**, which keeps mamba's default:
+    name it where you go from one to the other.
+
     Every operand is in image position, channels last, of any strides; float16, bfloat16, float32 and float64
     may be mixed. State and sums are in float32, in float64 where x is float64, under autocast too.
 
+    Every derivative of PyTorch works: backward on each backend; a second derivative on "reference" alone,
+    elsewhere it raises; torch.func's transforms, forward mode and vmap with any. Under torch.func's
+    derivatives and forward mode the scan is computed in plain PyTorch whatever the backend, which is slower.
+
     Args:
-        x: (B, H, W, D).
-        delta: (B, H, W, K, D); with `delta_weight` the low-rank (B, H, W, K, R).
-        A: (K, D, N), as a rule negative.
-        B: (B, H, W, K, N).
-        C: (B, H, W, K, N).
-        D: (K, D), the skip.
-        delta_bias: (K, D).
-        delta_weight: (K, D, R): delta is formed inside as delta @ delta_weightᵀ.
-        delta_softplus: Apply softplus to delta.
-        routes: "cross", "unidirectional", "bidirectional", or a tuple of K of "row", "column",
-            "row_reversed", "column_reversed".
+        x: (b, h, w, d).
+        delta: (b, h, w, k, d); with `delta_weight` the low-rank (b, h, w, k, r).
+        A: (k, d, n), as a rule negative.
+        B: (b, h, w, k, n).
+        C: (b, h, w, k, n).
+        D: (k, d), the skip.
+        delta_bias: (k, d).
+        delta_weight: (k, d, r): delta is formed inside as delta @ delta_weightᵀ.
+        delta_softplus: Apply softplus to delta; the default differs from that of `selective_scan`.
+        routes: "cross", "unidirectional", "bidirectional", or a sequence of k routes. Each is "row",
+            "column", "row_reversed", "column_reversed", a name of `register_route`, or a permutation: the
+            h·w positions row·w + column, each once, in the order of the route. A tensor (h·w,) or (k, h·w)
+            of permutations will do too. On a GPU a call with permutations waits for it, to check them.
         out_dtype: Type of y, rounded to once; default x's.
-        backend: Engine; default the fastest of the device, see `backends`.
+        backend: Name of the backend; default the preferred one of the device, see `backends`.
 
     Returns:
-        y: (B, H, W, D), contiguous.
+        y: (b, h, w, d), contiguous.
 
     Raises:
         TypeError: An operand's type is not supported.
-        ValueError: A shape or device does not fit, or a route or engine is unknown.
-        RuntimeError: The engine named cannot serve the call.
+        ValueError: A shape or device does not fit, a route or backend is unknown, or what is given as a
+            permutation is none.
+        BackendError: The backend named cannot serve the call (a RuntimeError).
     """
+    codes, orders = parse_routes(routes, x.device)
     y, _, _ = torch.ops.vmamba.selective_scan_2d(
         x,
         delta,
@@ -72,10 +83,11 @@ def selective_scan_2d(
         delta_bias,
         delta_weight,
         delta_softplus,
-        route_codes(routes),
+        codes,
         None,
         out_dtype or x.dtype,
         backend,
+        orders,
     )
     return y
 
@@ -95,77 +107,160 @@ def selective_scan(
     initial_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The 1D selective scan, with Mamba's order of arguments and meaning.
+    """The 1D selective scan, with mamba's order of arguments, defaults and meaning.
 
-    The same recurrence as `selective_scan_2d` on a sequence, through the same engines: a group is an image
+    The same recurrence as `selective_scan_2d` on a sequence, through the same backends: a group is an image
     of height 1 that is read along "row".
 
+    **`delta_softplus` is False by default here, as in mamba, and True in `selective_scan_2d`**: name it where
+    you go from one to the other.
+
     Args:
-        u: (B, G·D, L).
-        delta: (B, G·D, L).
-        A: (G·D, N).
-        B: (B, G, N, L), or (B, N, L) for one group.
+        u: (b, g·d, l).
+        delta: (b, g·d, l).
+        A: (g·d, n).
+        B: (b, g, n, l), or (b, n, l) for one group; or (g·d, n), constant over the sequence, which takes n
+            scans of one state.
         C: As B.
-        D: (G·D,), the skip.
-        z: (B, G·D, L), the gate: y is multiplied by SiLU(z).
-        delta_bias: (G·D,).
-        delta_softplus: Apply softplus to delta + delta_bias.
+        D: (g·d,), the skip.
+        z: (b, g·d, l), the gate: y is multiplied by SiLU(z).
+        delta_bias: (g·d,).
+        delta_softplus: Apply softplus to delta + delta_bias; the default differs from that of
+            `selective_scan_2d`.
         return_last_state: Return the state after the last position too; it is differentiable.
-        initial_state: (B, G·D, N), the state before the first position; default zero.
+        initial_state: (b, g·d, n), the state before the first position; default zero.
         backend: As for `selective_scan_2d`.
 
     Returns:
-        y (B, G·D, L) in u's type, and with `return_last_state` the state (B, G·D, N) in float32
+        y (b, g·d, l) in u's type, and with `return_last_state` the state (b, g·d, n) in float32
         (float64 where u is float64).
 
     Raises:
         As `selective_scan_2d`.
     """
-    if u.ndim != 3:
-        raise ValueError(f"u: expected (B, G·D, L), got shape {tuple(u.shape)}")
-    batch, width, length = u.shape
-    B = B.unsqueeze(1) if B.ndim == 3 else B
-    C = C.unsqueeze(1) if C.ndim == 3 else C
-    groups, n_state = (B.shape[1], B.shape[2]) if B.ndim == 4 else (0, 0)
-    expected = {
-        "delta": (delta, (batch, width, length), "(B, G·D, L)"),
-        "A": (A, (width, n_state), "(G·D, N)"),
-        "B": (B, (batch, groups, n_state, length), "(B, G, N, L)"),
-        "C": (C, (batch, groups, n_state, length), "(B, G, N, L)"),
-        "D": (D, (width,), "(G·D,)"),
-        "z": (z, (batch, width, length), "(B, G·D, L)"),
-        "delta_bias": (delta_bias, (width,), "(G·D,)"),
-        "initial_state": (initial_state, (batch, width, n_state), "(B, G·D, N)"),
-    }
-    for name, (operand, shape, letters) in expected.items():
-        if operand is not None and operand.shape != shape:
-            raise ValueError(f"{name}: expected {letters} = {shape}, got shape {tuple(operand.shape)}")
-    if groups < 1 or width % groups:
-        raise ValueError(f"u: expected a number of channels that {groups} groups of B divide, got {width}")
+    B, C = (t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
+    call = _Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, backend)
+    call.validate()
+    constant = B.ndim == 2 or C.ndim == 2
+    y, last_state = _scan_each_state(call) if constant else _scan_groups(call)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    y = y.to(u.dtype)
+    return (y, last_state) if return_last_state else y
 
-    channels = width // groups
+
+class _Sequence(NamedTuple):
+    """The operands of `selective_scan`; B and C are (b, g, n, l) or (g·d, n)."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+    initial_state: Tensor | None
+    backend: str | None
+
+    @property
+    def groups(self) -> int:
+        """g; 1 where both B and C are constant."""
+        return next((t.shape[1] for t in (self.B, self.C) if t.ndim == 4), 1)
+
+    def validate(self) -> None:
+        """Raise ValueError if a shape does not fit."""
+        if self.u.ndim != 3:
+            raise ValueError(f"u: expected (b, g·d, l), got shape {tuple(self.u.shape)}")
+        if self.A.ndim != 2:
+            raise ValueError(f"A: expected (g·d, n), got shape {tuple(self.A.shape)}")
+        for name, t in (("B", self.B), ("C", self.C)):
+            if t.ndim not in (2, 4):
+                raise ValueError(
+                    f"{name}: expected (b, g, n, l), (b, n, l), or constant (g·d, n), got {tuple(t.shape)}"
+                )
+        batch, width, length = self.u.shape
+        # Where one of A, B and C disagrees with the others, it is the wrong one.
+        _, n_state, _ = sorted(t.shape[2 if t.ndim == 4 else 1] for t in (self.A, self.B, self.C))
+        groups = self.groups
+        of_B, of_C = (
+            ((width, n_state), "(g·d, n)")
+            if t.ndim == 2
+            else ((batch, groups, n_state, length), "(b, g, n, l)")
+            for t in (self.B, self.C)
+        )
+        expected = {
+            "delta": ((batch, width, length), "(b, g·d, l)"),
+            "A": ((width, n_state), "(g·d, n)"),
+            "B": of_B,
+            "C": of_C,
+            "D": ((width,), "(g·d,)"),
+            "z": ((batch, width, length), "(b, g·d, l)"),
+            "delta_bias": ((width,), "(g·d,)"),
+            "initial_state": ((batch, width, n_state), "(b, g·d, n)"),
+        }
+        for name, (shape, letters) in expected.items():
+            operand = getattr(self, name)
+            if operand is not None and operand.shape != shape:
+                raise ValueError(
+                    f"{name}: expected {letters} = {shape}, got shape {tuple(operand.shape)}; "
+                    f"u is {tuple(self.u.shape)}, A is {tuple(self.A.shape)}"
+                )
+        if groups < 1 or width % groups:
+            raise ValueError(f"u: expected a number of channels that {groups} groups divide, got {width}")
+
+
+def _scan_groups(call: _Sequence) -> tuple[Tensor, Tensor]:
+    """y (b, g·d, l) in the state's type, without the gate, and the last state; B and C vary."""
     ys, last_states = [], []
-    for g in range(groups):
-        own = slice(g * channels, (g + 1) * channels)
+    channels = call.u.shape[1] // call.groups
+    for g in range(call.groups):
+        of_group = slice(g * channels, (g + 1) * channels)
+        state = call.initial_state
         y, last_state, _ = torch.ops.vmamba.selective_scan_2d(
-            u[:, None, own].transpose(2, 3),  # (B, 1, L, D)
-            delta[:, None, None, own].permute(0, 1, 4, 2, 3),  # (B, 1, L, 1, D)
-            A[None, own],
-            B[:, None, None, g].permute(0, 1, 4, 2, 3),  # (B, 1, L, 1, N)
-            C[:, None, None, g].permute(0, 1, 4, 2, 3),
-            None if D is None else D[None, own],
-            None if delta_bias is None else delta_bias[None, own],
+            call.u[:, None, of_group].transpose(2, 3),  # (b, 1, l, d)
+            call.delta[:, None, None, of_group].permute(0, 1, 4, 2, 3),  # (b, 1, l, 1, d)
+            call.A[None, of_group],
+            call.B[:, None, None, g].permute(0, 1, 4, 2, 3),  # (b, 1, l, 1, n)
+            call.C[:, None, None, g].permute(0, 1, 4, 2, 3),
+            None if call.D is None else call.D[None, of_group],
+            None if call.delta_bias is None else call.delta_bias[None, of_group],
             None,
-            delta_softplus,
+            call.delta_softplus,
             route_codes(("row",)),
-            None if initial_state is None else initial_state[:, None, own],
+            None if state is None else state[:, None, of_group],
             None,
-            backend,
+            call.backend,
         )
         ys.append(y[:, 0].transpose(1, 2))
         last_states.append(last_state[:, 0])
-    out = torch.cat(ys, 1)
-    if z is not None:
-        out = out * F.silu(z.to(out.dtype))
-    out = out.to(u.dtype)
-    return (out, torch.cat(last_states, 1)) if return_last_state else out
+    return torch.cat(ys, 1), torch.cat(last_states, 1)
+
+
+def _scan_each_state(call: _Sequence) -> tuple[Tensor, Tensor]:
+    """As `_scan_groups`, where B or C is constant: a factor of each channel, before or after the scan.
+
+    The operator has one B and C for all channels of a group, so each of the n states is a scan of its own.
+    """
+    u = call.u.to(torch.float64 if call.u.dtype == torch.float64 else torch.float32)
+    ones = u.new_ones(1).expand(u.shape[0], call.groups, 1, u.shape[2])
+    ys, last_states = [], []
+    for n in range(call.A.shape[1]):
+        state = slice(n, n + 1)
+        y, last_state = _scan_groups(
+            call._replace(
+                u=u if call.B.ndim == 4 else u * call.B[:, state].to(u.dtype),
+                A=call.A[:, state],
+                B=call.B[:, :, state] if call.B.ndim == 4 else ones,
+                C=call.C[:, :, state] if call.C.ndim == 4 else ones,
+                D=None,
+                initial_state=None if call.initial_state is None else call.initial_state[..., state],
+            )
+        )
+        ys.append(y if call.C.ndim == 4 else y * call.C[:, state].to(u.dtype))
+        last_states.append(last_state)
+    out = torch.stack(ys).sum(0)
+    if call.D is not None:
+        out = out + call.D.to(u.dtype)[:, None] * u
+    return out, torch.cat(last_states, 2)

@@ -59,7 +59,7 @@ class Checkpoints:
         best = self.folder / "best.ckpt"
         trainer.save_checkpoint(best)
         if trainer.is_global_zero:
-            write_best(best, module.model, self.run)
+            write_best(best, module.contents["config"], module.model, self.run)
 
 
 class Milestones(Callback):

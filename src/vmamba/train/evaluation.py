@@ -12,7 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from vmamba.data import Loaded
+from vmamba.data import LoadedBatch
 from vmamba.environment import environment
 from vmamba.errors import DataError, OutputError, RecipeError
 from vmamba.files import write_atomically
@@ -39,7 +39,7 @@ class _Judge(lightning.LightningModule):
         self.skipped: list[str] = []
         self.results: dict[str, Tensor] = {}
 
-    def validation_step(self, loaded: Loaded, batch_idx: int) -> None:
+    def validation_step(self, loaded: LoadedBatch, batch_idx: int) -> None:
         losses = self.task.validation_step(self.model, loaded.batch, self.metrics) or {}
         self.means.add(losses, len(loaded.indices))
         self.samples += len(loaded.indices)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import lightning
 import torch
 
-from vmamba.data import EpochSampler, ResumableLoader
+from vmamba.data import ResumableLoader, sampler_for
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task
@@ -52,15 +52,14 @@ def loader(
             f"{key}: {getattr(train, key.removeprefix('train.'))} gives each of {trainer.world_size} "
             f"processes {size} samples at a time, an odd number; Mixup and CutMix pair them"
         )
-    sampler = EpochSampler(
-        len(dataset),
+    sampler = sampler_for(
+        dataset,
+        training,
         seed=train.seed,
-        shuffle=training,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         chunk=size if training else 1,
         step=train.batch_size if training else 1,
-        groups=getattr(dataset, "groups", None),
     )
     if training and not len(sampler):
         raise DataError(

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import vmamba
-from vmamba.data import Loaded, SampleKey, draw_seed, seeded
+from vmamba.data import LoadedBatch, SampleKey, draw_seed, seeded
 from vmamba.errors import DataError
 from vmamba.models.checkpoints import CONTENTS
 from vmamba.train.guard import NonFiniteError, first_nonfinite
@@ -122,11 +122,11 @@ class TaskModule(lightning.LightningModule):
             self.model.eval()
         return self
 
-    def training_step(self, loaded: Loaded, batch_idx: int) -> Tensor:
+    def training_step(self, loaded: LoadedBatch, batch_idx: int) -> Tensor:
         # A checkpoint is taken between steps: there, what this step reads is done.
         loader: Any = self.trainer.train_dataloader
         loader.consumed = (batch_idx + 1) * loader.batch_size * self.trainer.world_size
-        self._step_batches.append((batch_idx, loaded.indices))
+        self._step_batches.append((batch_idx, loaded.keys))
         losses = self._losses(loaded.batch, batch_idx)
         loss = losses["loss"]
         finite = loss.detach().isfinite()

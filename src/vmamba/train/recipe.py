@@ -14,16 +14,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from timm.optim import list_optimizers
 
+from vmamba.config import Section, describe_problems
 from vmamba.errors import RecipeError
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys and values of another type are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelRecipe(Section):
@@ -408,27 +403,7 @@ def check(
         return recipe_type.model_validate(values)
     except ValidationError as error:
         problems = []
-        for problem in error.errors():
-            name = ".".join(map(str, problem["loc"]))
+        for name, sentence in describe_problems(recipe_type, error):
             line = (lines or {}).get(name)
-            problems.append(_explain(recipe_type, problem) + (f" (line {line})" if line else ""))
+            problems.append(sentence + (f" (line {line})" if line else ""))
     raise RecipeError("\n  ".join([f"{where}: the recipe does not check:", *problems])) from None
-
-
-def _explain(recipe_type: type[Section], problem: Any) -> str:
-    location = [str(key) for key in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "missing":
-        return f"{name}: missing"
-    if problem["type"] == "value_error":  # one of our own validators, which names the key itself
-        return ": ".join([*([name] if name else []), str(problem["ctx"]["error"])])
-    if problem["type"] != "extra_forbidden":
-        return f"{name}: {problem['msg']}, got {problem['input']!r}"
-    section: Any = recipe_type
-    for key in location[:-1]:
-        section = section.model_fields[key].annotation
-    keys = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], keys, n=3)
-    return f"{name}: no such key; " + (
-        f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(keys)}"
-    )

@@ -19,6 +19,7 @@ from vmamba.environment import environment
 from vmamba.errors import DataError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
 from vmamba.models.checkpoints import CONTENTS, contents, run_folder
+from vmamba.train.best import describe_model
 from vmamba.train.callbacks import Checkpoints, Milestones
 from vmamba.train.checkpoint import newest_checkpoint
 from vmamba.train.curves import check_metrics
@@ -208,7 +209,11 @@ def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None
             recipe,
             session.model,
             len(training) // trainer.accumulate_grad_batches,
-            {"samples": samples, "history": history},
+            {
+                "samples": samples,
+                "history": history,
+                "config": describe_model(session.task, session.model),
+            },
         )
         # Not Lightning's max_steps: with it a resume at an epoch's end would count that epoch twice.
         trainer.fit_loop.max_epochs = math.ceil(module.steps / module.steps_per_epoch)

@@ -1,7 +1,7 @@
 """A task with its recipe and its model: what training, evaluation, benchmarks and studies start from."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,12 @@ from torch import nn
 
 from vmamba.data import seeded
 from vmamba.errors import CheckpointError, RecipeError
+from vmamba.inference import Predictor
 from vmamba.models.checkpoints import Checkpoint, Weights, expand, open_checkpoint, resolve_checkpoint
 from vmamba.train.optim import enable_grad_checkpointing
 from vmamba.train.recipe import Recipe, check, override_values, read_values
 from vmamba.train.task import Task
-from vmamba.train.tasks import task_type
+from vmamba.train.tasks import restore, task_type
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class Session:
     model: nn.Module
     weights: Literal["raw", "ema", "new"]
 
-    def predictor(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def predictor(self) -> Predictor:
         """What turns images into a prediction each."""
-        return self.task.predictor(self.model.eval())
+        return self.task.predictor(self.model)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -109,18 +110,11 @@ def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights) ->
     checkpoint = open_checkpoint(path)
     if checkpoint.recipe is None:
         raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
-    task_class = task_type(checkpoint.recipe.get("task"))
-    values = override_values(dict(checkpoint.recipe), overrides, task_class.recipe_type)
-    task = task_class(check(task_class.recipe_type, values, str(path)), checkpoint.classes)
-    recipe = task.recipe
-    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
-    model = task.build_model(recipe.model_copy(update={"model": untrained}))
+    recipe_type = task_type(checkpoint.recipe.get("task")).recipe_type
+    values = override_values(dict(checkpoint.recipe), overrides, recipe_type)
+    task, model = restore(checkpoint, check(recipe_type, values, str(path)), weights)
     kind: Any = checkpoint.kind(weights)
-    try:
-        model.load_state_dict(checkpoint.state_dict(kind))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit its own model: {error}") from error
-    return Session(str(source), task, recipe, model.eval(), kind)
+    return Session(str(source), task, task.recipe, model, kind)
 
 
 def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Session:
@@ -137,9 +131,8 @@ def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Sess
         kind = checkpoint.kind(kind)
     elif kind == "ema":
         raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
-    # The data have to have a run's classes, in the same order.
-    of_run = checkpoint is not None and checkpoint.recipe is not None
-    classes = checkpoint.classes if checkpoint is not None and of_run else None
+    # The data have to have the classes of the weights, where the file names them.
+    classes = None if checkpoint is None else checkpoint.classes
     judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
     task = task_class(task_class.without_training_data(recipe), classes)
     model = task.build_model(task.recipe.model_copy(update={"model": judged}))

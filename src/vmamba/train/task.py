@@ -8,16 +8,15 @@ folder, checkpoints and the command are the same for all tasks. To add one, writ
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from PIL import Image
 from torch import Tensor, nn
 
-from vmamba.data import SampleKey
+from vmamba.data import Preprocessing, SampleKey
 from vmamba.errors import RecipeError
 from vmamba.files import write_atomically
+from vmamba.inference import Predictor
 from vmamba.train.recipe import Recipe
 
 Batch = Any
@@ -53,15 +52,6 @@ class Metrics(Protocol):
     def reset(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Prediction(ABC):
-    """What a task says of one image; `dataclasses.asdict` turns it into plain values."""
-
-    @abstractmethod
-    def text(self, top: int) -> str:
-        """One line for a terminal, with the `top` likeliest answers."""
-
-
 class Task(ABC):
     """One kind of problem.
 
@@ -81,6 +71,8 @@ class Task(ABC):
 
     recipe: Any
     classes: list[str]
+    preprocessing: Preprocessing
+    """From an image file to the model's input, in evaluation."""
     needs_pairs: bool = False
     """`augment_batch` needs batches of an even size."""
 
@@ -164,8 +156,8 @@ class Task(ABC):
         raise RecipeError(f"test-time augmentation: not for {self.name}")
 
     @abstractmethod
-    def predictor(self, model: nn.Module) -> Callable[[Sequence[Image.Image]], Sequence[Prediction]]:
-        """What turns images into a prediction each, with a model in evaluation mode."""
+    def predictor(self, model: nn.Module) -> Predictor:
+        """What turns images into a prediction each; it stands where the model does."""
 
 
 def scores(results: Mapping[str, Tensor]) -> dict[str, float]:

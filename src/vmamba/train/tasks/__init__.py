@@ -3,7 +3,13 @@
 import importlib
 from typing import Any
 
-from vmamba.errors import RecipeError
+import torch
+from torch import nn
+
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.inference import Predictor
+from vmamba.models.checkpoints import Checkpoint, Weights
+from vmamba.train.recipe import check
 from vmamba.train.task import Task
 
 TASKS = {
@@ -22,3 +28,45 @@ def task_type(name: Any) -> type[Task]:
         raise RecipeError(f"task: unknown task {name!r}; expected one of {', '.join(map(repr, TASKS))}")
     module, _, class_name = TASKS[name].partition(":")
     return getattr(importlib.import_module(module), class_name)
+
+
+def restore(checkpoint: Checkpoint, recipe: Any, weights: Weights) -> tuple[Task, nn.Module]:
+    """The task and the trained model that a run's checkpoint is of; nothing else is needed.
+
+    Args:
+        checkpoint: Of a run.
+        recipe: Of it, or with changes to all but its model.
+        weights: Which.
+
+    Raises:
+        CheckpointError: It has no such weights, or they do not fit its own model.
+    """
+    task = task_type(recipe.task)(recipe, checkpoint.classes)
+    recipe = task.recipe
+    untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
+    model = task.build_model(recipe.model_copy(update={"model": untrained}))
+    try:
+        model.load_state_dict(checkpoint.state_dict(weights))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path}: does not fit its own model: {error}") from error
+    return task, model.eval()
+
+
+def load_predictor(
+    checkpoint: Checkpoint,
+    weights: Weights = "auto",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Predictor:
+    """The predictor of a run of any task, for `vmamba.load`.
+
+    Raises:
+        CheckpointError: The file is not of a run, has no such weights, or does not fit.
+    """
+    values = dict(checkpoint.recipe or (checkpoint.config or {}).get("vmamba", {}).get("recipe") or {})
+    if not values:
+        raise CheckpointError(f"{checkpoint.path}: does not say by what recipe its model is made")
+    recipe = check(task_type(values.get("task")).recipe_type, values, checkpoint.path)
+    task, model = restore(checkpoint, recipe, weights)
+    return task.predictor(model.to(device=device, dtype=dtype))

@@ -1,110 +1,35 @@
 """Image classification."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from timm.data import Mixup, create_transform
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
+from vmamba.config import Section
 from vmamba.data import (
+    ClassificationData,
     ClassificationDataset,
-    HuggingFaceImages,
-    ImageFolder,
-    ImageSource,
-    MnistSubset,
-    RemoteShards,
-    Shards,
-    TarImages,
-    find_shards,
-    is_url,
-    read_classes,
+    ClassifiedImages,
+    FolderSection,
+    Preprocessing,
 )
-from vmamba.data.augment import keep_a_bit
-from vmamba.errors import DataError, RecipeError
+from vmamba.data.augment import skip_posterize_to_zero_bits
+from vmamba.errors import RecipeError
+from vmamba.inference import ClassificationPredictor, set_configuration
 from vmamba.train.averaging import AveragedViews
 from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
-from vmamba.train.guard import NonFiniteError
 from vmamba.train.model import create_model, require_model
-from vmamba.train.recipe import Recipe, Section
-from vmamba.train.task import Prediction, Task
-
-
-class DataRecipe(Section):
-    """Where the images come from and what the model sees of them."""
-
-    source: Literal["folder", "tar", "webdataset", "huggingface", "mnist"] = Field(
-        default="folder",
-        description="'folder': root/<split>/<class>/<image>; 'tar': such a folder in the tar root/<split>; "
-        "'webdataset': shards root/<split>; 'huggingface': what load_from_disk or load_dataset of the "
-        "package datasets take as root; 'mnist': built in",
-    )
-    root: str | None = Field(
-        default=None, description="a folder; for 'webdataset' also an address such as s3://bucket/folder"
-    )
-    train_split: str | list[str] = Field(
-        default="train", description="for 'webdataset' patterns of shards, such as train-{000000..001023}.tar"
-    )
-    val_split: str | list[str] = "val"
-    classes: str | int | None = Field(
-        default=None,
-        description="for 'webdataset', and 'huggingface' without names: a text file with a name a line, or "
-        "the number of classes",
-    )
-    image_column: str = Field(default="image", description="of 'huggingface'")
-    label_column: str = Field(default="label", description="of 'huggingface'")
-    shuffle_shards: int = Field(
-        default=16, ge=1, description="shards in object storage whose samples an epoch mixes"
-    )
-    cache_dir: str | None = Field(
-        default=None, description="folder for shards from object storage, on a local disk"
-    )
-    cache_gb: float = Field(default=100, gt=0, description="size in 10⁹ bytes that it is kept below")
-    channels: Literal[1, 3] = 3
-    image_size: int | None = Field(
-        default=None, ge=8, description="null, here and below, for what the model's own configuration says"
-    )
-    crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="of the resized image's side, in evaluation"
-    )
-    interpolation: Literal["bicubic", "bilinear"] | None = None
-    mean: tuple[float, ...] | None = Field(default=None, strict=False)
-    std: tuple[float, ...] | None = Field(default=None, strict=False)
-
-    @model_validator(mode="after")
-    def _a_value_each_channel(self) -> "DataRecipe":
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != self.channels:
-                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std {self.std} is not above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _of_the_source(self) -> "DataRecipe":
-        if self.source != "webdataset":
-            for name in ("train_split", "val_split"):
-                if not isinstance(getattr(self, name), str):
-                    raise ValueError(
-                        f"{name}: a list is for source 'webdataset', and this is {self.source!r}"
-                    )
-            if self.classes is not None and self.source != "huggingface":
-                raise ValueError(f"classes: source {self.source!r} names them itself; leave it out")
-        elif self.classes is None:
-            raise ValueError("classes: missing; a text file with a name a line, or the number of classes")
-        elif self.root is not None and is_url(self.root) and self.cache_dir is None:
-            raise ValueError(f"cache_dir: missing; shards from {self.root} are kept there")
-        if isinstance(self.classes, int) and self.classes < 1:
-            raise ValueError(f"classes: expected at least 1, got {self.classes}")
-        return self
+from vmamba.train.recipe import Recipe
+from vmamba.train.task import Task
 
 
 class AugmentRecipe(Section):
@@ -153,7 +78,7 @@ class ClassificationRecipe(Recipe):
     """A recipe with `task: classification`."""
 
     task: Literal["classification"] = "classification"
-    data: DataRecipe = DataRecipe()
+    data: ClassificationData = FolderSection()
     augment: AugmentRecipe = AugmentRecipe()
 
     @model_validator(mode="after")
@@ -165,24 +90,6 @@ class ClassificationRecipe(Recipe):
         return self
 
 
-@dataclass(frozen=True)
-class ClassScore:
-    """A class and the probability given to it."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Classification(Prediction):
-    """The classes of an image, the likeliest first."""
-
-    classes: list[ClassScore]
-
-    def text(self, top: int) -> str:
-        return ", ".join(f"{c.label} {c.score:.1%}" for c in self.classes[:top])
-
-
 class ClassificationTask(Task):
     """Images of one class each; softmax cross-entropy, with Mixup and CutMix where the recipe asks."""
 
@@ -192,7 +99,8 @@ class ClassificationTask(Task):
 
     def __init__(self, recipe: ClassificationRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
-        self._sources: dict[str, ImageSource] = {}
+        self.preprocessing: Preprocessing = self.recipe.data.preprocessing(_configuration(self.recipe))
+        self._sources: dict[str, ClassifiedImages] = {}
         self.classes = list(classes) if classes is not None else self._source("train").classes
         augment = self.recipe.augment
         self.mixup = None
@@ -209,71 +117,35 @@ class ClassificationTask(Task):
 
     @classmethod
     def resolve(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
-        """Size, crop, interpolation, mean and std from the model's pretrained configuration."""
-        data = recipe.data
-        require_model(recipe.model.name)
-        cfg: Any = timm.get_pretrained_cfg(recipe.model.name)
-        cfg = PretrainedCfg() if cfg is None else cfg
-        mean, std = (_for_channels(values, data.channels) for values in (cfg.mean, cfg.std))
-        # timm has more interpolations than the recipe: "random" is for training, others are rare.
-        interpolation = cfg.interpolation if cfg.interpolation == "bilinear" else "bicubic"
-        defaults = {"image_size": cfg.input_size[-1], "crop_pct": cfg.crop_pct, "mean": mean, "std": std}
-        defaults["interpolation"] = interpolation
-        missing = {name: value for name, value in defaults.items() if getattr(data, name) is None}
-        return recipe.model_copy(update={"data": data.model_copy(update=missing)})
+        """Channels, size, crop, interpolation, mean and std from the model's pretrained configuration."""
+        data = recipe.data.resolved(_configuration(recipe))
+        return recipe.model_copy(update={"data": data})
 
-    def _source(self, split: str) -> ImageSource:
+    @classmethod
+    def without_training_data(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
+        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
+
+    def _source(self, split: Literal["train", "val"]) -> ClassifiedImages:
         if split not in self._sources:
-            self._sources[split] = self._open(split)
+            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
         return self._sources[split]
 
-    def _open(self, split: str) -> ImageSource:
-        data = self.recipe.data
-        mode = "RGB" if data.channels == 3 else "L"
-        if data.source == "mnist":
-            return MnistSubset(split, mode)
-        if data.root is None:
-            raise RecipeError("data.root: missing; set it to the folder that holds the splits")
-        chosen = data.train_split if split == "train" else data.val_split
-        classes = None if data.classes is None else read_classes(data.classes)
-        if isinstance(chosen, str) and data.source == "huggingface":
-            return HuggingFaceImages(
-                *(data.root, chosen),
-                image_column=data.image_column,
-                label_column=data.label_column,
-                classes=classes,
-                mode=mode,
-            )
-        if isinstance(chosen, str) and data.source != "webdataset":
-            path = Path(data.root) / chosen
-            return TarImages(path, mode) if data.source == "tar" else ImageFolder(path, mode)
-        assert classes is not None  # by the recipe's validator
-        shards = find_shards(data.root, [chosen] if isinstance(chosen, str) else chosen)
-        if not is_url(data.root):
-            return Shards(shards, classes, mode)
-        assert data.cache_dir is not None
-        return RemoteShards(
-            *(shards, classes, mode),
-            cache_dir=data.cache_dir,
-            cache_gb=data.cache_gb,
-            window=data.shuffle_shards,
-        )
-
     def transform(self, training: bool) -> Any:
-        """From a PIL image to a normed tensor (channels, side, side), `train_size` or `image_size` a side."""
-        data, augment = self.recipe.data, self.recipe.augment
-        side = (training and augment.train_size) or data.image_size
-        common: dict[str, Any] = {
-            "input_size": (data.channels, side, side),
-            "interpolation": data.interpolation,
-            "mean": data.mean,
-            "std": data.std,
-        }
+        """From a decoded image to a normed tensor (c, h, w), of `train_size` or `image_size`."""
+        augment = self.recipe.augment
         if not training:
-            return create_transform(**common, is_training=False, crop_pct=data.crop_pct)
-        transform = keep_a_bit(
+            return self.preprocessing.transform()
+        if self.preprocessing.decoding.to_tensor and (augment.auto_augment or augment.color_jitter):
+            raise RecipeError(
+                "augment: auto_augment and color_jitter are for 8-bit images of 1 or 3 channels; set "
+                "augment.auto_augment=null and augment.color_jitter=0"
+            )
+        preprocessing = self.preprocessing
+        if augment.train_size is not None:
+            preprocessing = replace(preprocessing, size=(augment.train_size, augment.train_size))
+        transform = skip_posterize_to_zero_bits(
             create_transform(
-                **common,
+                **preprocessing.timm_arguments(),
                 is_training=True,
                 scale=augment.scale,
                 ratio=augment.ratio,
@@ -291,36 +163,31 @@ class ClassificationTask(Task):
             return Compose([affine, transform])
         return transform
 
-    def dataset(self, split: str) -> ClassificationDataset:
+    def dataset(self, split: Literal["train", "val"]) -> ClassificationDataset:
         source = self._source(split)
-        if source.classes != self.classes:
-            missing = [name for name in self.classes if name not in source.classes]
-            extra = [name for name in source.classes if name not in self.classes]
-            raise DataError(
-                f"{source}: not the model's {len(self.classes)} classes; missing {missing}, extra {extra}"
-            )
-        return ClassificationDataset(source, self.transform(split == "train"), self.recipe.train.seed)
+        source.use_classes(self.classes)
+        source.report_empty_classes()
+        training = split == "train"
+        balance = self.recipe.data.sampling_classes(source) if training else None
+        return ClassificationDataset(source, self.transform(training), self.recipe.train.seed, balance)
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Of the loss, (classes,); None where all count the same."""
+        if self.recipe.data.class_weights is None:
+            return None
+        source = self._source("train")
+        source.use_classes(self.classes)
+        return self.recipe.data.loss_weights(source)
 
     def build_model(self, recipe: ClassificationRecipe) -> nn.Module:
-        data = self.resolve(recipe).data
-        assert data.image_size is not None
-        model: Any = create_model(
+        model = create_model(
             recipe.model,
             num_classes=len(self.classes),
-            in_chans=data.channels,
-            image_size=(data.image_size, data.image_size),
+            in_chans=self.preprocessing.channels,
+            image_size=self.preprocessing.size,
         )
-        # What timm reads, from the model or from an export of it: as the run has it, not as the registry.
-        cfg = {
-            "num_classes": len(self.classes),
-            "input_size": (data.channels, data.image_size, data.image_size),
-            "crop_pct": data.crop_pct,
-            "interpolation": data.interpolation,
-            "mean": data.mean,
-            "std": data.std,
-            "label_names": list(self.classes),
-        }
-        model.pretrained_cfg = model.default_cfg = {**getattr(model, "pretrained_cfg", {}), **cfg}
+        set_configuration(model, self.preprocessing, self.classes)
         return model
 
     def augment_batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -340,8 +207,9 @@ class ClassificationTask(Task):
         labels, smoothing = targets, self.recipe.augment.label_smoothing
         if targets.ndim == 2:  # mixed, and smoothed already
             labels, targets, smoothing = targets.argmax(1), targets.to(logits), 0.0
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
         return {
-            "loss": F.cross_entropy(logits, targets, label_smoothing=smoothing),
+            "loss": F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing),
             "accuracy": (logits.argmax(1) == labels).float().mean(),
         }
 
@@ -357,11 +225,6 @@ class ClassificationTask(Task):
                 "top5": MulticlassAccuracy(number, top_k=min(5, number), average="micro"),
             }
         )
-
-    @classmethod
-    def without_training_data(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
-        data = recipe.data.model_copy(update={"train_split": recipe.data.val_split})
-        return recipe.model_copy(update={"data": data})
 
     def report_metrics(self) -> Any:
         """top1, top5, the expected calibration error over 15 bins of confidence, and the confusion matrix."""
@@ -405,26 +268,11 @@ class ClassificationTask(Task):
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         return AveragedViews(model, flip, scales)
 
-    def predictor(self, model: nn.Module) -> Callable[[Sequence[Image.Image]], list[Prediction]]:
-        transform = self.transform(training=False)
-        mode = "RGB" if self.recipe.data.channels == 3 else "L"
-        device = next(model.parameters()).device
-
-        def predict(images: Sequence[Image.Image]) -> list[Prediction]:
-            batch = torch.stack([transform(image.convert(mode)) for image in images]).to(device)
-            with torch.inference_mode():
-                probabilities = model(batch).float().softmax(1).cpu()
-            if not probabilities.isfinite().all():
-                raise NonFiniteError("the model's outputs are not finite; try it in float32")
-            return [self._classification(row) for row in probabilities]
-
-        return predict
-
-    def _classification(self, probabilities: Tensor) -> Classification:
-        order = probabilities.argsort(descending=True).tolist()
-        return Classification([ClassScore(self.classes[i], probabilities[i].item()) for i in order])
+    def predictor(self, model: nn.Module) -> ClassificationPredictor:
+        return ClassificationPredictor(model, self.preprocessing, self.classes)
 
 
-def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A value for each channel; where the model was made for others, their mean."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+def _configuration(recipe: ClassificationRecipe) -> Any:
+    """timm's pretrained configuration of the model."""
+    require_model(recipe.model.name)
+    return timm.get_pretrained_cfg(recipe.model.name)

@@ -1,0 +1,195 @@
+"""The selective scans that a model runs: what goes into each, and what comes out.
+
+b batch, h height, w width, d channels, k routes, n state size, r rank of delta.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vmamba.nn.modes import evaluating
+from vmamba.ops.routes import names_of, scan_order
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One call of `torch.ops.vmamba.selective_scan_2d`: the operator's arguments, detached, and its results.
+
+    Attributes:
+        x: (b, h, w, d).
+        delta: (b, h, w, k, r), or (b, h, w, k, d) without `delta_weight`.
+        A: (k, d, n).
+        B: (b, h, w, k, n).
+        C: (b, h, w, k, n).
+        D: (k, d), or None.
+        delta_bias: (k, d), or None.
+        delta_weight: (k, d, r), or None.
+        delta_softplus: Whether softplus is applied to delta.
+        routes: The code of each route, as the operator takes them.
+        initial_state: (b, k, d, n), or None.
+        out_dtype: Of y; None is the state's type.
+        backend: The one that the call named, or None.
+        orders: The routes that are given as permutations, (their number, h·w), or None.
+        y: (b, h, w, d).
+        last_state: (b, k, d, n).
+    """
+
+    x: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    delta_bias: Tensor | None
+    delta_weight: Tensor | None
+    delta_softplus: bool
+    routes: tuple[int, ...]
+    initial_state: Tensor | None
+    out_dtype: torch.dtype | None
+    backend: str | None
+    orders: Tensor | None
+    y: Tensor = field(repr=False)
+    last_state: Tensor = field(repr=False)
+
+    @property
+    def route_names(self) -> tuple[str, ...]:
+        """The name of each route."""
+        return names_of(self.routes)
+
+    def route_orders(self) -> Tensor:
+        """The flat image positions (row·w + column) as each route visits them, (k, h·w)."""
+        _, height, width, _ = self.x.shape
+        return scan_order(self.routes, height, width, self.x.device, self.orders)
+
+
+_ARGUMENTS = [f.name for f in fields(Scan)][:-2]
+"""The operator's arguments, in the order of its schema."""
+
+
+@dataclass(frozen=True)
+class ScanShape:
+    """The sizes of a model's scan for one image, and how often the model has it.
+
+    Attributes:
+        height: h.
+        width: w.
+        channels: d.
+        n_state: n.
+        rank: r; 0 where delta is given whole.
+        routes: The name of each route.
+        lines: How many images of this size the scan has for one image of the model: 1 for an SS2D. The
+            cascade scans each line as an image of height 1.
+        times: How many scans of one forward pass are of this kind.
+    """
+
+    height: int
+    width: int
+    channels: int
+    n_state: int
+    rank: int
+    routes: tuple[str, ...]
+    lines: int = 1
+    times: int = 1
+
+
+class _OperatorCalls(TorchFunctionMode):
+    """Hands every call of the operator to a function, with its outputs."""
+
+    def __init__(self, notify: Callable[[dict[str, Any], tuple[Tensor, ...]], None]) -> None:
+        super().__init__()
+        self.notify = notify
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        operator = torch.ops.vmamba.selective_scan_2d
+        if func is operator or func is operator.default:
+            self.notify({"orders": None, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}, outputs)
+        return outputs
+
+
+@contextmanager
+def watching_scans(model: nn.Module, callback: Callable[[str, Scan], None]) -> Iterator[None]:
+    """Call a function after every scan that the model runs inside the `with` block.
+
+    The model may be any module, in any mode, with or without gradients; its parameters, modes and outputs
+    stay as they are. A scan that runs outside of the model's modules is not reported, nor one that a compiled
+    or scripted model runs without Python.
+
+    Args:
+        model: That runs the scans.
+        callback: Is given the name of the innermost module that was running ("" for the model itself) and the
+            scan. What it raises ends the forward pass.
+    """
+    running: list[str] = []
+
+    def report(arguments: dict[str, Any], outputs: tuple[Tensor, ...]) -> None:
+        if not running:
+            return
+        values: dict[str, Any] = {
+            name: t.detach() if isinstance(t, Tensor) else t for name, t in arguments.items()
+        }
+        values["routes"] = tuple(values["routes"])
+        callback(running[-1], Scan(**values, y=outputs[0].detach(), last_state=outputs[1].detach()))
+
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
+            running.append(name)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            running.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with _OperatorCalls(report):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def record_scans(model: nn.Module, images: Tensor) -> dict[str, list[Scan]]:
+    """The scans of one forward pass in evaluation mode, without gradients.
+
+    Args:
+        model: Any module that takes images.
+        images: As the model takes them, on its device.
+
+    Returns:
+        By the name of the module that runs them, in the order in which modules first ran: one scan for an
+        SS2D, two (along rows, then along columns) for the cascade. Empty where the model has no scan.
+    """
+    scans: dict[str, list[Scan]] = {}
+    with evaluating(model), watching_scans(model, lambda name, scan: scans.setdefault(name, []).append(scan)):
+        model(images)
+    return scans
+
+
+def scan_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[ScanShape]:
+    """The different shapes of a model's scans, in the order in which they run, from one forward pass.
+
+    Args:
+        model: On any device; on the meta device nothing is computed.
+        input_size: (channels, height, width).
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    counts: Counter[ScanShape] = Counter()
+    for scans in record_scans(model, image).values():
+        for scan in scans:
+            lines, height, width, channels = scan.x.shape
+            rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
+            counts[ScanShape(height, width, channels, scan.A.shape[2], rank, scan.route_names, lines)] += 1
+    return [replace(shape, times=times) for shape, times in counts.items()]

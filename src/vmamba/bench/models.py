@@ -1,0 +1,306 @@
+"""Throughput and memory of models side by side."""
+
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmamba.analysis.scans import record_scans
+from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
+from vmamba.models.factory import create_model
+from vmamba.nn.modes import evaluating
+from vmamba.ops import use_backend
+
+PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224", "resnet50")
+"""Models that VMamba-T is compared with, by timm's names."""
+
+TOLERANCE = 1e-4
+"""Largest difference between two backends' logits, over the largest logit."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How models are run.
+
+    Attributes:
+        size: Side of the images in pixels.
+        batch: Images at once.
+        train: Forward and backward of a training step, instead of inference.
+        autocast: None, "bf16" or "fp16".
+        device: As PyTorch names it.
+        backend: Of the selective scan; None is the device's backend of choice.
+    """
+
+    size: int
+    batch: int
+    train: bool = False
+    autocast: str | None = None
+    device: str = "cpu"
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model at one setting.
+
+    Attributes:
+        model: Its name.
+        size: Side of the images in pixels.
+        batch: Images at once.
+        images_per_second: By the median round.
+        ratio: How many times as fast the first model is.
+        seconds: Of one call, of each round.
+        memory_format: "channels_last" or "contiguous", whichever was faster.
+        peak_memory: Bytes that a call needs beyond those in use before it, in a process of its own; None
+            if it was not asked for or the system does not tell.
+    """
+
+    model: str
+    size: int
+    batch: int
+    images_per_second: float
+    ratio: Ratio
+    seconds: list[float]
+    memory_format: str
+    peak_memory: int | None
+
+
+def create_for(name: str, setting: Setting) -> nn.Module:
+    """A model of timm's registry for images of the setting's size, in the setting's mode and on its device.
+
+    Raises:
+        ModelError: No model has that name.
+    """
+    model: nn.Module = create_model(name, image_size=(setting.size, setting.size))
+    return model.to(setting.device).train(setting.train)
+
+
+def step(model: nn.Module, images: Tensor, setting: Setting) -> Callable[[], Tensor]:
+    """A function that calls the model as the setting says, and returns the logits."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    labels = torch.arange(len(images), device=images.device)
+
+    def run() -> Tensor:
+        half = (
+            nullcontext()
+            if setting.autocast is None
+            else torch.autocast(images.device.type, types[setting.autocast])
+        )
+        with nullcontext() if setting.train else torch.inference_mode():
+            with half:
+                logits = model(images)
+            if setting.train:
+                F.cross_entropy(logits.float(), labels).backward()
+                for parameter in model.parameters():
+                    parameter.grad = None
+        return logits.detach()
+
+    return run
+
+
+def _images(setting: Setting) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.batch, 3, setting.size, setting.size)
+    return torch.randn(shape, generator=generator).to(setting.device)
+
+
+def check(model: nn.Module, name: str, setting: Setting) -> None:
+    """Refuse to time what is wrong: logits that are not finite, or backends that do not agree.
+
+    A model with selective scans is compared, in float32 and on one image, with itself on another backend.
+
+    Args:
+        model: From `create_for`; keeps its mode.
+        name: For the message.
+        setting: How the model is to be timed, inside a block of that backend.
+
+    Raises:
+        BenchError: The model computes something wrong.
+    """
+    image = _images(setting)[:1]
+    with evaluating(model):
+        run = step(model, image, replace(setting, batch=1, train=False, autocast=None))
+        logits = run()
+        if not logits.isfinite().all():
+            raise BenchError(f"{name}: the logits are not finite")
+        if not record_scans(model, image):
+            return
+        with use_backend("reference" if setting.backend == "chunked" else "chunked"):
+            expected = run()
+    error = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if error > TOLERANCE:
+        raise BenchError(f"{name}: the backends differ by {error:.1e} of the largest logit")
+
+
+@contextmanager
+def on_backend(name: str | None) -> Iterator[None]:
+    """Run every scan inside the `with` block on a backend; None leaves the choice to each call.
+
+    Raises:
+        BenchError: No backend has that name, or it cannot run on this machine; the message says why.
+    """
+    with ExitStack() as stack:
+        if name is not None:
+            try:
+                stack.enter_context(use_backend(name))
+            except (ValueError, RuntimeError) as error:
+                raise BenchError(str(error)) from error
+        yield
+
+
+def bench_models(
+    names: Sequence[str],
+    setting: Setting,
+    rounds: int = 10,
+    memory: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[Measurement]:
+    """Time models in turns, each in the memory format that is faster for it.
+
+    Args:
+        names: Of timm's registry; ratios are to the first.
+        setting: Of all of them.
+        rounds: At least 1.
+        memory: Measure the peak memory of each too.
+        log: Is given a line for each thing that begins.
+
+    Raises:
+        BenchError: An argument is out of range, the backend is unknown or cannot run here, or a model cannot
+            run at this setting or computes something wrong.
+        ModelError: A model is unknown.
+    """
+    for name, value in {"rounds": rounds, "batch": setting.batch, "size": setting.size}.items():
+        if value < 1:
+            raise BenchError(f"{name}: expected at least 1, got {value}")
+    if not names or len(set(names)) < len(names):
+        raise BenchError(f"models: expected different names, got {', '.join(names) or 'none'}")
+    synchronize = synchronizer(setting.device)
+    calls, formats = {}, {}
+    with on_backend(setting.backend):
+        for name in names:
+            log(f"checking {name}")
+            model = create_for(name, setting)
+            try:
+                check(model, name, setting)
+                calls[name], formats[name] = _in_faster_format(model, setting, synchronize)
+            except BenchError:
+                raise
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise BenchError(f"{name} at {setting.batch} × {setting.size}²: {error}") from error
+        log(f"timing {rounds} rounds")
+        seconds = interleaved(calls, rounds, synchronize)
+    peaks = {name: peak_memory(name, setting, formats[name]) if memory else None for name in names}
+    return [
+        Measurement(
+            name,
+            setting.size,
+            setting.batch,
+            setting.batch / statistics.median(seconds[name]),
+            ratio(seconds[names[0]], seconds[name]),
+            seconds[name],
+            formats[name],
+            peaks[name],
+        )
+        for name in names
+    ]
+
+
+def _formatted(model: nn.Module, setting: Setting, memory_format: str) -> Callable[[], Tensor]:
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    return step(model.to(memory_format=layout), _images(setting).contiguous(memory_format=layout), setting)
+
+
+def _in_faster_format(
+    model: nn.Module, setting: Setting, synchronize: Callable[[], None]
+) -> tuple[Callable[[], Tensor], str]:
+    def seconds(memory_format: str) -> float:
+        call = _formatted(model, setting, memory_format)
+        return min(interleaved({"": call}, 2, synchronize)[""])
+
+    faster = min(("contiguous", "channels_last"), key=seconds)
+    return _formatted(model, setting, faster), faster
+
+
+def peak_memory(name: str, setting: Setting, memory_format: str) -> int | None:
+    """Bytes that one call needs beyond those in use before it: activations, and gradients in training.
+
+    Args:
+        name: Of the model.
+        setting: Of the call.
+        memory_format: "channels_last" or "contiguous".
+
+    Returns:
+        None where the system does not tell: on other devices than CUDA's, and CPUs without Linux.
+    """
+    if setting.device.startswith("cuda"):
+        with on_backend(setting.backend):
+            call = _formatted(create_for(name, setting), setting, memory_format)
+            torch.cuda.synchronize(setting.device)
+            torch.cuda.reset_peak_memory_stats(setting.device)
+            before = torch.cuda.memory_allocated(setting.device)
+            call()
+            torch.cuda.synchronize(setting.device)
+            return torch.cuda.max_memory_allocated(setting.device) - before
+    if setting.device != "cpu" or not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (name, setting, memory_format, torch.get_num_threads()))
+
+
+def _peak_memory_here(name: str, setting: Setting, memory_format: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+
+    def kibibytes(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+    with on_backend(setting.backend):
+        call = _formatted(create_for(name, setting), setting, memory_format)
+        # A first call of another model loads the libraries, so that they do not count.
+        small = replace(setting, size=32, batch=1)
+        _formatted(create_for("vmamba_pico", small), small, "contiguous")()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = kibibytes("VmRSS")
+        call()
+        return 1024 * (kibibytes("VmHWM") - before)
+
+
+def to_rows(measurements: Sequence[Measurement], setting: Setting) -> list[dict[str, Any]]:
+    """Measurements with their setting, as JSON holds them."""
+    return [{**asdict(setting), **asdict(measurement)} for measurement in measurements]
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write throughput as a PNG: over size or batch where several were measured, else as bars.
+
+    Args:
+        rows: From `to_rows`.
+        path: Of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    axis = next((a for a in ("size", "batch") if len({row[a] for row in rows}) > 1), None)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if axis is None:
+        axes.barh(models[::-1], [row["images_per_second"] for row in rows][::-1])
+        axes.set_xlabel("images/s")
+    else:
+        for model in models:
+            points = sorted((row[axis], row["images_per_second"]) for row in rows if row["model"] == model)
+            axes.plot(*zip(*points, strict=True), marker="o", label=model)
+        axes.set(xlabel={"size": "side of the image, pixels", "batch": "batch size"}[axis], ylabel="images/s")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

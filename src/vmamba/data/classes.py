@@ -1,0 +1,22 @@
+"""Names of classes that a dataset does not name itself."""
+
+from pathlib import Path
+
+from vmamba.errors import DataError
+
+
+def read_classes(names: str | Path | int) -> list[str]:
+    """The classes of labels 0, 1, …: a number of them, or a text file with a name a line.
+
+    Raises:
+        DataError: The file is missing, or a name is empty or stands twice.
+    """
+    if isinstance(names, int):
+        return [str(number) for number in range(names)]
+    try:
+        lines = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{names}: cannot read the names of the classes ({error})") from None
+    if not lines or not all(lines) or len(set(lines)) < len(lines):
+        raise DataError(f"{names}: expected a name a line, none empty and none twice")
+    return lines

@@ -1,0 +1,247 @@
+"""The section `data` of a recipe: what every source of images has in common."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from torch import Tensor
+from typing_extensions import Self
+
+from vmamba.config import Section
+from vmamba.data.decoding import RGB, Decoding
+from vmamba.data.preprocessing import Preprocessing
+from vmamba.data.source import ClassifiedImages, ImageSource, class_weights
+from vmamba.data.splitting import SplitImages
+from vmamba.errors import DataError, RecipeError
+
+Split = Literal["train", "val"]
+
+
+class DataSection(Section):
+    """Where images come from, and what a model sees of them; a source adds its keys, and how it is opened."""
+
+    source: str
+    root: str | None = Field(default=None, description="the folder that holds the splits")
+    train_split: str = "train"
+    val_split: str = "val"
+    channels: int | None = Field(default=None, ge=1, description="of the input; null for the model's")
+    image_size: int | Annotated[tuple[int, int], Field(strict=False)] | None = Field(
+        default=None,
+        description="side, or [height, width], of the input in pixels; null for the model's",
+    )
+    crop_pct: float | None = Field(
+        default=None,
+        gt=0,
+        le=2,
+        description="of the resized image's side, in evaluation; null for the model's",
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = Field(
+        default=None,
+        description="in evaluation: keep the ratio of the sides and crop, give it up, or pad; null for the "
+        "model's",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = Field(
+        default=None, description="null for the model's"
+    )
+    mean: tuple[float, ...] | None = Field(
+        default=None, strict=False, description="a value for each channel, or one; null for the model's"
+    )
+    std: tuple[float, ...] | None = Field(
+        default=None, strict=False, description="a value for each channel, or one; null for the model's"
+    )
+    background: tuple[int, int, int] = Field(
+        default=(255, 255, 255), strict=False, description="RGB, which shows through transparent pixels"
+    )
+    value_range: tuple[float, float] | None = Field(
+        default=None,
+        strict=False,
+        description="what becomes black and white of pixels deeper than 8 bits; null for [0, 65535] of whole "
+        "numbers and [0, 1] of floats",
+    )
+    float_images: bool = Field(
+        default=False,
+        description="keep all bits of deep pixels; needs augment.auto_augment null and color_jitter 0. Other "
+        "channels than 1 and 3 always do",
+    )
+
+    @field_validator("image_size")
+    @classmethod
+    def _large_enough(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if size is not None and min((size,) if isinstance(size, int) else size) < 8:
+            raise ValueError(f"expected at least 8 pixels, got {size}")
+        return size
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and self.channels is not None and len(values) not in (1, self.channels):
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        if self.std is not None and min(self.std, default=0.0) <= 0:
+            raise ValueError(f"std {self.std} is not above 0")
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError(f"background: expected three values from 0 to 255, got {self.background}")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range {self.value_range}: the first is not below the second")
+        return self
+
+    def preprocessing(self, model_or_cfg: Any) -> Preprocessing:
+        """That of a model, with what the recipe says otherwise.
+
+        Args:
+            model_or_cfg: As `Preprocessing.of_model`.
+
+        Raises:
+            RecipeError: A value does not fit the number of channels.
+        """
+        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        try:
+            return Preprocessing.of_model(
+                model_or_cfg,
+                channels=self.channels,
+                size=size,
+                mean=self.mean,
+                std=self.std,
+                interpolation=self.interpolation,
+                crop_pct=self.crop_pct,
+                crop_mode=self.crop_mode,
+                background=self.background,
+                value_range=self.value_range,
+                float_images=self.float_images,
+            )
+        except ValueError as error:
+            raise RecipeError(f"data: {error}") from None
+
+    @abstractmethod
+    def open(self, split: Split, decoding: Decoding = RGB) -> ImageSource[Any]:
+        """The images of a split.
+
+        Args:
+            split: "train" or "val".
+            decoding: `preprocessing(…).decoding`.
+
+        Raises:
+            DataError: The data are missing or damaged.
+            RecipeError: A key is missing that the source needs.
+        """
+
+    def _root(self) -> str:
+        if self.root is None:
+            raise RecipeError("data.root: missing; set it to the folder that holds the splits")
+        return str(Path(self.root).expanduser()) if self.root.startswith("~") else self.root
+
+    def _split_name(self, split: Split) -> Any:
+        return self.train_split if split == "train" else self.val_split
+
+
+class ClassificationSection(DataSection):
+    """Images of one class each. A source implements `open_split`, and `open_all` for what can be split."""
+
+    val_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="hold back this fraction of each class of the training split to evaluate on; there is no "
+        "validation split then",
+    )
+    split_seed: int = Field(default=0, ge=0, description="of the choice of what is held back")
+    sampling: Literal["uniform", "balanced"] = Field(
+        default="uniform",
+        description="'uniform': every training sample once an epoch; 'balanced': every class equally often",
+    )
+    class_weights: Literal["balanced"] | dict[str, float] | None = Field(
+        default=None,
+        description="of the loss: 'balanced' for inverse to the number of training samples, or a weight by "
+        "the name of a class, 1 for those not named",
+    )
+
+    @field_validator("class_weights")
+    @classmethod
+    def _not_negative(cls, weights: Any) -> Any:
+        if isinstance(weights, dict) and any(weight < 0 for weight in weights.values()):
+            raise ValueError("expected weights of at least 0")
+        return weights
+
+    @abstractmethod
+    def open_split(self, split: Split, decoding: Decoding) -> ClassifiedImages:
+        """The images of a split that is stored as one."""
+
+    def open_all(self, decoding: Decoding) -> ClassifiedImages:
+        """All images that an automatic split divides."""
+        return self.open_split("train", decoding)
+
+    def open(self, split: Split, decoding: Decoding = RGB) -> ClassifiedImages:
+        if self.val_fraction is None:
+            return self.open_split(split, decoding)
+        return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
+
+    def sampling_classes(self, source: ClassifiedImages) -> NDArray[np.int64] | None:
+        """The class of each training sample, for `BalancedSampler`; None for uniform sampling.
+
+        Raises:
+            DataError: The labels cannot be read without fetching the images.
+        """
+        return source.labels() if self.sampling == "balanced" else None
+
+    def loss_weights(self, source: ClassifiedImages) -> Tensor | None:
+        """A weight for each class of the training source, for the loss; None where all count the same.
+
+        Raises:
+            DataError: The labels cannot be read without fetching the images, or a class is unknown.
+        """
+        if self.class_weights is None:
+            return None
+        if self.class_weights == "balanced":
+            return class_weights(source.labels(), len(source.classes))
+        unknown = [name for name in self.class_weights if name not in source.classes]
+        if unknown:
+            raise DataError(f"data.class_weights: {source} has no class {', '.join(map(repr, unknown))}")
+        return Tensor([self.class_weights.get(name, 1.0) for name in source.classes])
+
+
+S = TypeVar("S", bound=DataSection)
+
+
+def union_of_sources(base: type[S], default: str) -> Any:
+    """The type of a recipe's section `data`: any section that derives from a base, by `source`.
+
+    Keys of other sources are dropped where they hold those sources' defaults: recipes that earlier versions
+    wrote out name the keys of all sources.
+
+    Args:
+        base: Of the sections; its subclasses with a literal `source` have to be imported.
+        default: The source of a section that names none.
+    """
+    kinds = {str(get_args(kind.model_fields["source"].annotation)[0]): kind for kind in _subclasses(base)}
+
+    def prepare(values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {"source": default, **values}
+        kind = kinds.get(values["source"]) if isinstance(values["source"], str) else None
+        if kind is None:
+            return values
+        return {key: value for key, value in values.items() if not _says_nothing(key, value, kind, kinds)}
+
+    return Annotated[reduce(or_, kinds.values()), Field(discriminator="source"), BeforeValidator(prepare)]
+
+
+def _says_nothing(
+    key: str, value: Any, kind: type[DataSection], kinds: Mapping[str, type[DataSection]]
+) -> bool:
+    if key in kind.model_fields:
+        return False
+    fields = [other.model_fields[key] for other in kinds.values() if key in other.model_fields]
+    return any(field.default == value for field in fields)
+
+
+def _subclasses(base: type[S]) -> list[type[S]]:
+    sections = []
+    for kind in base.__subclasses__():
+        sections += [kind] if get_args(kind.model_fields["source"].annotation) else _subclasses(kind)
+    return sections

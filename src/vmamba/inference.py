@@ -1,0 +1,633 @@
+"""Prediction with trained models: `load` gives a `Predictor`, without Lightning and without training data.
+
+Sizes in comments: b images, k classes, c h w channels, height and width.
+"""
+
+import importlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+
+from vmamba.data.decoding import printable
+from vmamba.data.preprocessing import Preprocessing
+from vmamba.errors import CheckpointError, DataError, MissingCheckpointError, ModelError
+from vmamba.files import replacing, write_atomically
+from vmamba.models.checkpoints import (
+    CONFIG,
+    CONTENTS,
+    Checkpoint,
+    Place,
+    Weights,
+    expand,
+    open_checkpoint,
+    state_digest,
+)
+from vmamba.models.factory import check_name, create_model, create_on_meta
+from vmamba.models.weights import fits, load_weights
+
+BEST = "best.safetensors"
+"""The file in a run's folder with its best weights; `config.json` beside it says of which model."""
+
+
+@dataclass(frozen=True)
+class Prediction(ABC):
+    """What a model says of one image; `dataclasses.asdict` turns it into plain values.
+
+    Attributes:
+        image: The path that was given, or None for an image that has none.
+    """
+
+    image: str | None
+
+    @abstractmethod
+    def text(self) -> str:
+        """One line for a terminal, without the image's name."""
+
+
+@dataclass(frozen=True)
+class FailedImage(Prediction):
+    """An image that could not be judged, in the place of its prediction.
+
+    Attributes:
+        error: Why not.
+    """
+
+    error: str
+
+    def text(self) -> str:
+        return self.error
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """A class and the probability given to it."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Classification(Prediction):
+    """The classes of an image, the likeliest first."""
+
+    classes: list[ClassScore]
+
+    def text(self) -> str:
+        return ", ".join(f"{c.label} {c.score:.1%}" for c in self.classes)
+
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""A path; a Pillow image; an array (h, w) or (h, w, c) of uint8; a tensor (c, h, w), of uint8, or of floats
+that are preprocessed already."""
+
+
+class Predictor(ABC):
+    """A model in evaluation mode, and what it takes to judge images with it.
+
+    Reading, batches, devices and errors are here; a subclass for a task turns the model's outputs into
+    predictions.
+
+    Args:
+        model: From images (b, c, h, w) to the outputs that `decode` takes. It is moved and converted.
+        preprocessing: From an image file to the model's input.
+        classes: Names of the classes.
+        device: As PyTorch names it; None for where the model is.
+        dtype: A floating type; None for the model's.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        classes: Sequence[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model.to(device=device, dtype=dtype).eval()
+        self.preprocessing = preprocessing
+        self.transform = preprocessing.transform()
+        self.classes = list(classes)
+
+    @abstractmethod
+    def decode(self, outputs: Any, names: Sequence[str | None], top: int | None) -> list[Prediction]:
+        """The model's outputs for a batch → a prediction for each image.
+
+        Args:
+            outputs: Of the model.
+            names: Of the images.
+            top: How many of the likeliest answers to keep; None for all.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's weights and input."""
+        return next(self.model.parameters()).dtype
+
+    def __call__(
+        self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 16, top: int | None = 5
+    ) -> Any:
+        """Judge one image, or several.
+
+        Args:
+            images: One image, or an iterable of them. An array or a tensor with one more dimension is a
+                batch.
+            batch_size: Images that the model judges at once.
+            top: How many of the likeliest answers to keep; None for all.
+
+        Returns:
+            The prediction for one image; a list in their order for several, with a `FailedImage` for each
+            that could not be judged.
+
+        Raises:
+            DataError: The only image is missing, damaged or of other channels, or its outputs are NaN.
+        """
+        if not _is_one_image(images):
+            return list(self.stream(images, batch_size=batch_size, top=top))  # type: ignore[arg-type]
+        (prediction,) = self.stream([images], batch_size=1, top=top)  # type: ignore[list-item]
+        if isinstance(prediction, FailedImage):
+            raise DataError(prediction.error)
+        return prediction
+
+    def stream(
+        self, images: Iterable[ImageLike], *, batch_size: int = 16, top: int | None = 5
+    ) -> Iterator[Prediction]:
+        """As calling it with several images; they are read only as they are needed, a batch at a time.
+
+        Raises:
+            ValueError: `batch_size` or `top` is below 1.
+            ModelError: The device has not enough memory, or the model does not take the images' size.
+        """
+        for name, value in (("batch_size", batch_size), ("top", top)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        return self._stream(images, batch_size, top)
+
+    def _stream(self, images: Iterable[ImageLike], batch_size: int, top: int | None) -> Iterator[Prediction]:
+        batch: list[tuple[str | None, Tensor | FailedImage]] = []
+        for image in images:
+            batch.append(self._prepare(image))
+            if len(batch) == batch_size:
+                yield from self._judge(batch, top)
+                batch = []
+        yield from self._judge(batch, top)
+
+    def _prepare(self, image: ImageLike) -> tuple[str | None, Tensor | FailedImage]:
+        """The image's name, and the model's input (c, h, w) or what is wrong with the image."""
+        name = os.fsdecode(image) if isinstance(image, str | bytes | os.PathLike) else None
+        try:
+            return name, self._read(image, name)
+        except DataError as error:
+            return name, FailedImage(name, str(error))
+
+    def _read(self, image: ImageLike, name: str | None) -> Tensor:
+        preprocessing = self.preprocessing
+        if name is not None:
+            return self.transform(preprocessing.read(expand(name), printable(name)))
+        if isinstance(image, Image.Image):
+            try:
+                return self.transform(preprocessing.convert(image))
+            except OSError as error:  # Pillow decodes a file that was opened only now
+                raise DataError(f"image: damaged ({error})") from error
+        if isinstance(image, Tensor) and image.is_floating_point():
+            if image.ndim != 3 or len(image) != preprocessing.channels:
+                shape = tuple(image.shape)
+                raise DataError(
+                    f"tensor: expected ({preprocessing.channels}, height, width), preprocessed, got {shape}"
+                )
+            return image
+        if isinstance(image, Tensor):
+            image = image.movedim(0, -1).cpu().numpy() if image.ndim == 3 else image.cpu().numpy()
+        if not isinstance(image, np.ndarray):
+            raise DataError(f"expected a path, an image, an array or a tensor, got {type(image).__name__}")
+        return self.transform(self._decoded(image))
+
+    def _decoded(self, pixels: np.ndarray) -> Any:
+        """An array (h, w) or (h, w, c) of uint8 as a decoded image."""
+        channels = self.preprocessing.channels
+        shape = pixels.shape
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+            raise DataError(
+                f"array: expected (height, width) or (height, width, channels) of uint8, got {shape} of "
+                f"{pixels.dtype}"
+            )
+        if pixels.ndim == 3 and shape[2] == 1:
+            pixels = pixels[:, :, 0]
+        if pixels.ndim == 2 or pixels.shape[2] in (3, 4):
+            return self.preprocessing.convert(Image.fromarray(np.ascontiguousarray(pixels)), "array")
+        if pixels.shape[2] != channels:
+            raise DataError(f"array: {pixels.shape[2]} channels, and the model takes {channels}")
+        return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)
+
+    def _judge(
+        self, batch: Sequence[tuple[str | None, Tensor | FailedImage]], top: int | None
+    ) -> Iterator[Prediction]:
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, (_, item) in enumerate(batch):
+            if isinstance(item, Tensor):
+                by_shape.setdefault(item.shape, []).append(index)
+        predictions: dict[int, Prediction] = {
+            index: item for index, (_, item) in enumerate(batch) if isinstance(item, FailedImage)
+        }
+        for shape, indices in by_shape.items():
+            inputs = torch.stack([batch[index][1] for index in indices])  # type: ignore[misc]
+            names = [batch[index][0] for index in indices]
+            outputs = self._forward(inputs, shape)
+            predictions.update(zip(indices, self.decode(outputs, names, top), strict=True))
+        yield from (predictions[index] for index in range(len(batch)))
+
+    def _forward(self, inputs: Tensor, shape: torch.Size) -> Any:
+        try:
+            with torch.inference_mode():
+                return self.model(inputs.to(self.device, self.dtype))
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{self.device} has not enough memory for {len(inputs)} images at once; lower the batch size"
+            ) from error
+        except (AssertionError, ValueError, RuntimeError) as error:  # models refuse a size with any of these
+            size = "×".join(map(str, shape))
+            raise ModelError(f"the model does not take images of {size}: {error}") from error
+
+
+class ClassificationPredictor(Predictor):
+    """For models that give logits (b, k); see `Predictor`.
+
+    Raises:
+        ModelError: There are not as many names of classes as logits; only where the model says their number.
+    """
+
+    task = "classification"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        classes: Sequence[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        number = getattr(model, "num_classes", len(classes))
+        if number != len(classes):
+            raise ModelError(f"classes: the model has {number} classes, and {len(classes)} names were given")
+        super().__init__(model, preprocessing, classes, device=device, dtype=dtype)
+
+    def decode(self, outputs: Tensor, names: Sequence[str | None], top: int | None) -> list[Prediction]:
+        probabilities = outputs.to(torch.promote_types(outputs.dtype, torch.float32)).softmax(1).cpu()
+        scores, order = probabilities.sort(dim=1, descending=True, stable=True)
+        predictions: list[Prediction] = []
+        for name, row, indices in zip(names, scores[:, :top].tolist(), order[:, :top].tolist(), strict=True):
+            if any(score != score for score in row):
+                where = "" if name is None else f"{printable(name)}: "
+                error = f"{where}the model's outputs are NaN or infinite; try float32, or other weights"
+                predictions.append(FailedImage(name, error))
+                continue
+            pairs = zip(indices, row, strict=True)
+            predictions.append(
+                Classification(name, [ClassScore(self.classes[index], score) for index, score in pairs])
+            )
+        return predictions
+
+
+def _is_one_image(images: Any) -> bool:
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim <= 3
+    return isinstance(images, str | bytes | os.PathLike | Image.Image)
+
+
+def load(
+    source: Place,
+    *,
+    model: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    classes: Sequence[str] | None = None,
+    weights: Weights = "auto",
+) -> Predictor:
+    """A predictor from a run, a file of weights, or the name of a pretrained model.
+
+    Args:
+        source: A run's folder or checkpoint; `best.safetensors` or another folder in timm's hub form; a file
+            of weights such as the VMamba authors' `.pth`; or a model's name, "vmamba_tiny", whose pretrained
+            weights are downloaded.
+        model: The model's name, for a file that does not say it; None if its shapes are those of one variant
+            alone.
+        device: None or "auto" for the GPU if there is one; otherwise as PyTorch names it.
+        dtype: "float32" (the default), "float16", "bfloat16" or "float64", or PyTorch's type.
+        classes: Names of the classes; by default those of the run, or ImageNet's for models of its size.
+        weights: "raw", as trained, "ema", their average, or "auto": a run's average if it has one.
+
+    Raises:
+        MissingCheckpointError: There is no such file, and no model of that name.
+        CheckpointError: The file cannot be read safely, is damaged or does not fit the model.
+        ModelError: The model's name, the device or the type is unknown, or must be given.
+    """
+    target, dtype = _device(device), _dtype(dtype)
+    name = os.fsdecode(source)
+    if model is None and not expand(source).exists() and timm.is_model(name.partition(".")[0]):
+        network = create_model(name, pretrained=True)
+        preprocessing = Preprocessing.of_model(network)
+        return ClassificationPredictor(
+            *(network, preprocessing, _names(network, classes)), device=target, dtype=dtype
+        )
+    try:
+        checkpoint = open_checkpoint(source)
+    except MissingCheckpointError as error:
+        if os.sep in name or expand(source).exists():
+            raise
+        try:
+            check_name(name)
+        except ModelError as unknown:
+            raise MissingCheckpointError(f"{error}; {unknown}") from None
+        raise
+    task = _task(checkpoint)
+    if task != ClassificationPredictor.task:
+        # A task in `vmamba.train.tasks` knows its own model and predictor; nothing of `train` is needed here
+        # for a classifier.
+        tasks = importlib.import_module("vmamba.train.tasks")
+        predictor: Predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        return predictor
+    network, preprocessing, names = _restore(checkpoint, model, weights)
+    if classes is not None:
+        names = list(classes)
+    return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
+
+
+def _task(checkpoint: Checkpoint) -> Any:
+    if checkpoint.recipe is not None:
+        return checkpoint.recipe.get("task")
+    extra = (checkpoint.config or {}).get(CONTENTS) or {}
+    return extra.get("task", ClassificationPredictor.task)
+
+
+def _restore(
+    checkpoint: Checkpoint, name: str | None, weights: Weights
+) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """The classifier that a checkpoint is of, with its weights, preprocessing and classes."""
+    config = checkpoint.config
+    if checkpoint.recipe is not None and config is None:
+        config = _config_of_recipe(checkpoint)
+    if config is None:
+        return _of_bare_weights(checkpoint, name, weights)
+    architecture = config["architecture"]
+    if name is not None and name.partition(".")[0] != architecture:
+        raise ModelError(f"model: {checkpoint.path} is of {architecture}, not of {name}")
+    try:
+        cfg = {**(config.get("pretrained_cfg") or {}), "architecture": architecture}
+        preprocessing = _preprocessing(config, cfg)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: its configuration is damaged ({error})") from error
+    number = config.get("num_classes", len(checkpoint.classes or ()))
+    args = {"num_classes": number, "in_chans": preprocessing.channels, **(config.get("model_args") or {})}
+    network = create_model(architecture, image_size=preprocessing.size, logits=number, **args)
+    load_weights(network, checkpoint, weights=weights)
+    names = list(checkpoint.classes) if checkpoint.classes else _names(network, None)
+    set_configuration(network, preprocessing, names)
+    return network, preprocessing, names
+
+
+def _preprocessing(config: Mapping[str, Any], cfg: Mapping[str, Any]) -> Preprocessing:
+    saved = (config.get(CONTENTS) or {}).get("preprocessing")
+    return Preprocessing.from_dict(saved) if saved else Preprocessing.of_model(cfg)
+
+
+def _config_of_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `model_config` would say, from the recipe of a checkpoint that was written before it was kept."""
+    recipe: Any = checkpoint.recipe
+    try:
+        model, data = recipe["model"], dict(recipe["data"])
+        size = data.pop("image_size", None)
+        names = {field.name for field in fields(Preprocessing)}
+        changes = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in data.items()
+            if key in names
+        }
+        if size is not None:
+            changes["size"] = (size, size) if isinstance(size, int) else tuple(size)
+        preprocessing = Preprocessing.of_model(timm.get_pretrained_cfg(model["name"]), **changes)
+        return {
+            "architecture": model["name"],
+            "num_classes": len(checkpoint.classes or ()),
+            "model_args": {key: value for key, value in model["args"].items() if key not in _OF_THE_CFG},
+            CONTENTS: {"preprocessing": preprocessing.to_dict()},
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: its recipe is damaged ({error!r})") from error
+
+
+_OF_THE_CFG = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments that say where pretrained weights come from."""
+
+
+def _of_bare_weights(
+    checkpoint: Checkpoint, name: str | None, weights: Weights
+) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """For a file that holds weights alone, such as the authors'."""
+    state_dict = checkpoint.state_dict(weights)
+    number = _classes_in(state_dict)
+    if name is None:
+        name = _guess(checkpoint.path, state_dict, number)
+    check_name(name)
+    network = create_model(name, num_classes=number)
+    load_weights(network, checkpoint, weights=weights)
+    return network, Preprocessing.of_model(network), _names(network, None)
+
+
+def _classes_in(state_dict: Mapping[str, Any]) -> int | None:
+    """The number of classes, by the last matrix: that of the classifier in every common model."""
+    matrices = [value for value in state_dict.values() if isinstance(value, Tensor) and value.ndim in (2, 4)]
+    last = [matrix for matrix in matrices if matrix.ndim == 2 or matrix.shape[2:] == (1, 1)]
+    return len(last[-1]) if last else None
+
+
+def _guess(path: str, state_dict: Mapping[str, Any], number: int | None) -> str:
+    """The variant of VMamba whose names and shapes are those of a file."""
+    matches = [
+        name
+        for name in sorted(timm.list_models(module="vmamba"), key=len)
+        if fits(create_on_meta(name, num_classes=number), state_dict)
+    ]
+    # The names of one model share the address of its weights.
+    releases = {create_on_meta(name, num_classes=number).pretrained_cfg["url"] for name in matches}
+    if len(matches) > 1 and len(releases) > 1:
+        raise ModelError(f"{path}: fits {' and '.join(matches)}; say which, with model=…")
+    if not matches:
+        raise ModelError(
+            f"{path}: does not say which model its weights are of, and they are none of the variants of "
+            "VMamba; name it, with model=…"
+        )
+    return matches[0]
+
+
+@cache
+def _imagenet(subset: str) -> list[str]:
+    return list(ImageNetInfo(subset).label_descriptions())
+
+
+def _names(model: Any, classes: Sequence[str] | None) -> list[str]:
+    """The classes that were given, or ImageNet's where the model has as many, or numbers."""
+    if classes is not None:
+        return list(classes)
+    subset = infer_imagenet_subset(model)
+    return _imagenet(subset) if subset else [str(number) for number in range(model.num_classes)]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device: {str(device)!r} is unknown or not here ({reason})") from error
+    return target
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    types = {str(each).removeprefix("torch."): each for each in _DTYPES}
+    if dtype is None:
+        return torch.float32
+    chosen = types.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in _DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(types)}, got {dtype!r}")
+    return chosen
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def set_configuration(model: Any, preprocessing: Preprocessing, classes: Sequence[str]) -> None:
+    """Have a model of timm's carry its own preprocessing and classes instead of its architecture's.
+
+    `timm.data.resolve_model_data_config(model)` and exports read them there.
+    """
+    kept = {
+        key: value
+        for key, value in (getattr(model, "pretrained_cfg", None) or {}).items()
+        if key in ("architecture", "first_conv", "classifier", "fixed_input_size", "pool_size")
+    }
+    if kept.get("pool_size") and tuple(model.pretrained_cfg["input_size"][1:]) != preprocessing.size:
+        del kept["pool_size"]  # it belongs to the other size
+    model.pretrained_cfg = {
+        **kept,
+        **preprocessing.to_pretrained_cfg(),
+        "num_classes": len(classes),
+        "label_names": list(classes),
+    }
+    model.default_cfg = model.pretrained_cfg  # timm's older name of it
+
+
+def model_config(
+    model: Any,
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    *,
+    task: str = ClassificationPredictor.task,
+    model_args: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `config.json` says of a model, in timm's hub form with our own key beside; plain values.
+
+    Args:
+        model: Of timm's registry, or with `task` the model of another task.
+        preprocessing: Of its images.
+        classes: Names.
+        task: What it does.
+        model_args: The arguments that it was created with, beside `num_classes` and `in_chans`.
+        recipe: Of the run, as plain values; a task other than classification creates its model from it.
+
+    Raises:
+        ModelError: A model of its name and `model_args` has other weights, so that it could not be read.
+    """
+    given = getattr(model, "pretrained_cfg", None) or {}
+    args = {key: value for key, value in (model_args or {}).items() if key not in _OF_THE_CFG}
+    if task == ClassificationPredictor.task:
+        _check_restorable(model, given.get("architecture", ""), args)
+    cfg = {
+        **{key: given[key] for key in ("first_conv", "classifier", "fixed_input_size") if key in given},
+        **preprocessing.to_pretrained_cfg(),
+        "num_classes": len(classes),
+        "custom_load": False,
+    }
+    ours = {"version": version("vmamba"), "task": task, "preprocessing": preprocessing.to_dict()}
+    config = {
+        "architecture": given.get("architecture", type(model).__name__),
+        "num_classes": len(classes),
+        "num_features": getattr(model, "num_features", None),
+        "label_names": list(classes),
+        "model_args": args,
+        "pretrained_cfg": cfg,
+        CONTENTS: ours if recipe is None else {**ours, "recipe": dict(recipe)},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+def _check_restorable(model: nn.Module, architecture: str, args: Mapping[str, Any]) -> None:
+    number, channels = getattr(model, "num_classes", None), getattr(model, "in_chans", None)
+    defaults = {"num_classes": number, "in_chans": channels}
+    restored = create_on_meta(architecture, **{**defaults, **args})
+    shapes = {name: tensor.shape for name, tensor in restored.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        raise ModelError(
+            f"model_args: {architecture} with {dict(args)} has other weights than this model; give the "
+            "arguments that it was created with"
+        )
+
+
+def save_pretrained(
+    place: Place,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write `best.safetensors` and `config.json`, which `vmamba.load` and timm's `local-dir:` read.
+
+    Args:
+        place: A folder, or the path of the `.safetensors` file in it.
+        model: Whose weights are written.
+        config: From `model_config`.
+        state_dict: The weights to write instead of the model's, such as their average.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        OSError: They cannot be written; what was there before is intact.
+    """
+    from safetensors.torch import save_file
+
+    path = expand(place)
+    if path.suffix != ".safetensors":
+        path = path / BEST
+    source = model.state_dict() if state_dict is None else state_dict
+    # Copies: safetensors refuses weights that share memory.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in source.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", CONTENTS: state_digest(tensors)})
+    write_atomically(path.parent / CONFIG, json.dumps(config, indent=2) + "\n")
+    return path

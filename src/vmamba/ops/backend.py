@@ -1,0 +1,79 @@
+"""What a backend of the selective scan is.
+
+A new backend is one file, `vmamba/ops/<name>.py` with a `BACKEND`, and its name in `_registry.BY_PREFERENCE`.
+
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vmamba.ops.operands import Operands
+from vmamba.ops.routes import ROUTES, names_of
+
+Gradients = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+"""Of x, delta, A, B, C, D, delta_bias, delta_weight and initial_state."""
+
+
+def state_stride(n_state: int) -> int:
+    """Positions of a route between two saved states.
+
+    Grows with the state size, so that what is saved for backward stays at most a quarter of (b, l, k, d).
+    """
+    return 64 * ((n_state + 15) // 16)
+
+
+def saved_every_stride(call: Operands) -> int:
+    """How many states a route saves: those before the first of each `state_stride` positions."""
+    return -(-call.length // state_stride(call.n_state))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operator. All it computes is of the state's type, or of the operand's.
+
+    Attributes:
+        name: As given to `backend=` and `use_backend`.
+        summary: What it is, in a line.
+        forward: The call → y (b, h, w, d), the last state (b, k, d, n), and the states that it saves for its
+            backward (b, k, `n_saved(call)`, n, d).
+        backward: The gradients of y and of the last state (or None), the call, the saved states → a gradient
+            for each operand that is not None.
+        why_not_here: Why it cannot run on this machine and how to make it run, or None if it can.
+        why_not: Why it cannot serve a call, or None if it can. It sees shapes, types, device and routes, also
+            of tensors without data, and must not look at values.
+        preferred_on: Device types on which it serves the calls that name no backend.
+        n_saved: How many states of a route forward saves.
+    """
+
+    name: str
+    summary: str
+    forward: Callable[[Operands], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor | None, Operands, Tensor], Gradients]
+    why_not_here: Callable[[], str | None] = lambda: None
+    why_not: Callable[[Operands], str | None] = lambda call: None
+    preferred_on: tuple[str, ...] = ()
+    n_saved: Callable[[Operands], int] = saved_every_stride
+
+
+def why_not_kernel(call: Operands, device_types: tuple[str, ...], most_states: int) -> str | None:
+    """`why_not` of a kernel for some types of device, up to a state size, along the built-in routes."""
+    if call.device.type not in device_types:
+        return f"it runs on {' or '.join(device_types)}, the operands are on {call.device}"
+    if call.n_state > most_states:
+        return f"it takes a state size n of at most {most_states}, got {call.n_state}"
+    others = [name for name in names_of(call.routes) if name not in ROUTES]
+    if others:
+        return f"it reads along the routes {', '.join(ROUTES)} only, got {', '.join(dict.fromkeys(others))}"
+    return None
+
+
+def no_data_call(device: torch.device, n_state: int = 1) -> Operands:
+    """The smallest call on a device, to ask `why_not` of it where there is no call yet."""
+    x, row = torch.empty(1, 1, 1, 1, device=device), torch.empty(1, 1, 1, 1, n_state, device=device)
+    return Operands(x, row[..., :1], row[0, 0], row, row, None, None, None, True, [0])

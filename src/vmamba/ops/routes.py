@@ -1,0 +1,277 @@
+"""The routes along which the 2D selective scan reads an image: a table, name → order of positions.
+
+Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes.
+
+A new route is a line of `_TABLE`, or a call of `register_route` from outside of the library. The backends
+`reference` and `chunked`, export and torch.func serve it at once; a kernel where its `why_not` says so.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from vmamba._torch_private import is_transformed
+
+Order = Callable[[int, int], Tensor | Sequence[int]]
+"""(height, width) → the flat image positions (row·w + column) in the order of the route, each once."""
+Routes = str | Sequence[str | Tensor | Sequence[int]] | Tensor
+"""What `routes=` takes, see `vmamba.ops.selective_scan_2d`."""
+
+_OnDevice = Callable[[int, int, torch.device | None], Tensor]
+
+
+def _row(height: int, width: int, device: torch.device | None) -> Tensor:
+    return torch.arange(height * width, device=device)
+
+
+def _column(height: int, width: int, device: torch.device | None) -> Tensor:
+    return _row(height, width, device).view(height, width).t().reshape(-1)
+
+
+_TABLE: dict[str, _OnDevice] = {
+    "row": _row,
+    "column": _column,
+    "row_reversed": lambda height, width, device: _row(height, width, device).flip(0),
+    "column_reversed": lambda height, width, device: _column(height, width, device).flip(0),
+}
+"""A route's place in the table is its code in the operator's schema, so new ones go to the end."""
+
+ROUTES = tuple(_TABLE)
+"""The built-in routes, which every backend serves."""
+
+GIVEN = -1
+"""The code of a route that comes as a permutation, in a row of the operator's `orders`."""
+
+NAMED_ROUTES = {
+    "cross": ROUTES,
+    "unidirectional": ("row",) * 4,
+    "bidirectional": ("row", "row", "row_reversed", "row_reversed"),
+}
+"""Sets of routes with a name; "cross" is the paper's Cross-Scan Module, in the order of the weights."""
+
+_REGISTERED: dict[str, Order] = {}
+
+
+def register_route(name: str, order: Order) -> None:
+    """Give a route a name, under which `routes=` takes it from then on.
+
+    A model that is saved as TorchScript keeps the place of the name among the registered ones: register the
+    same names in the same order before loading it.
+
+    Args:
+        name: A new one.
+        order: (height, width) → the flat image positions row·width + column, each once, in the order of the
+            route: a tensor (h·w,) or a sequence of integers. Called once for each size of image.
+
+    Raises:
+        ValueError: The name stands for a route or a set of routes already.
+    """
+    if _REGISTERED.get(name) is order:
+        return
+    if name in _TABLE or name in NAMED_ROUTES:
+        raise ValueError(f"name: {name!r} is a route or a set of routes already; choose another name")
+
+    def of_size(height: int, width: int) -> Tensor:
+        positions = torch.as_tensor(order(height, width))
+        if not torch.compiler.is_compiling():  # where sizes may be symbolic, and values are not known
+            _check_permutation(f"route {name!r} at {height} x {width}", positions, height * width)
+        return positions.long()
+
+    kept = lru_cache(maxsize=32)(of_size)
+
+    def on_device(height: int, width: int, device: torch.device | None) -> Tensor:
+        # What a transform wraps, or a trace records, must not be kept beyond it.
+        traced = torch.compiler.is_compiling() or is_transformed(())
+        return (of_size if traced else kept)(height, width).to(device)
+
+    _REGISTERED[name], _TABLE[name] = order, on_device
+
+
+def _check_permutation(what: str, positions: Tensor, length: int) -> None:
+    if not _is_integral(positions) or positions.shape != (length,):
+        raise ValueError(
+            f"{what}: expected {length} integers, got {positions.dtype} of shape {tuple(positions.shape)}"
+        )
+    check_orders(positions[None], what)
+
+
+def check_orders(orders: Tensor, what: str = "routes") -> None:
+    """Raise ValueError if a row of (k, l) is no permutation of 0 … l - 1. On a GPU this waits for it."""
+    expected = torch.arange(orders.shape[1], device=orders.device)
+    wrong = (orders.sort(1).values != expected).any(1)
+    if wrong.any():
+        raise ValueError(
+            f"{what}: expected each of the positions 0 to {orders.shape[1] - 1} once, but some are missing "
+            f"or come twice in {wrong.nonzero().flatten().tolist()} of the permutations given"
+        )
+
+
+def _is_integral(t: Tensor) -> bool:
+    return not (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool)
+
+
+def _is_names(routes: Any) -> TypeGuard[Sequence[str]]:
+    return all(isinstance(route, str) for route in routes)
+
+
+def route_codes(routes: str | Sequence[str]) -> list[int]:
+    """The codes of routes by name, as the operator's schema has them.
+
+    Args:
+        routes: A name of `NAMED_ROUTES`, or a sequence of names of `ROUTES` and of registered routes.
+
+    Raises:
+        ValueError: A name is unknown, or there is none.
+    """
+    if isinstance(routes, str):
+        if routes not in NAMED_ROUTES:
+            raise ValueError(
+                f"routes: unknown name {routes!r}; expected one of {', '.join(map(repr, NAMED_ROUTES))}, "
+                f"or a tuple of {', '.join(map(repr, _TABLE))}"
+            )
+        routes = NAMED_ROUTES[routes]
+    if not routes:
+        raise ValueError("routes: expected at least one route, got none")
+    codes = {name: code for code, name in enumerate(_TABLE)}
+    for route in routes:
+        if route not in codes:
+            raise ValueError(f"routes: unknown route {route!r}; expected {', '.join(map(repr, codes))}")
+    return [codes[route] for route in routes]
+
+
+def parse_routes(routes: Routes, device: torch.device) -> tuple[list[int], Tensor | None]:
+    """What `routes=` takes, as the operator's schema has it.
+
+    Returns:
+        A code for each route, and the permutations among them, (their number, l) int64 on `device`, or None.
+
+    Raises:
+        TypeError: A permutation does not hold integers.
+        ValueError: A name is unknown, there is no route, or the permutations differ in length.
+    """
+    if isinstance(routes, str):
+        return route_codes(routes), None
+    if isinstance(routes, Tensor):
+        routes = [routes] if routes.ndim == 1 else list(routes)
+    if _is_names(routes):
+        return route_codes(routes), None
+    codes: list[int] = []
+    orders: list[Tensor] = []
+    for route in routes:
+        if isinstance(route, str):
+            codes += route_codes((route,))
+            continue
+        order = torch.as_tensor(route, device=device)
+        if order.ndim != 1:
+            raise ValueError(
+                "routes: expected names and permutations of the positions, (l,), each; "
+                f"got one of shape {tuple(order.shape)}"
+            )
+        if not _is_integral(order):
+            raise TypeError(f"routes: expected permutations of integers, got {order.dtype}")
+        codes.append(GIVEN)
+        orders.append(order.long())
+    if len({len(order) for order in orders}) > 1:
+        raise ValueError(f"routes: expected permutations of one length, got {[len(o) for o in orders]}")
+    return codes, torch.stack(orders)
+
+
+def check_codes(codes: Sequence[int]) -> None:
+    """Raise ValueError if there is no code, or one is unknown."""
+    if not codes or not all(GIVEN <= code < len(_TABLE) for code in codes):
+        raise ValueError(
+            f"routes: expected codes 0 to {len(_TABLE) - 1} of {tuple(_TABLE)}, "
+            f"or {GIVEN} for a permutation in orders; got {list(codes)}"
+        )
+
+
+def names_of(codes: Sequence[int]) -> tuple[str, ...]:
+    """What routes are called, by their codes."""
+    return tuple("a permutation" if code == GIVEN else tuple(_TABLE)[code] for code in codes)
+
+
+def scan_order(
+    codes: Sequence[int],
+    height: int,
+    width: int,
+    device: torch.device | None = None,
+    orders: Tensor | None = None,
+) -> Tensor:
+    """The flat image positions row·w + column in the order in which each route visits them.
+
+    Args:
+        codes: Of the routes.
+        height: Of the image.
+        width: Of the image.
+        device: Of the result.
+        orders: A row for each code that is `GIVEN`, (their number, l).
+
+    Returns:
+        (k, l), int64.
+    """
+    tables = list(_TABLE.values())
+    given = iter(() if orders is None else orders)
+    return torch.stack(
+        [next(given) if code == GIVEN else tables[code](height, width, device) for code in codes]
+    )
+
+
+def cross_scan(x: Tensor, routes: Routes = "cross") -> Tensor:
+    """Unfold an image along every route (the paper's cross-scan).
+
+    Args:
+        x: (b, h, w, d).
+        routes: As for `selective_scan_2d`.
+
+    Returns:
+        (b, k, l, d): `out[:, k, t]` is x at the t-th position that route k visits.
+
+    Raises:
+        TypeError: A permutation does not hold integers.
+        ValueError: x has not four dimensions, a route is unknown, or a permutation is none of l positions.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x: expected (b, h, w, d), got shape {tuple(x.shape)}")
+    return x.flatten(1, 2)[:, _order_of(routes, x.shape[1], x.shape[2], x.device)]
+
+
+def cross_merge(ys: Tensor, size: tuple[int, int], routes: Routes = "cross") -> Tensor:
+    """Put every route's sequence back into the image and sum (the adjoint of `cross_scan`).
+
+    Args:
+        ys: (b, k, l, d), l in the order of each route.
+        size: (h, w) of the image.
+        routes: As for `selective_scan_2d`.
+
+    Returns:
+        (b, h, w, d).
+
+    Raises:
+        TypeError: A permutation does not hold integers.
+        ValueError: The shape of ys does not fit `size` and `routes`, a route is unknown, or a permutation
+            is none of l positions.
+    """
+    order = _order_of(routes, *size, ys.device)
+    if ys.ndim != 4 or ys.shape[1:3] != order.shape:
+        raise ValueError(
+            f"ys: expected (b, {order.shape[0]}, {order.shape[1]}, d) for size {tuple(size)} and "
+            f"{order.shape[0]} routes, got shape {tuple(ys.shape)}"
+        )
+    merged = ys.new_zeros(ys.shape[0], order.shape[1], ys.shape[3])
+    for k in range(order.shape[0]):
+        merged = merged.index_add(1, order[k], ys[:, k])
+    return merged.unflatten(1, size)
+
+
+def _order_of(routes: Routes, height: int, width: int, device: torch.device) -> Tensor:
+    codes, orders = parse_routes(routes, device)
+    if orders is not None:
+        if orders.shape[1] != height * width:
+            raise ValueError(
+                f"routes: expected permutations of {height}·{width} positions, got {orders.shape[1]}"
+            )
+        check_orders(orders)
+    return scan_order(codes, height, width, device, orders)

@@ -1,0 +1,58 @@
+"""The folder that results are written to: checked before the work, written after it."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vmamba_cli._extra import load
+from vmamba_cli._messages import refuse
+
+RESULTS = "results.json"
+
+
+def check_folder(folder: Path, *pictures: str) -> None:
+    """Make a folder for results, and check that its files can be written.
+
+    Args:
+        folder: Is made where it is missing.
+        pictures: Names of pictures that will be written beside the results.
+
+    Raises:
+        typer.Exit: It cannot be written to, or pictures cannot be drawn; the reason was printed.
+    """
+    with _reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    for name in (RESULTS, *pictures):
+        if (folder / name).is_dir():
+            refuse(f"--out: {folder / name} is a folder; a file of that name is to be written")
+    if pictures:
+        load("matplotlib", "train")
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write results, with what they were measured on, to a checked folder; returns the file's path.
+
+    Raises:
+        typer.Exit: It cannot be written; the reason was printed.
+    """
+    from vmamba.environment import environment
+
+    path = folder / RESULTS
+    text = json.dumps({"environment": environment(), "results": list(rows)}, indent=2) + "\n"
+    with _reported(path):
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one line and exit status 2."""
+    try:
+        yield
+    except OSError as error:
+        refuse(f"--out: cannot write to {path}: {error.strerror or error}")

@@ -1,0 +1,113 @@
+"""Contact sheets: small pictures in a grid, with what a model says of each below it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+MOST = 1000
+"""Images on a sheet; a JPEG cannot be much larger."""
+
+_SIDE = 176
+"""Of a thumbnail, in pixels."""
+_MARGIN = 10
+_LINE = 17
+_SIZES = (14, 11)
+_INK, _PALE, _WRONG = (20, 20, 20), (120, 120, 120), (190, 30, 30)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image of a sheet.
+
+    Attributes:
+        name: Of the image.
+        image: A Pillow image, or None if it could not be read.
+        title: The likeliest answer, or what is wrong.
+        detail: Its probability, at the right of the title.
+    """
+
+    name: str
+    image: Any
+    title: str
+    detail: str = ""
+
+
+def draw_sheet(cells: Sequence[Cell], path: Path) -> None:
+    """Write a grid of images as PNG or JPEG, by the file's suffix.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
+    from vmamba.files import replacing
+
+    columns = max(1, min(len(cells), round((1.4 * len(cells)) ** 0.5)))
+    rows = -(-len(cells) // columns)
+    width, height = _SIDE + _MARGIN, _SIDE + 2 * _LINE + 4 + _MARGIN
+    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for number, cell in enumerate(cells):
+        left = _MARGIN + number % columns * width
+        top = _MARGIN + number // columns * height
+        _draw_cell(sheet, draw, cell, left, top)
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    with replacing(path) as temporary:
+        sheet.save(temporary, kind, **({"quality": 90} if kind == "JPEG" else {}))
+
+
+def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
+    draw.rectangle((left, top, left + _SIDE - 1, top + _SIDE - 1), fill=(238, 238, 238))
+    if cell.image is not None:
+        scale = _SIDE / max(cell.image.size)
+        size = tuple(max(1, round(side * scale)) for side in cell.image.size)
+        thumbnail = cell.image.convert("RGB").resize(size)
+        sheet.paste(thumbnail, (left + (_SIDE - size[0]) // 2, top + (_SIDE - size[1]) // 2))
+    large, small = _font(_SIZES[0]), _font(_SIZES[1])
+    below = top + _SIDE + 3
+    room = _SIDE
+    if cell.detail:
+        extent = draw.textlength(cell.detail, font=large)
+        draw.text((left + _SIDE - extent, below), cell.detail, fill=_PALE, font=large)
+        room = int(_SIDE - extent - 8)
+    title = _fitting(draw, _drawable(cell.title, large), large, room)
+    draw.text((left, below), title, fill=_INK if cell.image is not None else _WRONG, font=large)
+    name = _fitting(draw, _drawable(cell.name, small), small, _SIDE, keep_end=True)
+    draw.text((left, below + _LINE), name, fill=_PALE, font=small)
+
+
+@cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, OSError):  # a Pillow before 10.1, or without FreeType: one size, Latin-1 alone
+        return ImageFont.load_default()
+
+
+def _drawable(text: str, font: Any) -> str:
+    """The text with the characters that the font lacks written as their numbers."""
+    return "".join(char if _has(font, char) else f"\\u{ord(char):04x}" for char in text)
+
+
+@cache
+def _has(font: Any, char: str) -> bool:
+    """Whether a font has a glyph of its own for a character: the missing ones all look alike."""
+    try:
+        return char == " " or bytes(font.getmask(char)) != bytes(font.getmask("\U0010fffe"))
+    except (UnicodeError, OSError):  # a bitmap font
+        return char.isascii() and char.isprintable()
+
+
+def _fitting(draw: Any, text: str, font: Any, room: int, keep_end: bool = False) -> str:
+    """The text, shortened by dots until it fits."""
+    if draw.textlength(text, font=font) <= room:
+        return text
+    for length in range(len(text) - 1, 0, -1):
+        short = f"...{text[-length:]}" if keep_end else f"{text[:length].rstrip()}..."
+        if draw.textlength(short, font=font) <= room:
+            return short
+    return ""

@@ -1,0 +1,168 @@
+"""Every code block of README and docs runs, or says in the page's source why not and is checked all the same.
+
+- Python: the blocks of a page run one after another in one namespace, in a folder with stand-ins for a
+  reader's files (see `docs.workplace`). Pages under docs/extend/ add to registries, and so run in a process
+  of their own.
+- Shell: `vmamba …` runs. In a block marked `<!-- not run: REASON -->` the verb, its options and every change
+  to the recipe are checked, and of `make`, `python` and `pip` that target, file and extra exist.
+- YAML parses; "text" is output.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from docs.blocks import PAGES, ROOT, Block, blocks, commands
+from docs.workplace import prepare
+from vmamba_cli.__main__ import app
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+PENDING = re.compile(
+    r"vmamba\.load|load_weights|default_backend|register_|ssm_conv_bias|ClassifiedImages|val_fraction"
+    r"|vmamba resume|--model |--out predictions|--out sheet|--extend|nn\.fused|local-dir"
+)
+"""What the pages use already and the library is about to get. Strict: once it is there, remove this and its
+uses."""
+
+
+def expected_to_fail(text: str) -> Any:
+    return pytest.mark.xfail(strict=True, reason="not in the library yet") if PENDING.search(text) else ()
+
+
+def python_of(page: Path) -> str:
+    return "".join(b.text for b in blocks(page) if b.language == "python" and b.not_run is None)
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("docs")
+    prepare(place)
+    return place
+
+
+@pytest.fixture
+def workplace(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(prepared)
+    monkeypatch.setenv("TORCH_HOME", str(prepared / "torch"))
+    return prepared
+
+
+def test_every_block_is_checked() -> None:
+    assert len(BLOCKS) > 30, "the test looks in the wrong place"
+    assert {block.language for block in BLOCKS} <= {"python", "bash", "yaml", "text"}
+
+
+def run_python(page: Path) -> None:
+    """Run a page's Python; an error's traceback shows the page's own lines."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.language == "python" and block.not_run is None:
+            code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+            exec(code, namespace)
+
+
+PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python"})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=expected_to_fail(python_of(p)), id=page_name(p)) for p in PYTHON_PAGES]
+)
+def test_python(page: Path, workplace: Path) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, str(block), "exec")
+    if page.parent.name != "extend":
+        run_python(page)
+        return
+    code = "import sys; from pathlib import Path; from docs.test_code_blocks import run_python; "
+    code += "run_python(Path(sys.argv[1]))"
+    path = ":".join([str(ROOT / "tests"), str(ROOT / "src")])
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path.split(':')}; {code}", str(page)],
+        check=True,
+        timeout=120,
+    )
+
+
+def invoke(*arguments: str) -> None:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, f"vmamba {' '.join(arguments)}: {result.output}"
+
+
+def check_vmamba(arguments: list[str]) -> None:
+    """The verb exists, takes the options, and its recipe the changes."""
+    command: Any = typer.main.get_command(app)
+    rest = [a for a in arguments if a not in ("--debug",)]
+    if rest[0] in ("--help", "--version"):
+        return
+    names = []
+    while hasattr(command, "get_command"):
+        names.append(rest.pop(0))
+        command = command.get_command(None, names[-1])
+        assert command is not None, f"vmamba {' '.join(names)}: no such verb"
+    command.make_context(" ".join(names), list(rest))
+    changes = [a for a in rest if re.match(r"[a-z_]+\.[a-z_.]+=", a)]
+    recipe = next((a for a in rest if a.endswith(".yaml")), None)
+    if recipe is None and changes:  # of a run, whose recipe lies in its folder
+        recipe = str(Path(next(a for a in rest if a.startswith("runs/"))) / "recipe.yaml")
+    if recipe is not None:
+        invoke("train", recipe, *changes, "--print-config")
+
+
+def check_other(words: list[str]) -> None:
+    """What is not of the command: the target, file or extra exists."""
+    program, *arguments = words
+    if program == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert set(arguments) <= targets, f"make: no target {set(arguments) - targets}"
+    elif program in ("python", "bash") and arguments[0] != "-m":
+        assert (ROOT / arguments[0]).is_file(), arguments[0]
+    elif program == "pip":
+        known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        for extras in re.findall(r"(?:vmamba|\.)\[([\w,]+)\]", " ".join(arguments)):
+            assert set(extras.split(",")) <= set(known), extras
+    else:
+        assert program in ("git", "cd", "python", "pre-commit", "pytest"), f"{program}: cannot be checked"
+
+
+SHELL_BLOCKS = [block for block in BLOCKS if block.language == "bash"]
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, marks=expected_to_fail(b.text), id=str(b)) for b in SHELL_BLOCKS]
+)
+def test_shell(block: Block, workplace: Path) -> None:
+    for words in commands(block.text):
+        if words[0] != "vmamba":
+            check_other(words)
+            assert block.not_run, f"{words[0]} is not run: say so in an HTML comment before the block"
+            continue
+        check_vmamba(words[1:])
+        if block.not_run is None:
+            invoke(*words[1:])
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=str)
+def test_yaml(block: Block) -> None:
+    assert yaml.safe_load(block.text) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_to_files(page: Path) -> None:
+    """Those of README too, and those that leave docs/; `mkdocs build --strict` sees the rest, and anchors."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not re.match(r"\w+:", target):
+            assert (page.parent / target).exists(), target

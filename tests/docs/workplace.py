@@ -1,0 +1,84 @@
+"""What the code blocks of the docs name: a folder with small stand-ins for a reader's files.
+
+    image.jpg, photo.jpg, photos/        colour noise
+    IMAGES/{train,val}/<colour>/         a dataset of three classes
+    runs/imagefolder                     a real run of `vmamba_pico`, one epoch on 32 pixels
+    vssm_tiny.pth                        the authors' checkpoint of VMamba-T: their names, random weights
+    recipes, benchmarks, examples        those of the repository
+
+`pretrained=True` loads the same random weights: they lie in the cache of `torch.hub`, under the name of the
+authors' file, so that nothing is downloaded and no function is replaced.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+
+import vmamba  # noqa: F401  (registers the variants)
+from docs.blocks import ROOT
+from images import make_folder
+from vmamba_cli.__main__ import app
+
+_TO_OFFICIAL = [
+    (r"^stem\.conv1\.", "patch_embed.0."),
+    (r"^stem\.norm1\.", "patch_embed.2."),
+    (r"^stem\.conv2\.", "patch_embed.5."),
+    (r"^stem\.norm2\.", "patch_embed.7."),
+    (r"^stages\.(\d+)\.downsample\.conv\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.1."),
+    (r"^stages\.(\d+)\.downsample\.norm\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.3."),
+    (r"^stages\.", "layers."),
+    (r"(\.blocks\.\d+)\.norm1\.", r"\1.norm."),
+    (r"\.op\.conv\.", ".op.conv2d."),
+    (r"\.op\.A_log$", ".op.A_logs"),
+    (r"\.op\.D$", ".op.Ds"),
+    (r"\.op\.dt_(weight|bias)$", r".op.dt_projs_\1"),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.fc\.", "classifier.head."),
+]
+"""Our names → the authors'."""
+
+
+def official_checkpoint(name: str) -> dict[str, dict[str, torch.Tensor]]:
+    """A random model's weights as the authors save them."""
+    weights = {}
+    for key, value in timm.create_model(name).state_dict().items():
+        for pattern, replacement in _TO_OFFICIAL:
+            key = re.sub(pattern, replacement, key)
+        weights[key] = value.flatten(0, 1) if key.endswith(("A_logs", "Ds")) else value
+    return {"model": weights}
+
+
+def prepare(place: Path) -> None:
+    """Make the folder."""
+    from typer.testing import CliRunner
+
+    data = make_folder(place / "IMAGES")
+    images = sorted((data / "val").rglob("*.png"))
+    (place / "photos").mkdir()
+    for number, path in enumerate(images[::6]):
+        Image.open(path).resize((80, 64)).save(place / "photos" / f"{number}.jpg")
+    for name in ("image.jpg", "photo.jpg"):
+        Image.open(images[0]).resize((320, 240)).save(place / name)
+    for name in ("recipes", "benchmarks", "examples"):
+        (place / name).symlink_to(ROOT / name)
+
+    torch.save(official_checkpoint("vmamba_tiny"), place / "vssm_tiny.pth")
+    cache = place / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    url = timm.get_pretrained_cfg("vmamba_tiny").url
+    os.link(place / "vssm_tiny.pth", cache / url.rsplit("/", 1)[1])
+
+    settings = ["model.name=vmamba_pico", "model.weights=null", "data.image_size=32", "train.batch_size=4"]
+    settings += ["schedule.epochs=1", "schedule.warmup_epochs=0", "train.workers=0", f"data.root={data}"]
+    arguments = [
+        "train",
+        str(ROOT / "recipes" / "imagefolder.yaml"),
+        "--out",
+        str(place / "runs" / "imagefolder"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, *settings])
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,112 @@
+"""Run timm's own model tests on our models, and fail unless each really ran and passed.
+
+    python tools/timm_conformance.py [--models NAME …] [--cache FOLDER]
+
+Fetches the source distribution of the installed timm from PyPI (once, into the cache), adds our module to the
+filter of its intermediate-feature tests, and selects every test of ours by its exact id.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import timm
+
+MODELS = ["vmamba_pico", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
+MODULE = "vmamba"  # the last part of the module that registers the models
+IDS = [  # each is filled in with a model's name
+    "test_model_forward[1-{}]",
+    "test_model_backward[2-{}]",
+    "test_model_forward_torchscript[1-{}]",
+    "test_model_forward_features[1-{}]",
+    "test_model_forward_intermediates_features[1-{}]",
+    "test_model_forward_intermediates[1-{}]",
+    "test_prune_intermediate_layers_contract[{}]",
+    "test_model_forward_fx[1-{}]",
+    "test_model_backward_fx[2-{}]",
+    "test_model_forward_fx_torchscript[1-{}]",
+]
+
+
+def fetch(cache: Path) -> Path:
+    """timm's tests/test_models.py of the installed version, with our module in its filter."""
+    folder = cache / f"timm-{timm.__version__}"
+    source = folder / "tests" / "test_models.py"
+    if not source.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+        command += ["--no-binary", "timm", "-d", str(cache), f"timm=={timm.__version__}"]
+        subprocess.run(command, check=True)
+        with tarfile.open(cache / f"timm-{timm.__version__}.tar.gz") as archive:
+            archive.extractall(cache, filter="data")
+    text = source.read_text(encoding="utf-8")
+    marker = "FEAT_INTER_FILTERS = [\n"
+    if text.count(marker) != 1:
+        raise SystemExit(f"{source}: {marker!r} is not in it once; this script must learn the new form")
+    target = source.with_name("test_models_vmamba.py")
+    target.write_text(text.replace(marker, f"{marker}    '{MODULE}',\n"), encoding="utf-8")
+    return target
+
+
+def tagged_names(model: str) -> list[str]:
+    """A model's name with the tag of each of its default cfgs."""
+    import vmamba  # noqa: F401  (registers the variants)
+
+    return timm.list_models(model, include_tags=True) or [model]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/timm"))
+    args = parser.parse_args()
+
+    tests = fetch(args.cache.resolve())
+    # Under GITHUB_ACTIONS timm's tests leave the ones through FX and TorchScript out.
+    environment = {name: value for name, value in os.environ.items() if name != "GITHUB_ACTIONS"}
+    environment |= {"TORCH_BACKEND": "vmamba", "TIMEOUT": "600"}
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-c", os.devnull, tests.name],
+        cwd=tests.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    known = {line.partition("::")[2] for line in collected.stdout.splitlines() if "::" in line}
+    wanted = [test.format(model) for model in args.models for test in IDS]
+    for model in args.models:  # this one takes the names with their weights' tag
+        wanted += [f"test_model_default_cfgs[1-{tagged}]" for tagged in tagged_names(model)]
+    absent = [test for test in wanted if test not in known]
+    if absent:
+        print(collected.stdout[-2000:], collected.stderr[-2000:])
+        raise SystemExit("timm does not offer these tests:\n  " + "\n  ".join(absent))
+
+    report = tests.with_name("vmamba.xml")
+    report.unlink(missing_ok=True)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"),
+            *("-W", "ignore", "--durations=8", f"--junitxml={report}"),
+            *(f"{tests.name}::{test}" for test in wanted),
+        ],
+        cwd=tests.parent,
+        env=environment,
+        check=False,
+    )
+    if not report.exists():
+        raise SystemExit("pytest wrote no report")
+    passed = {case.get("name") for case in ET.parse(report).iter("testcase") if len(list(case)) == 0}
+    failed = [test for test in wanted if test not in passed]
+    if failed:
+        raise SystemExit("not passed (failed, skipped or never run):\n  " + "\n  ".join(failed))
+    print(f"timm {timm.__version__}: {len(wanted)} tests passed, none skipped: {', '.join(args.models)}")
+
+
+if __name__ == "__main__":
+    main()
