@@ -146,6 +146,9 @@ def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
     assert {split: len(side) for split, side in sides.items()} == {"train": 12, "val": 6}
     below = parse(root=str(tmp_path), val_fraction=0.3).open("val")  # of the folder "train" in it
     assert [below.key(i) for i in range(6)] == [sides["val"].key(i) for i in range(6)]
+    alone = parse(root=str(tmp_path), val_fraction=0.3).without_training_split().open("val")
+    assert [alone.key(i) for i in range(6)] == [sides["val"].key(i) for i in range(6)]
+    assert parse(root=str(tmp_path), val_split="v").without_training_split().train_split == "v"
     other = parse(root=str(root), val_fraction=0.3, split_seed=1).open("val")
     assert [other.key(i) for i in range(6)] != [sides["val"].key(i) for i in range(6)]
     write_tar(root, tmp_path / "all.tar")

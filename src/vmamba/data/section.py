@@ -180,6 +180,12 @@ class ClassificationSection(DataSection):
             return self.open_split(split, decoding)
         return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
 
+    def without_training_split(self) -> Self:
+        """For where only the validation split is there: the classes are read from that."""
+        if self.val_fraction is not None:
+            return self
+        return self.model_copy(update={"train_split": self.val_split})
+
     def sampling_classes(self, source: ClassifiedImages) -> NDArray[np.int64] | None:
         """The class of each training sample, for `BalancedSampler`; None for uniform sampling.
 

@@ -257,8 +257,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def without_training_data(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
-        data = recipe.data.model_copy(update={"train_split": recipe.data.val_split})
-        return recipe.model_copy(update={"data": data})
+        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
 
     def report_metrics(self) -> MetricCollection:
         """top1, top5, the expected calibration error over 15 bins of confidence, and the confusion matrix."""
