@@ -136,6 +136,10 @@ def test_what_is_not_said_is_the_models() -> None:
     assert (preprocessing.channels, preprocessing.mean, preprocessing.std) == (1, (0.1,), (0.5,))
     assert (preprocessing.crop_pct, preprocessing.interpolation) == (1.0, "bilinear")
     assert parse(image_size=64).preprocessing(cfg).size == (64, 64)
+    for data in (parse(), changed):
+        written = data.resolved(cfg)
+        assert written.preprocessing(None) == data.preprocessing(cfg)
+        assert Holder.model_validate(Holder(data=written).model_dump(mode="json")).data == written
     with pytest.raises(RecipeError, match="data: mean has 2 values for 3 channels"):
         parse(mean=[0.1, 0.2]).preprocessing(cfg)
 
