@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-import typer
+from vmamba_cli._messages import refuse
 
 
 def require_path(path: Path, what: str) -> Path:
@@ -16,16 +16,25 @@ def require_path(path: Path, what: str) -> Path:
     if str(path).startswith(("http:/", "https:/")):
         return path
     expanded = path.expanduser()
-    if expanded.exists():
-        return expanded
-    folder = expanded.parent
+    if not _exists(expanded):
+        refuse(f"{path}: no such {what}{_hint(expanded)}")
+    return expanded
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _hint(path: Path) -> str:
+    """The names nearest to a path that does not exist."""
+    folder = path.parent
     if not folder.is_dir():
-        hint = f"; there is no folder {folder}"
-    else:
-        close = difflib.get_close_matches(expanded.name, [entry.name for entry in folder.iterdir()], n=3)
-        hint = f"; did you mean {' or '.join(str(folder / name) for name in close)}?" if close else ""
-    typer.secho(f"vmamba: {path}: no such {what}{hint}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(2)
+        return f"; there is no folder {folder}"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3)
+    return f"; did you mean {' or '.join(str(folder / name) for name in close)}?" if close else ""
 
 
 def require_recipe(path: Path) -> Path:
@@ -47,6 +56,5 @@ def require_recipe(path: Path) -> Path:
     except RecursionError:
         problem = "sections are nested too deep"
     if problem:
-        typer.secho(f"vmamba: {path}: {problem}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2)
+        refuse(f"{path}: {problem}")
     return expanded

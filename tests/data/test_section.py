@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch.nn import functional as F
+from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 
 from images import COLOURS, make_folder, tiny_values
 from vmamba.config import Section, describe_problems
@@ -36,7 +37,6 @@ from vmamba.data.sources.mnist import MnistSection
 from vmamba.data.sources.tar import TarSection
 from vmamba.data.sources.webdataset import WebDatasetSection
 from vmamba.errors import DataError, RecipeError
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.recipe import check, override_values
 from vmamba.train.run import train
 
@@ -136,6 +136,10 @@ def test_what_is_not_said_is_the_models() -> None:
     assert (preprocessing.channels, preprocessing.mean, preprocessing.std) == (1, (0.1,), (0.5,))
     assert (preprocessing.crop_pct, preprocessing.interpolation) == (1.0, "bilinear")
     assert parse(image_size=64).preprocessing(cfg).size == (64, 64)
+    for data in (parse(), changed):
+        written = data.resolved(cfg)
+        assert written.preprocessing(None) == data.preprocessing(cfg)
+        assert Holder.model_validate(Holder(data=written).model_dump(mode="json")).data == written
     with pytest.raises(RecipeError, match="data: mean has 2 values for 3 channels"):
         parse(mean=[0.1, 0.2]).preprocessing(cfg)
 
@@ -146,6 +150,9 @@ def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
     assert {split: len(side) for split, side in sides.items()} == {"train": 12, "val": 6}
     below = parse(root=str(tmp_path), val_fraction=0.3).open("val")  # of the folder "train" in it
     assert [below.key(i) for i in range(6)] == [sides["val"].key(i) for i in range(6)]
+    alone = parse(root=str(tmp_path), val_fraction=0.3).without_training_split().open("val")
+    assert [alone.key(i) for i in range(6)] == [sides["val"].key(i) for i in range(6)]
+    assert parse(root=str(tmp_path), val_split="v").without_training_split().train_split == "v"
     other = parse(root=str(root), val_fraction=0.3, split_seed=1).open("val")
     assert [other.key(i) for i in range(6)] != [sides["val"].key(i) for i in range(6)]
     write_tar(root, tmp_path / "all.tar")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,17 +22,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+import vmamba
 from images import assert_same
 from vmamba import VMamba
-from vmamba.data import SampleKey, seeded
+from vmamba.config import Section
+from vmamba.data import Preprocessing, SampleKey, seeded
+from vmamba.inference import Prediction, Predictor
 from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run, tasks
 from vmamba.train.curves import read_metrics
 from vmamba.train.evaluation import evaluate, write_evaluation
-from vmamba.train.recipe import Recipe, Section
+from vmamba.train.recipe import Recipe
 from vmamba.train.runs import find_runs
 from vmamba.train.session import load_recipe, open_session
-from vmamba.train.task import Prediction, Task
+from vmamba.train.task import Task
 
 STEPS = 10
 
@@ -77,8 +79,9 @@ class Finder(nn.Module):
         self.body = nn.ModuleDict({"backbone": backbone})
         self.head = nn.Linear(width, 2)
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        centres = self.head(self.body["backbone"](torch.stack(images)))
+    def forward(self, images: list[Tensor] | Tensor, targets: list[dict[str, Any]] | None = None) -> Any:
+        images = torch.stack(images) if isinstance(images, list) else images
+        centres = self.head(self.body["backbone"](images))
         if targets is None:
             return [{"centre": centre} for centre in centres]
         expected = torch.stack([target["points"].mean(0) for target in targets])
@@ -108,8 +111,16 @@ class Centre(Prediction):
     x: float
     y: float
 
-    def text(self, top: int) -> str:
+    def text(self) -> str:
         return f"({self.x:.2f}, {self.y:.2f})"
+
+
+class CentrePredictor(Predictor):
+    task = "points"
+
+    def decode(self, outputs: Any, names: Sequence[str | None], top: int | None) -> list[Prediction]:
+        pairs = zip(names, outputs, strict=True)
+        return [Centre(name, *answer["centre"].tolist()) for name, answer in pairs]
 
 
 class PointsTask(Task):
@@ -120,6 +131,8 @@ class PointsTask(Task):
 
     def __init__(self, recipe: PointsRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
+        side = self.recipe.data.side
+        self.preprocessing = Preprocessing.of_model({}, size=(side, side))
         self.classes = []
 
     @classmethod
@@ -153,16 +166,8 @@ class PointsTask(Task):
         losses = model(batch["images"], batch["targets"])
         return {"loss": torch.stack(list(losses.values())).sum()}
 
-    def predictor(self, model: nn.Module) -> Callable[[Sequence[Image.Image]], list[Prediction]]:
-        side = self.recipe.data.side
-
-        def predict(images: Sequence[Image.Image]) -> list[Prediction]:
-            pixels = [torch.from_numpy(np.array(image.resize((side, side)))).float() for image in images]
-            with torch.inference_mode():
-                answers = model([each.permute(2, 0, 1) / 255 for each in pixels])
-            return [Centre(*answer["centre"].tolist()) for answer in answers]
-
-        return predict
+    def predictor(self, model: nn.Module) -> CentrePredictor:
+        return CentrePredictor(model, self.preprocessing, [])
 
 
 def values(**train: Any) -> dict[str, Any]:
@@ -236,7 +241,6 @@ def test_the_best_checkpoint_has_the_lowest_error(whole: Path) -> None:
 
 KILLED = """
 import sys
-import numpy as np
 import pytest
 sys.path.insert(0, {here!r})
 import test_task_contract as contract
@@ -284,11 +288,13 @@ def test_evaluated_and_reported(whole: Path, tmp_path: Path) -> None:
 
 
 def test_predicted(whole: Path) -> None:
-    predict = open_session(whole).predictor()
-    image = Image.new("RGB", (40, 30), (200, 10, 10))
-    one, two = predict([image, image.transpose(Image.Transpose.ROTATE_90)])
-    assert one != two or isinstance(one, Centre)
-    assert predict([image]) == [one]
+    """From the run, from its file of weights, and by the task itself."""
+    images = [Image.new("RGB", (40, 30), colour) for colour in ((200, 10, 10), (10, 10, 200))]
+    expected = open_session(whole).predictor()(images)
+    assert [type(each) for each in expected] == [Centre, Centre]
+    assert expected[0] != expected[1]
+    for source in (whole, whole / "best.safetensors"):
+        assert vmamba.load(source)(images) == expected
 
 
 def test_groups_are_gathered_from_inside_the_wrapper(whole: Path) -> None:

@@ -22,6 +22,9 @@ from vmamba.errors import DataError, RecipeError
 
 Split = Literal["train", "val"]
 
+_OF_THE_MODEL = ("channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Keys, beside `image_size`, that are a model's where a recipe does not name them."""
+
 
 class DataSection(Section):
     """Where images come from, and what a model sees of them; a source adds its keys, and how it is opened."""
@@ -117,6 +120,13 @@ class DataSection(Section):
         except ValueError as error:
             raise RecipeError(f"data: {error}") from None
 
+    def resolved(self, model_or_cfg: Any) -> Self:
+        """The section with the values written out that it leaves to a model; see `preprocessing`."""
+        values = self.preprocessing(model_or_cfg)
+        height, width = values.size
+        changes = {name: getattr(values, name) for name in _OF_THE_MODEL}
+        return self.model_copy(update={**changes, "image_size": height if height == width else values.size})
+
     @abstractmethod
     def open(self, split: Split, decoding: Decoding = RGB) -> ImageSource[Any]:
         """The images of a split.
@@ -179,6 +189,12 @@ class ClassificationSection(DataSection):
         if self.val_fraction is None:
             return self.open_split(split, decoding)
         return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
+
+    def without_training_split(self) -> Self:
+        """For where only the validation split is there: the classes are read from that."""
+        if self.val_fraction is not None:
+            return self
+        return self.model_copy(update={"train_split": self.val_split})
 
     def sampling_classes(self, source: ClassifiedImages) -> NDArray[np.int64] | None:
         """The class of each training sample, for `BalancedSampler`; None for uniform sampling.

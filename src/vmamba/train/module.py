@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import vmamba
-from vmamba.data import LoadedBatch, SampleKey, draw_seed, seeded
+from vmamba.data import LoadedBatch, draw_seed, seeded
 from vmamba.errors import DataError
 from vmamba.models.checkpoints import CONTENTS
 from vmamba.train.guard import NonFiniteError, first_nonfinite
@@ -83,9 +83,7 @@ class TaskModule(lightning.LightningModule):
         self.means = RunningMeans()
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._step_batches: list[
-            tuple[int, list[int]]
-        ] = []  # number and samples of the step's batches so far
+        self._step_batches: list[tuple[int, list[SampleKey]]] = []  # batches of the step so far
         self._finite: Tensor | None = None
         self._scheduler: Any = None
         self._group_settings: list[dict[str, Any]] = []
@@ -195,18 +193,17 @@ class TaskModule(lightning.LightningModule):
         loader: Any = self.trainer.train_dataloader
         data = loader.dataset.dataset
         source, names = "", []
-        for batch_idx, indices in self._step_batches:
-            mine = [data.name(index) for index in indices]
-            names += mine
+        for batch_idx, keys in self._step_batches:
+            of_batch = [data.name(key.index) for key in keys]
+            names += of_batch
             if isinstance(self.model, FSDPModule):
                 source = "not looked for in a model in shards"
                 continue
-            samples = [data[SampleKey(self.current_epoch, index)] for index in indices]
-            batch = self.trainer.strategy.batch_to_device(loader.collate_fn.collate(samples))
+            batch = self.trainer.strategy.batch_to_device(loader.read_again(keys))
             with torch.compiler.set_stance("force_eager"), self.trainer.precision_plugin.forward_context():
                 source = first_nonfinite(self.model, batch, partial(self._loss, batch, batch_idx))
             if not source.startswith("nothing"):
-                names = mine
+                names = of_batch
                 break
         message = (
             f"the {what} of step {self.global_step + 1} (epoch {self.current_epoch + 1}) is not finite; "

@@ -76,8 +76,8 @@ class _SameBatch:
     """A loader that yields one batch again and again, as a training loader does its own."""
 
     def __init__(self, data: Any, times: int) -> None:
-        self.batch_size, self.dataset, self.collate_fn = data.batch_size, data.dataset, data.collate_fn
-        self.consumed = 0
+        self.batch_size, self.dataset, self.read_again = data.batch_size, data.dataset, data.read_again
+        self.consumed, self.skipped = 0, data.skipped
         self._loaded, self._times = next(iter(data)), times
 
     def __len__(self) -> int:
