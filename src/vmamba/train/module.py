@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import vmamba
-from vmamba.data import LoadedBatch, draw_seed, seeded
+from vmamba.data import LoadedBatch, SampleKey, draw_seed, seeded
 from vmamba.errors import DataError
 from vmamba.models.checkpoints import CONTENTS
 from vmamba.train.guard import NonFiniteError, first_nonfinite
