@@ -117,7 +117,7 @@ def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("vmamba.bench.models.bench_models", work)
     monkeypatch.setattr("vmamba.bench.operator.shapes", work)
-    monkeypatch.setattr("vmamba.train.run.load_recipe", work)
+    monkeypatch.setattr("vmamba.train.session.load_recipe", work)
     return {"models": MODELS, "ops": OPS, "data": ("bench", "data", "recipe.yaml")}[request.param]
 
 

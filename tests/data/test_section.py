@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch.nn import functional as F
-from vmamba.train.classification import ClassificationRecipe, ClassificationTask
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 from images import COLOURS, make_folder, tiny_values
 from vmamba.config import Section, describe_problems

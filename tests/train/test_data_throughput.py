@@ -1,8 +1,12 @@
+from collections import Counter
+from typing import Any
+
 import pytest
 
 from images import make_folder, tiny_values
+from vmamba.train import module
 from vmamba.train.recipe import check, override_values
-from vmamba.train.tasks.classification import ClassificationRecipe
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 from vmamba.train.throughput import Loading, bench_loader, bench_step, verdict
 
 
@@ -24,6 +28,37 @@ def test_the_loader(workers: int, recipe: ClassificationRecipe) -> None:
 
 def test_the_step(recipe: ClassificationRecipe) -> None:
     assert bench_step(recipe, rounds=1) > 0
+
+
+def test_the_step_is_that_of_training(recipe: ClassificationRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the update that training makes, the passes of a step, clipping and the average."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (module, "muon_in_float32"),
+        (module.TaskModule, "configure_gradient_clipping"),
+        (module.ModelEmaV3, "update"),
+        (ClassificationTask, "augment_batch"),
+        (ClassificationTask, "training_step"),
+    ):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    changed = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"name": "nmuon"})})
+    assert bench_step(changed, rounds=1) > 0
+    steps, passes = 3, 2
+    assert calls == {
+        "muon_in_float32": steps,
+        "configure_gradient_clipping": steps,
+        "update": steps,
+        "augment_batch": steps * passes,
+        "training_step": steps * passes,
+    }
 
 
 def test_who_is_slower() -> None:

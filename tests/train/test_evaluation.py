@@ -254,3 +254,23 @@ def test_a_checkpoint_brings_its_own_model(averaged: Path) -> None:
         RecipeError, match=r"override 'model.weights=other': the model is that of .*best\.ckpt"
     ):
         evaluate(averaged, ["model.weights=other"])
+
+
+def test_names_that_a_picture_cannot_show_as_they_are(tmp_path: Path) -> None:
+    """No formulas, and no warning of a script that the font lacks; cells and colour bar both in %."""
+    names = [r"$\frac$", "a$b", "数字", "😀"]
+    draw_confusion(10 * torch.eye(4, dtype=torch.int64), names, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        for name in ("blue", "green"):
+            (root / split / name).rename(tmp_path / f"{split} {name}")
+    outcome = run.train(recipe(root, "schedule.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
+    assert outcome.scores["val/top1"] == 1
+    evaluation = evaluate(tmp_path / "run")
+    assert (evaluation.scores["top1"], evaluation.samples) == (1, 6)
+    write_evaluation(evaluation, tmp_path / "report")
+    assert (tmp_path / "report" / "confusion.csv").read_text().splitlines()[1] == "red,6"

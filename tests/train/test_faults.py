@@ -330,3 +330,60 @@ def test_tensorboard_is_written(whole: Path) -> None:
     events.Reload()
     assert {"train/loss", "val/top1", "val/ema_top1"} <= set(events.Tags()["scalars"])
     assert json.loads((whole / "env.json").read_text())["processes"] == 1
+
+
+@pytest.mark.parametrize("what", ["raise", "skip"])
+def test_outputs_that_are_not_finite_are_not_scored(
+    what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights are spoilt behind the last step: no loss of training tells."""
+    validate = ClassificationTask.validation_step
+
+    def spoilt(self: Any, model: nn.Module, batch: Any, metrics: Any) -> Any:
+        model.head.fc.weight.data.fill_(float("nan"))  # type: ignore[union-attr,operator]
+        return validate(self, model, batch, metrics)
+
+    monkeypatch.setattr(ClassificationTask, "validation_step", spoilt)
+    changed = recipe(folder, "schedule.epochs=1", "schedule.warmup_epochs=0", f"train.on_nonfinite={what}")
+    message = "the evaluation after step 4 is not finite, first for "
+    if what == "skip":
+        run.train(changed, tmp_path)
+        assert message in caplog.text
+        return
+    with pytest.raises(NonFiniteError, match=message) as raised:
+        run.train(changed, tmp_path)
+    assert f"{folder}/val/" in str(raised.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
+def test_a_lost_connection_leaves_a_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 6, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    with pytest.raises(Interrupted, match="interrupted after step 6"):
+        run.train(recipe(folder), tmp_path)
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_disk_that_is_full_from_the_start(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """One message, of the first checkpoint, which does not speak of resuming."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(*_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, STEPS, limit)
+        try:
+            with pytest.raises(CheckpointError, match="could not be written") as raised:
+                run.train(recipe(folder), tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(raised.value).endswith(
+        "there is no checkpoint yet. Make room on the disk, then start the run again"
+    )
+    assert "Traceback" not in capsys.readouterr().err

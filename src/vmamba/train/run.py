@@ -13,8 +13,8 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from vmamba.data import ResumableLoader
 from vmamba.environment import environment
 from vmamba.errors import DataError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
@@ -26,6 +26,7 @@ from vmamba.train.curves import check_metrics
 from vmamba.train.loaders import batches_of_a_step, loader
 from vmamba.train.lock import locked
 from vmamba.train.log import RunLog, run_log
+from vmamba.train.loggers import loggers_for
 from vmamba.train.module import TaskModule
 from vmamba.train.progress import ProgressLine
 from vmamba.train.recipe import Recipe, check, override_values
@@ -195,34 +196,22 @@ def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None
     with settings(recipe):
         recipe = task_type(recipe.task).resolve(recipe)
         progress = ProgressLine()
-        trainer = trainer_for(recipe, [progress], _loggers(recipe, folder))
+        trainer = trainer_for(recipe, [progress], loggers_for(recipe, folder))
         trainer.accumulate_grad_batches = batches_of_a_step(recipe, trainer.world_size)[1]
         session = training_session(recipe)
         training = loader(session.task, recipe, "train", trainer)
         validation = loader(session.task, recipe, "val", trainer)
-        samples = {"train": len(training.dataset.dataset), "val": len(validation.dataset.dataset)}  # type: ignore[attr-defined]
+        samples = {"train": training.sampler.length, "val": validation.sampler.length}
         if resumed is not None:
             _compare_data(resumed, session.task, samples)
         history = [*(resumed.contents.get("history", []) if resumed else []), _event(resumed)]
-        module = TaskModule(
-            session.task,
-            recipe,
-            session.model,
-            len(training) // trainer.accumulate_grad_batches,
-            {
-                "samples": samples,
-                "history": history,
-                "config": describe_model(session.task, session.model),
-            },
-        )
-        # Not Lightning's max_steps: with it a resume at an epoch's end would count that epoch twice.
-        trainer.fit_loop.max_epochs = math.ceil(module.steps / module.steps_per_epoch)
+        module = _module(session, trainer, training, {"samples": samples, "history": history})
         if resumed is not None and resumed.step > module.steps:
             raise RecipeError(
                 f"schedule: {module.steps} steps are fewer than the {resumed.step} that the run has done"
             )
-        from_path = None if resumed is None else resumed.path
-        checkpoints = Checkpoints(folder, recipe.train.keep_checkpoints, from_path)
+        start = None if resumed is None else resumed.path
+        checkpoints = Checkpoints(folder, recipe.train.keep_checkpoints, start)
         milestones = Milestones(folder, validation, checkpoints, progress)
         stop = StopOnSignal(folder, checkpoints.save, module.steps)
         trainer.callbacks += [milestones, stop]  # type: ignore[attr-defined]
@@ -232,8 +221,20 @@ def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None
                 told.open(folder)
                 _introduce(session, trainer, samples, module)
             with stop.listening(), _lost_process_explained(folder, trainer):
-                trainer.fit(module, training, ckpt_path=from_path)
+                trainer.fit(module, training, ckpt_path=start)
     return Outcome(folder, milestones.scores, module.monitor, milestones.best, milestones.best_step)
+
+
+def _module(
+    session: Session, trainer: lightning.Trainer, training: ResumableLoader, contents: dict[str, Any]
+) -> TaskModule:
+    """What Lightning trains, for as many epochs as the schedule takes."""
+    steps_per_epoch = len(training) // trainer.accumulate_grad_batches
+    contents["config"] = describe_model(session.task, session.model)
+    module = TaskModule(session.task, session.recipe, session.model, steps_per_epoch, contents)
+    # Not Lightning's max_steps: with it a resume at an epoch's end would count that epoch twice.
+    trainer.fit_loop.max_epochs = math.ceil(module.steps / steps_per_epoch)
+    return module
 
 
 def _event(resumed: _Resumption | None) -> dict[str, Any]:
@@ -322,22 +323,6 @@ def _introduce(
         f", {processes} processes" if processes > 1 else "",
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else session.recipe.train.precision,
     )
-
-
-def _loggers(recipe: Recipe, folder: Path) -> list[Logger]:
-    loggers: list[Logger] = [TensorBoardLogger(folder, name="tensorboard", version="")]
-    values = recipe.model_dump(mode="json")
-    for name in recipe.train.loggers:
-        try:
-            if name == "wandb":
-                loggers.append(WandbLogger(name=folder.name, save_dir=folder, config=values))
-            else:
-                mlflow = MLFlowLogger(experiment_name="vmamba", run_name=folder.name)
-                mlflow.log_hyperparams(values)
-                loggers.append(mlflow)
-        except ModuleNotFoundError as error:
-            raise RecipeError(f"train.loggers: {name} is not installed; pip install {name}") from error
-    return loggers
 
 
 @contextmanager
