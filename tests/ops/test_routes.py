@@ -1,4 +1,4 @@
-"""Routes: the built-in ones, registered ones and permutations, unfolded by `cross_scan` and in the operator."""
+"""Routes: built-in ones, registered ones and permutations, unfolded by `cross_scan` and in the operator."""
 
 from collections.abc import Callable
 from typing import Any
