@@ -15,7 +15,8 @@ constexpr int64_t most_groups = 16;   // of images: bounds what is kept for sums
 constexpr int64_t enough_tasks = 64;  // beyond, groups would only be more to sum over
 constexpr int plain = 16;             // positions of which A's gradient is summed plainly, before Kahan's sum has it
 
-// Loops copy the members that they read: a store of a vector may change any, for all that the compiler knows.
+// Loops copy the members that they read to locals: after a vector store the compiler must assume that any
+// member changed, and reloads it.
 template <class F> struct Backward {
   const vmamba_scan &s;
   const vmamba_gradients &g;
@@ -99,7 +100,7 @@ template <class F> struct Backward {
   }
 
   void route(int64_t b, int64_t k, int64_t block) {
-    const int64_t column = (b * s.n_routes + k) * s.channels + p.first;  // of (B, K, D)
+    const int64_t column = (b * s.n_routes + k) * s.channels + p.first;  // of (b, k, d)
     std::fill_n(carry.get(), s.n_state * p.pitch, F(0));
     if (g.last)
       p.turn_rows(static_cast<const F *>(g.last) + column * s.n_state, s.n_state, F(1), carry.get());

@@ -1,6 +1,6 @@
 // What the forward and the backward of the scan share: reading operands, walking routes, delta's product.
 //
-// B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta.
+// Sizes: b batch, h height, w width, l = h·w, d channels, k routes, n state size, r rank of delta.
 //
 // The channels lie in the lanes of the vectors. A task is a block of at most 64 channels of some images: it
 // walks an image along each route, a tile of positions at a time, so that the state and all that a tile

@@ -36,7 +36,7 @@ template <class F> struct Forward {
 
   void route(int64_t b, int64_t k) {
     const int64_t length = s.height * s.width, slots = (length + s.state_stride - 1) / s.state_stride;
-    const int64_t column = (b * s.n_routes + k) * s.channels + p.first;  // of (B, K, D)
+    const int64_t column = (b * s.n_routes + k) * s.channels + p.first;  // of (b, k, d)
     std::fill_n(h.get(), s.n_state * p.pitch, F(0));
     if (s.initial) p.turn_rows(static_cast<const F *>(s.initial) + column * s.n_state, s.n_state, F(1), h.get());
     for (int64_t t = 0; t < length; t += tile) {

@@ -1,6 +1,6 @@
 /* The 2D selective scan on a CPU: the C interface of libvmamba_cpu.
  *
- * B batch, H height, W width, L = H·W, D channels, K routes, N state size, R rank of delta, S = ceil(L / state_stride).
+ * Sizes: b batch, h height, w width, l = h·w, d channels, k routes, n state size, r rank of delta, s = ceil(l / state_stride).
  *
  * Images are addressed by strides, counted in elements; their last dimension is contiguous. All other arrays
  * are contiguous and of the state's type, float or double. Sizes are checked by the caller. */
@@ -32,30 +32,30 @@ typedef struct {
 
 typedef struct {
   int64_t batch, height, width, channels, n_routes, n_state;
-  int64_t rank;         /* R; 0: delta is given for every channel */
+  int64_t rank;         /* r; 0: delta is given for every channel */
   int64_t softplus;     /* whether delta passes through it */
   int64_t state_stride; /* positions between saved states */
   int64_t state_type;   /* VMAMBA_FLOAT32 or VMAMBA_FLOAT64 */
   int64_t threads;
-  const int64_t *routes; /* (K): 0 row, 1 column, 2 row reversed, 3 column reversed */
-  vmamba_image x;        /* (B, H, W, D) */
-  vmamba_image delta;    /* (B, H, W, K, R), or (B, H, W, K, D) if R is 0 */
-  vmamba_image B, C;     /* (B, H, W, K, N) */
-  const void *A;         /* (K, D, N) */
-  const void *D;         /* (K, D) or null */
-  const void *bias;      /* (K, D) or null */
-  const void *weight;    /* (K, D, R) or null */
-  const void *initial;   /* (B, K, D, N) or null */
+  const int64_t *routes; /* (k): 0 row, 1 column, 2 row reversed, 3 column reversed */
+  vmamba_image x;        /* (b, h, w, d) */
+  vmamba_image delta;    /* (b, h, w, k, r), or (b, h, w, k, d) if r is 0 */
+  vmamba_image B, C;     /* (b, h, w, k, n) */
+  const void *A;         /* (k, d, n) */
+  const void *D;         /* (k, d) or null */
+  const void *bias;      /* (k, d) or null */
+  const void *weight;    /* (k, d, r) or null */
+  const void *initial;   /* (b, k, d, n) or null */
 } vmamba_scan;
 
-/* y (B, H, W, D), last (B, K, D, N) and states (B, K, S, N, D) are written in full. */
+/* y (b, h, w, d), last (b, k, d, n) and states (b, k, s, n, d) are written in full. */
 VMAMBA_API int vmamba_scan_forward(const vmamba_scan *scan, void *y, void *last, void *states);
 
 /* Gradients, each of its operand's shape, contiguous, written in full; those of operands that are null are not
  * written. */
 typedef struct {
-  vmamba_image y;     /* of y, (B, H, W, D) */
-  const void *last;   /* of the last state, (B, K, D, N), or null */
+  vmamba_image y;     /* of y, (b, h, w, d) */
+  const void *last;   /* of the last state, (b, k, d, n), or null */
   const void *states; /* as the forward saved them */
   void *x, *delta, *A, *B, *C, *D, *bias, *weight, *initial;
 } vmamba_gradients;

@@ -1,4 +1,4 @@
-"""Operands of the scan for tests, and how far an engine may be from the truth."""
+"""Operands of the scan for tests, and how far a backend may be from the truth."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
     for name, reason in ((status.name, status.reason) for status in backends())
 ]
-"""Every engine that can run here."""
+"""Every backend that can run here."""
 FAST = [backend for backend in BACKENDS if backend.values != ("reference",)]
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
@@ -39,7 +39,7 @@ def operands(
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, dtype=torch.float64) * scale
 
-    found: dict[str, Tensor | None] = {
+    drawn: dict[str, Tensor | None] = {
         "x": normal(batch, height, width, channels),
         "delta": normal(*image, channels if rank is None else rank),
         "A": -torch.rand(n_routes, channels, n_state, dtype=torch.float64) - 0.1,
@@ -50,7 +50,7 @@ def operands(
         "delta_weight": None if rank is None else normal(n_routes, channels, rank, scale=rank**-0.5),
     }
     tensors = {
-        name: t if t is None else t.to(dtype).requires_grad_(requires_grad) for name, t in found.items()
+        name: t if t is None else t.to(dtype).requires_grad_(requires_grad) for name, t in drawn.items()
     }
     return {**tensors, "routes": routes}
 
@@ -62,8 +62,8 @@ def given(call: dict[str, Any]) -> dict[str, Tensor]:
 
 def cast(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The call with its tensors, as leaves, in another type."""
-    found = {name: t.detach().to(dtype).requires_grad_(t.requires_grad) for name, t in given(call).items()}
-    return {**call, **found}
+    tensors = {name: t.detach().to(dtype).requires_grad_(t.requires_grad) for name, t in given(call).items()}
+    return {**call, **tensors}
 
 
 def value_and_gradients(call: dict[str, Any], grad_y: Tensor, **kwargs: Any) -> dict[str, Tensor]:
@@ -77,26 +77,28 @@ def value_and_gradients(call: dict[str, Any], grad_y: Tensor, **kwargs: Any) -> 
 def assert_accurate(*calls: dict[str, Any], backend: str, **kwargs: Any) -> None:
     """Forward and gradients of float32 (or half) calls are as near to float64 as the contract asks.
 
-    At most twice the reference's own error in the same types, plus 4 eps of the largest value. Where a call
-    is so small that the own error is luck, give several of the same shape: they are judged together.
+    At most twice the reference's own error in the same types, plus 4 eps of the largest value. The
+    error of a small call is luck: give several calls of the same shape, they are judged together.
     """
-    true, own, found = [], [], []
+    true, reference, computed = [], [], []
     for call in calls:
         grad_y = torch.randn(call["x"].shape, dtype=torch.float64).to(call["x"].dtype)
         true.append(value_and_gradients(cast(call, torch.float64), grad_y, backend="reference"))
-        own.append(value_and_gradients(call, grad_y, backend="reference", **kwargs))
-        found.append(value_and_gradients(call, grad_y, backend=backend, **kwargs))
+        reference.append(value_and_gradients(call, grad_y, backend="reference", **kwargs))
+        computed.append(value_and_gradients(call, grad_y, backend=backend, **kwargs))
 
-    for name, first in found[0].items():
+    for name, first in computed[0].items():
 
         def worst(results: list[dict[str, Tensor]], name: str = name) -> float:
             errors = [(r[name].double() - t[name]).abs() for r, t in zip(results, true, strict=True)]
             return torch.stack(errors).max().item()
 
-        assert first.dtype == own[0][name].dtype
+        assert first.dtype == reference[0][name].dtype
         assert first.shape == true[0][name].shape
         if first.numel() == 0:
             continue
         largest = max(t[name].abs().max().item() for t in true)
-        allowed = 2 * worst(own) + 4 * torch.finfo(first.dtype).eps * largest
-        assert worst(found) <= allowed, f"{name}: error {worst(found):.3g}, reference {worst(own):.3g}"
+        allowed = 2 * worst(reference) + 4 * torch.finfo(first.dtype).eps * largest
+        assert worst(computed) <= allowed, (
+            f"{name}: error {worst(computed):.3g}, reference {worst(reference):.3g}"
+        )

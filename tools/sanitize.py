@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 TESTS = ("tests/ops/test_cpu.py", "tests/ops/test_backends.py")
-# What starts other processes or measures memory, and the engines that are not in question.
+# What starts other processes or measures memory, and the backends that are not in question.
 LEFT_OUT = "not leak and not freed and not torch and not chunked and not reference"
 # An editable install answers imports before any path is asked.
 RUN = """

@@ -1,4 +1,4 @@
-"""What every engine must do: the contract of `selective_scan_2d`."""
+"""What every backend must do: the contract of `selective_scan_2d`."""
 
 import zlib
 
@@ -32,12 +32,12 @@ def closed_form(call: dict) -> torch.Tensor:
     n_routes = delta.shape[3]
     take = torch.arange(n_routes)
 
-    def along(t: torch.Tensor) -> torch.Tensor:  # (B, H, W, K, F) -> (B, K, L, F), each route its own group
+    def along(t: torch.Tensor) -> torch.Tensor:  # (b, h, w, k, ·) → (b, k, l, ·), each route its own
         return torch.stack([cross_scan(t[..., k, :], routes)[:, k] for k in take], 1)
 
     u, d, b, c = cross_scan(x, routes), torch.nn.functional.softplus(along(delta)), along(B), along(C)
     S = d.cumsum(2)
-    gap = S[:, :, :, None] - S[:, :, None]  # (B, K, i, j, D)
+    gap = S[:, :, :, None] - S[:, :, None]  # (b, k, i, j, d)
     decay = torch.exp(gap[..., None] * call["A"][:, None, None])
     decay = decay * torch.ones(gap.shape[2:4], dtype=x.dtype).tril()[:, :, None, None]
     y = torch.einsum("bkin,bkjn,bkijdn,bkjd->bkid", c, b, decay, d * u)
@@ -285,7 +285,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("n_state", "size"), [(1, 48), (16, 48), (32, 56)])
 def test_chunked_keeps_within_its_memory(n_state: int, size: int) -> None:
-    """Beyond inputs and outputs, forward and backward: at most 4 float32 for each of (B, L, K, D)."""
+    """Beyond inputs and outputs, forward and backward: at most 4 float32 for each of (b, l, k, d)."""
     call = operands(1, size, size, 32, n_state, 2, dtype=torch.float32)
     torch.use_deterministic_algorithms(False)
     limit = 4 * 4 * size**2 * 4 * 32

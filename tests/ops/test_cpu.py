@@ -1,4 +1,4 @@
-"""What only the compiled engine can get wrong: threads, blocks of channels, addresses, memory."""
+"""What only the compiled backend can get wrong: threads, blocks of channels, addresses, memory."""
 
 import math
 import os
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scans import assert_accurate, cast, given, operands, value_and_gradients
+from scans import TENSORS, assert_accurate, cast, given, operands, value_and_gradients
 from vmamba.ops import BackendWarning, backends, cpu, selective_scan_2d
+from vmamba.ops.operands import Operands
 
 WHY_NOT = {status.name: status.reason for status in backends()}["cpu"]
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -27,13 +28,22 @@ def test_says_what_it_runs_on() -> None:
 def test_the_same_bits_on_any_number_of_threads(batch: int, n_state: int) -> None:
     call = operands(batch, 10, 9, 200, n_state, 5, dtype=torch.float32)
     grad_y = torch.randn_like(call["x"])
-    found = []
+    results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        found.append(value_and_gradients(call, grad_y, backend="cpu"))
-    for other in found[1:]:
-        for name, t in found[0].items():
+        results.append(value_and_gradients(call, grad_y, backend="cpu"))
+    for other in results[1:]:
+        for name, t in results[0].items():
             assert torch.equal(other[name], t), name
+
+
+@pytest.mark.parametrize(("side", "threads"), [(4, 1), (16, 1), (32, 2), (64, 3)])
+def test_a_small_call_stays_on_one_thread(side: int, threads: int) -> None:
+    """By its work: positions, channels, routes and states."""
+    torch.set_num_threads(3)
+    call = operands(1, side, side, 8, 1, 2, requires_grad=False)
+    values = [call[name] for name in TENSORS]
+    assert cpu._scan(Operands(*values, True, [0, 1, 2, 3]))[0].threads == threads
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 63, 64, 65, 130])
@@ -57,7 +67,7 @@ def test_any_state_size(n_state: int) -> None:
     assert_accurate(operands(1, 20, 18, 8, n_state, 3, dtype=torch.float32), backend="cpu")
 
 
-def test_a_larger_state_goes_to_the_slower_engine() -> None:
+def test_a_larger_state_goes_to_the_slower_backend() -> None:
     call = operands(1, 2, 2, 2, 65, requires_grad=False)
     with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .* n of at most 64, got 65"):
         selective_scan_2d(**call, backend="cpu")
@@ -162,10 +172,10 @@ def test_calls_from_several_threads_at_once() -> None:
     wrong: list[str] = []
 
     def work() -> None:
-        own = cast(call, torch.float32)
+        copy = cast(call, torch.float32)
         for _ in range(20):
-            found = value_and_gradients(own, grad_y, backend="cpu")
-            wrong.extend(name for name, t in expected.items() if not torch.equal(found[name], t))
+            computed = value_and_gradients(copy, grad_y, backend="cpu")
+            wrong.extend(name for name, t in expected.items() if not torch.equal(computed[name], t))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""The engines on a GPU: `pytest -m gpu`."""
+"""The backends on a GPU: `pytest -m gpu`."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 SHAPES = [(2, 56, 56, 96, 1, 6), (2, 14, 14, 64, 1, 24), (3, 7, 7, 130, 1, 48), (1, 20, 33, 24, 16, 3)]
-"""B, H, W, D, N, R: several tiles, one in forward, one in both, and channels that fill no block."""
+"""b, h, w, d, n, r: several tiles, one in forward, one in both, and channels that fill no block."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,8 +131,8 @@ def test_captured_in_a_graph() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """The second image begins 2³¹ elements after the first."""
-    side, channels = 2**10, 2**11 + 64
+    """The second image crosses 2³¹ elements; within an image the kernels count in 32 bits."""
+    side, channels = 2**10, 2**11 - 64
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("it takes 55 GB")
     x = torch.randn(2, side, side, channels, device="cuda", dtype=torch.bfloat16)

@@ -67,8 +67,8 @@ def why_not_kernel(call: Operands, device_types: tuple[str, ...], most_states: i
         return f"it runs on {' or '.join(device_types)}, the operands are on {call.device}"
     if call.n_state > most_states:
         return f"it takes a state size n of at most {most_states}, got {call.n_state}"
-    others = [name for name in names_of(call.routes) if name not in ROUTES]
-    if others:
+    if not all(0 <= code < len(ROUTES) for code in call.routes):
+        others = [name for name in names_of(call.routes) if name not in ROUTES]
         return f"it reads along the routes {', '.join(ROUTES)} only, got {', '.join(dict.fromkeys(others))}"
     return None
 

@@ -20,6 +20,10 @@ from vmamba.ops.operands import Operands
 MOST_STATES = 64
 """The largest state size; beyond it `chunked` serves."""
 
+GRAIN = 2**14
+"""Values (positions, channels, routes and states) worth a thread, 10 to 20 µs: for less, waking the thread
+takes as long as its work, and on a loaded machine the call waits until the thread gets a processor."""
+
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _FILES = ("libvmamba_cpu.so", "libvmamba_cpu.dylib", "libvmamba_cpu.dll")
 
@@ -119,7 +123,7 @@ def _widened(t: Tensor) -> Tensor:
 
 def _scan(call: Operands) -> tuple[_Scan, list[object]]:
     """A call as the kernel takes it, and what must live as long."""
-    dtype = call.state_dtype
+    dtype, k, n = call.state_dtype, call.n_routes, call.n_state
     # The rows of few values for each position are read faster where nothing is left to convert.
     delta = call.delta if call.delta_weight is None else _widened(call.delta)
     images, holders = zip(
@@ -129,16 +133,17 @@ def _scan(call: Operands) -> tuple[_Scan, list[object]]:
         None if t is None else t.to(dtype).contiguous()
         for t in (call.A, call.D, call.delta_bias, call.delta_weight, call.initial_state)
     ]
-    codes = (ctypes.c_int64 * call.n_routes)(*call.routes)
+    codes = (ctypes.c_int64 * k)(*call.routes)
     scan = _Scan(
         *call.x.shape,
-        call.n_routes,
-        call.n_state,
+        k,
+        n,
         call.rank,
         call.delta_softplus,
-        state_stride(call.n_state),
+        state_stride(n),
         _TYPES[dtype],
-        torch.get_num_threads(),
+        # The result is the same bits for any number of threads.
+        max(1, min(torch.get_num_threads(), call.x.numel() * k * n // GRAIN)),
         ctypes.cast(codes, ctypes.c_void_p),
         *images,
         *(None if t is None else t.data_ptr() for t in arrays),
@@ -153,12 +158,12 @@ def _check(status: int) -> None:
 
 def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.forward`."""
-    b, _, _, d = call.x.shape
-    k, n, dtype = call.n_routes, call.n_state, call.state_dtype
+    x, k, n, dtype = call.x, call.n_routes, call.n_state, call.state_dtype
+    b, height, width, d = x.shape
     scan, holders = _scan(call)
-    y = call.x.new_empty(call.x.shape, dtype=dtype)
-    last_state = call.x.new_empty((b, k, d, n), dtype=dtype)
-    states = call.x.new_empty((b, k, saved_every_stride(call), n, d), dtype=dtype)
+    y = x.new_empty((b, height, width, d), dtype=dtype)
+    last_state = x.new_empty((b, k, d, n), dtype=dtype)
+    states = x.new_empty((b, k, saved_every_stride(call), n, d), dtype=dtype)
     pointers = (t.data_ptr() for t in (y, last_state, states))
     _check(_library().vmamba_scan_forward(ctypes.byref(scan), *pointers))
     del holders

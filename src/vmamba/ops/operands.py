@@ -89,6 +89,7 @@ class Operands(NamedTuple):
             TypeError: An operand or `out_dtype` is not of a supported type.
             ValueError: An operand is on another device than x, or its shape does not fit; a route is unknown.
         """
+        device = self.device
         for name, operand in zip(_NAMES, self.tensors, strict=True):
             if operand is None:
                 continue
@@ -96,8 +97,8 @@ class Operands(NamedTuple):
                 raise TypeError(
                     f"{name}: expected float16, bfloat16, float32 or float64, got {operand.dtype}"
                 )
-            if operand.device != self.device:
-                raise ValueError(f"{name}: expected on {self.device} as x is, got {operand.device}")
+            if operand.device != device:
+                raise ValueError(f"{name}: expected on {device} as x is, got {operand.device}")
         if out_dtype is not None and out_dtype not in FLOAT_TYPES:
             raise TypeError(f"out_dtype: expected float16, bfloat16, float32 or float64, got {out_dtype}")
         check_codes(self.routes)
