@@ -52,6 +52,7 @@ def test_a_watched_module(watch) -> None:
     assert _torch_private.is_watched(vars(module))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # PyTorch's own, by its first jvp
 def test_transforms_and_modes() -> None:
     seen = []
 
