@@ -1,4 +1,4 @@
-"""Transforms of PyTorch through a whole model give the right values, or as much as an operator without them."""
+"""Transforms of PyTorch through a whole model give the right values, second derivatives among them."""
 
 import pytest
 import torch
