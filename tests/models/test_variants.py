@@ -1,6 +1,8 @@
 """Every variant: counts, sizes, timm's contract where timm's own tests do not look."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import timm
@@ -11,7 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 import vmamba
-from vmamba.models import ALIASES, VARIANTS
+from vmamba.models import ALIASES, model_names
 
 TABLE = {  # parameters, GMACs at 224: the design's table
     "vmamba_tiny_s2l5": (30_705_832, 4.858),
@@ -28,7 +30,7 @@ TABLE = {  # parameters, GMACs at 224: the design's table
     "vmamba_tiny_v7_shallow": (22_926_376, 4.018),
     "vmamba_tiny_v8": (26_247_592, 4.861),
 }
-NAMES = [*VARIANTS, *ALIASES]
+NAMES = model_names()
 
 
 def small(**kwargs) -> vmamba.VMamba:
@@ -118,6 +120,78 @@ def test_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_each_variant_is_a_function_that_can_be_found() -> None:
+    for name in NAMES:
+        function = getattr(vmamba.models.vmamba, name)
+        assert f"def {name}(" in inspect.getsource(function)
+        assert function.__doc__
+    assert {name for name in NAMES if name in TABLE} == set(TABLE)
+    with torch.device("meta"):
+        for alias, name in ALIASES.items():
+            assert timm.create_model(alias).config == timm.create_model(name).config
+
+
+def test_a_model_knows_its_settings() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vanilla_vmamba_tiny", routes=("row", "column"))
+        again = vmamba.VMamba(**model.config.arguments())
+    assert again.config == model.config
+    assert model.config.arguments()["routes"] == ("row", "column")
+    assert model.config.ss2d.gate
+
+
+def test_submodules_are_of_pytorchs_and_timms_types() -> None:
+    model = small(gate=True, drop_path_rate=0.1)
+    outside = {type(m) for m in model.modules() if not type(m).__module__.startswith("vmamba.")}
+    plain = {nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Identity, nn.Sequential}
+    assert {kind for kind in outside if not kind.__module__.startswith("timm.")} == plain | {nn.Dropout}
+    with torch.device("meta"):
+        tiny = timm.create_model("vmamba_tiny")
+    assert sum(type(m) is nn.Linear for m in tiny.modules()) == 45
+
+
+@pytest.mark.parametrize("name", ["vmamba_pico", "vmamba_tiny"])
+@pytest.mark.parametrize("downsample", ["conv", "merge"])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_output_stride(name: str, downsample: str, output_stride: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(
+            name, features_only=True, output_stride=output_stride, downsample=downsample
+        )
+        maps = model(torch.empty(1, 3, 128, 96))
+        usual = timm.create_model(name, features_only=True, downsample=downsample)
+    reductions = [min(r, output_stride) for r in usual.feature_info.reduction()]
+    assert model.feature_info.reduction() == reductions
+    assert [tuple(f.shape[2:]) for f in maps] == [(128 // r, 96 // r) for r in reductions]
+    assert model.state_dict().keys() == usual.state_dict().keys()
+    assert all(p.shape == q.shape for p, q in zip(model.parameters(), usual.parameters(), strict=True))
+
+
+def test_dilations_follow_the_strides_that_are_left_out() -> None:
+    model = small(depths=(1, 1, 1, 1), output_stride=8)
+    dilations = [(s.downsample.conv.dilation[0], s.blocks[0].op.conv.dilation[0]) for s in model.stages[1:]]
+    assert dilations == [(1, 1), (1, 2), (2, 4)]
+    with pytest.raises(ValueError, match="output_stride: expected 8, 16 or 32, got 4"):
+        small(output_stride=4)
+
+
+def test_feature_models_checkpoint_and_name_what_does_not_decay() -> None:
+    model = timm.create_model("vmamba_pico", features_only=True).train()
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    x = torch.randn(2, 3, 32, 32)
+    for m in (model, other):
+        m(x)[-1].square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+    assert all(block.grad_checkpointing for stage in other.model.stages for block in stage.blocks)
+    names = dict(model.named_parameters())
+    assert len(model.no_weight_decay()) == 3 * 8
+    assert all(name in names for name in model.no_weight_decay())
+
+
 def test_drop_path_rises_linearly() -> None:
     model = small(drop_path_rate=0.4)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for s in model.stages for block in s.blocks]
@@ -191,10 +265,35 @@ def test_compiled_traced_and_under_autocast_as_eager(settings: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
-def test_scripted_as_eager() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"gate": True}, {}, {"routes": "cascade"}, {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scripted_as_eager(settings: dict, dtype: torch.dtype) -> None:
+    model = small(**settings).eval().to(dtype)
+    x = torch.randn(2, 3, 40, 56, dtype=dtype)
+    tolerance = {"rtol": 0.05, "atol": 0.01} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(16, bias=False), nn.RMSNorm(16)], ids=str)
+def test_scripted_with_another_out_norm(norm: nn.Module) -> None:
+    model = small(depths=(1,), dims=(8,)).eval()
+    model.stages[0].blocks[0].op.out_norm = norm
+    x = torch.randn(2, 3, 40, 56)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+def test_traced_and_pickled_as_eager() -> None:
     model = small(gate=True).eval()
     x = torch.randn(2, 3, 40, 56)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def looked_at_in_backward(grad: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         or type(grad) is not Tensor
+        or _torch_private.is_legacy_batch(grad)
         or torch.compiler.is_compiling()
         or _torch_private.is_transformed_or_recorded()
     )

@@ -86,8 +86,8 @@ def _plain_weight_gradients(
     grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """`_weight_gradients` in calls that can be differentiated and transformed in turn."""
-    rows = grad.flatten(0, -2)
-    return rows.t() @ x.flatten(0, -2) if for_weight else None, rows.sum(0) if for_bias else None
+    rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    return rows.t() @ x_rows if for_weight else None, rows.sum(0) if for_bias else None
 
 
 def _gradients_by_autograd(
