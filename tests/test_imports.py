@@ -12,11 +12,14 @@ LAYERS = [
     {"vmamba_cli"},
     {"vmamba.studies"},
     {"vmamba.train", "vmamba.analysis", "vmamba.export"},
-    {"vmamba.heads", "vmamba.data", "vmamba.environment"},
+    {"vmamba.environment"},
     {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the layers below
+    {"vmamba.inference"},
+    {"vmamba.heads", "vmamba.data"},
     {"vmamba.models"},
     {"vmamba.nn"},
     {"vmamba.ops"},
+    {"vmamba.files"},
     {"vmamba.errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

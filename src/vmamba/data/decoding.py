@@ -41,6 +41,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Where Pillow keeps metadata that hold an orientation, but for TIFF."""
 _DEEP_MODES = ("I", "F")
 """First letters of the modes with more than 8 bits a pixel."""
 
@@ -69,17 +71,23 @@ class Decoding:
         """Whether images are decoded to tensors."""
         return self.float_images or self.channels not in (1, 3)
 
-    def convert(self, image: Image.Image, name: str = "image") -> DecodedImage:
-        """A Pillow image, as it was opened, in the form asked for; one that has it already stays as it is.
+    def convert(self, image: DecodedImage, name: str = "image") -> DecodedImage:
+        """An image, as it was opened, in the form asked for; one that has it already keeps its pixels.
 
         Args:
-            image: Of any mode; of several frames the first is taken, or each as further channels where the
+            image: Of any mode; of several frames the first, or each as further channels where the
                 number of channels asks for it.
             name: What to call it in a message.
 
         Raises:
             DataError: It has other channels than asked for, or values beyond the range of its kind.
         """
+        if isinstance(image, Tensor):
+            if image.ndim != 3 or len(image) != self.channels:
+                raise DataError(
+                    f"{name}: expected a tensor ({self.channels}, height, width), got {tuple(image.shape)}"
+                )
+            return image
         if self.to_tensor:
             return _to_tensor(image, self, name)
         return _to_pillow(_upright(image), self, name)
@@ -104,7 +112,7 @@ def readable_formats() -> tuple[str, ...]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes, in lower case and with the dot, of the files that this Pillow decodes."""
-    readable = set(readable_formats())
+    readable = {*readable_formats(), "MPO"}  # the cameras' kind of JPEG, which Pillow opens as one
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
 
 
@@ -157,7 +165,7 @@ def read_image(
 
 @contextmanager
 def _without_warnings(name: str) -> Iterator[None]:
-    """Pillow's warnings, of damaged metadata or many pixels in an image that it decodes, only for debugging."""
+    """Keep Pillow's warnings, of damaged metadata or many pixels, to the log's debugging level."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -167,6 +175,9 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # TIFF is turned by Pillow itself here, and has no orientation then
+    # Pillow takes longer to find no EXIF than to decode a small PNG.
+    if image.format in ("JPEG", "PNG", "WEBP", None) and image.info.keys().isdisjoint(_METADATA):
+        return image
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged metadata raise anything; the pixels are whole
@@ -174,7 +185,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if orientation not in _UPRIGHT:
         return image
     turned = image.transpose(_UPRIGHT[orientation])
-    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+    for key in _METADATA:
         turned.info.pop(key, None)  # else it would be turned again
     return turned
 
@@ -194,7 +205,7 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     if image.mode == "La":
         image = image.convert("LA")
     rgba = image.convert("RGBA")
-    if rgba.getextrema()[3] == (255, 255):
+    if rgba.getchannel("A").getextrema() == (255, 255):
         rgba.info.pop("transparency", None)
         return rgba.convert("RGB") if image.mode in ("P", "PA") else rgba
     ground = Image.new("RGBA", rgba.size, (*background, 255))
@@ -202,7 +213,7 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _deep_values(image: Image.Image, decoding: Decoding, name: str) -> NDArray[np.float64]:
-    """Pixels of more than 8 bits, (h, w), scaled to 0 … 1, and over the background where one is transparent."""
+    """Pixels of more than 8 bits, (h, w), scaled to 0 … 1; the background where one is transparent."""
     pixels = np.asarray(image)
     values = _scaled(pixels, decoding.value_range, name)
     transparent = image.info.get("transparency")
@@ -236,7 +247,7 @@ def _to_tensor(image: Image.Image, decoding: Decoding, name: str) -> Tensor:
             planes.append(_planes(_upright(image.copy()), decoding, name))
         if len({plane.shape for plane in planes}) > 1:
             raise DataError(f"{name}: its {frames} frames differ in size")
-        return _tensor(np.concatenate(planes, axis=2))
+        return _tensor(_checked(np.concatenate(planes, axis=2), decoding.channels, name))
     upright = _upright(image)
     if upright.mode.startswith(_DEEP_MODES):
         planes_deep = _planes(upright, decoding, name)

@@ -35,8 +35,8 @@ class LeftOut:
         for reason, count in self.counts.items():
             shown = ""
             if reason == self.NO_IMAGE:
-                shown = f" ({', '.join(suffix for suffix, _ in self.suffixes.most_common(5))})"
-            reasons.append(f"{count:,} {reason}{shown}")
+                shown = ": " + ", ".join(suffix for suffix, _ in self.suffixes.most_common(5))
+            reasons.append(f"{reason} ({count:,}{shown})")
         return ", ".join(reasons)
 
     def report(self, source: str) -> None:
@@ -50,7 +50,7 @@ def is_hidden(name: str) -> bool:
 
 
 def sort_key(name: str) -> bytes:
-    """Orders paths folder by folder and byte by byte, the same for folders and tars: "/" before all others."""
+    """Orders paths folder by folder and byte by byte: "/" comes before all other characters."""
     return os.fsencode(name).replace(b"/", b"\0")
 
 
@@ -58,7 +58,7 @@ def find_images(folder: str, left_out: LeftOut, decoding: Decoding = RGB) -> lis
     """Paths of the images below a folder, relative to it and with "/", in the order of `sort_key`.
 
     Hidden entries are left out. Links to files and folders are followed, but no folder is read twice, so that
-    a link to a folder above it does no harm. A link to nothing counts as a file: it is told when it is read.
+    a link to a folder above it does no harm. A link to nothing counts as a file: reading it raises.
 
     Args:
         folder: The path of a folder.
@@ -70,7 +70,8 @@ def find_images(folder: str, left_out: LeftOut, decoding: Decoding = RGB) -> lis
     """
     images: list[str] = []
     visited: set[tuple[int, int]] = set()
-    pending, linked = [""], []  # real folders first: what they hold is called by its real path
+    pending: list[str] = [""]
+    linked: list[str] = []  # behind real folders first: what they hold is called by its real path
     while pending or linked:
         inside = pending.pop() if pending else linked.pop(0)
         status = _status(os.path.join(folder, inside))
@@ -150,4 +151,4 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
     try:
         return not stat.S_ISREG(entry.stat().st_mode)
     except OSError:
-        return False  # a link to nothing, or a file without permission: told when it is read
+        return False  # a link to nothing, or a file without permission: reading it raises

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import (
     DEFAULT_CROP_MODE,
@@ -33,7 +32,7 @@ class Preprocessing:
         mean: A value for each channel, subtracted from pixels from 0 to 1; one value is for all.
         std: A value for each channel, by which the result is divided; one value is for all.
         interpolation: Of resizing; one of `INTERPOLATIONS`.
-        crop_pct: Side of the crop as a fraction of the resized image's.
+        crop_pct: Side of the crop as a fraction of the resized image's; above 1 the image gets a border.
         crop_mode: "center" keeps the ratio of the sides and crops, "squash" gives the ratio up, "border"
             pads; as timm has them.
         background: RGB from 0 to 255, which shows through transparent pixels.
@@ -74,8 +73,8 @@ class Preprocessing:
             )
         if self.crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode: expected one of {', '.join(CROP_MODES)}, got {self.crop_mode!r}")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct}")
+        if not 0 < self.crop_pct <= 2:
+            raise ValueError(f"crop_pct: expected more than 0 and at most 2, got {self.crop_pct}")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ValueError(f"background: expected three values from 0 to 255, got {self.background}")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
@@ -103,7 +102,7 @@ class Preprocessing:
         std = tuple(cfg.get("std") or IMAGENET_DEFAULT_STD)
         changes = {name: value for name, value in changes.items() if value is not None}
         channels = changes.get("channels") or _input_channels(model_or_cfg, cfg)
-        values = {
+        values: dict[str, Any] = {
             "channels": channels,
             "size": (height, width),
             "mean": _for_channels(mean, channels),
@@ -123,7 +122,7 @@ class Preprocessing:
         """Decode a file for `transform`; see `read_image`."""
         return read_image(file, self.decoding, name)
 
-    def convert(self, image: Image.Image, name: str = "image") -> DecodedImage:
+    def convert(self, image: DecodedImage, name: str = "image") -> DecodedImage:
         """An image that is open already, for `transform`; see `Decoding.convert`."""
         return self.decoding.convert(image, name)
 
@@ -155,9 +154,10 @@ class Preprocessing:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"preprocessing: unknown {', '.join(sorted(unknown))}")
-        return cls(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
 
     def to_pretrained_cfg(self) -> dict[str, Any]:
         """The keys of a pretrained configuration of timm's that say the same."""
