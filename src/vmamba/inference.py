@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -362,15 +361,19 @@ def load(
         raise
     task = _task(checkpoint)
     if task != ClassificationPredictor.task:
-        # A task in `vmamba.train.tasks` knows its own model and predictor; nothing of `train` is needed here
-        # for a classifier.
-        tasks = importlib.import_module("vmamba.train.tasks")
+        tasks = importlib.import_module(_TASKS)
         predictor: Predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
         return predictor
     network, preprocessing, names = _restore(checkpoint, model, weights)
     if classes is not None:
         names = list(classes)
     return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
+
+
+_TASKS = "vmamba.train.tasks"
+"""Knows the models and predictors of tasks other than classification, through a function
+`load_predictor(checkpoint, weights, *, device, dtype) -> Predictor`. It is imported only for these: nothing of
+`train` is needed for a classifier."""
 
 
 def _task(checkpoint: Checkpoint) -> Any:
@@ -572,7 +575,7 @@ def model_config(
         "num_classes": len(classes),
         "custom_load": False,
     }
-    ours = {"version": version("vmamba"), "task": task, "preprocessing": preprocessing.to_dict()}
+    ours = {"task": task, "preprocessing": preprocessing.to_dict()}
     config = {
         "architecture": given.get("architecture", type(model).__name__),
         "num_classes": len(classes),

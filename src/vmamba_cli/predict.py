@@ -117,9 +117,10 @@ def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out
     if out.suffix.lower() not in (*_TABLES, *_SHEETS):
         _refuse(f"--out {out}: expected a name that ends in {', '.join((*_TABLES, *_SHEETS))}")
     above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
-    if out.is_dir() or not above.is_dir():
-        _refuse(f"--out {out}: cannot be written ({out if out.is_dir() else above} is in the way)")
-    if not os.access(out if out.exists() else above, os.W_OK):
+    folder = os.path.isdir(out)
+    if folder or not above.is_dir():
+        _refuse(f"--out {out}: cannot be written ({out if folder else above} is in the way)")
+    if not os.access(out if os.path.exists(out) else above, os.W_OK):
         _refuse(f"--out {out}: cannot be written (Permission denied)")
 
 

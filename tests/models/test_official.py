@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import vmamba
+from authors import authors_names
 from scans import ENGINES, FAST
 from vmamba.errors import CheckpointError
 from vmamba.ops import use_backend
@@ -154,23 +155,7 @@ def test_a_file_with_a_yacs_config(key: str, yacs: type, tmp_path, monkeypatch: 
 def test_pretrained_goes_the_same_way(yacs: type, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's own download path, from a file: other classes and channels are adapted as timm does."""
     source = timm.create_model("vmamba_pico")
-    official = {}
-    for key, value in source.state_dict().items():
-        key = key.replace("stem.conv1", "patch_embed.0").replace("stem.norm1", "patch_embed.2")
-        key = key.replace("stem.conv2", "patch_embed.5").replace("stem.norm2", "patch_embed.7")
-        key = key.replace(".norm1.", ".norm.").replace(".op.conv.", ".op.conv2d.")
-        key = key.replace(".op.dt_", ".op.dt_projs_").replace("head.fc", "classifier.head")
-        if key.startswith("norm."):
-            key = f"classifier.{key}"
-        if key.endswith(".A_log"):
-            key, value = f"{key}s", value.flatten(0, 1)
-        if key.endswith(".op.D"):
-            key, value = f"{key}s", value.flatten()
-        if key.startswith("stages.") and ".downsample." in key:
-            stage = int(key.split(".")[1])
-            key = key.replace(f"stages.{stage}", f"layers.{stage - 1}")
-            key = key.replace("downsample.conv", "downsample.1").replace("downsample.norm", "downsample.3")
-        official[key.replace("stages.", "layers.")] = value
+    official = authors_names(source.state_dict())
     path = tmp_path / "official.pth"
     torch.save({"model": official, "config": yacs(A=1)}, path)
     monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,9 @@ def create_on_meta(name: str, image_size: tuple[int, int] | None = None, **args:
     _check_args(name, args)
     args = _with_size(name, args, image_size)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # A layer without elements: the forward pass of `create_model` says what is wrong.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             model = timm.create_model(name, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, IndexError) as error:
         listed = ", ".join(f"{key}={value!r}" for key, value in args.items())

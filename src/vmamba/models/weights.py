@@ -300,14 +300,17 @@ class _Plan:
 
 
 def _stages(names: Iterable[str], plan: _Plan) -> list[str]:
-    """Patterns for whole blocks or stages that only the file or only the model has."""
-    modules = dict.fromkeys(
-        ".".join(parts[:4] if parts[2:3] == ["blocks"] else parts[:2])
-        for name in names
-        if (parts := name.split("."))[0] == "stages" and len(parts) > 3
-    )
-    both = set(plan.weights) & set(plan.target.tensors)
-    return [f"{module}.*" for module in modules if not any(name.startswith(f"{module}.") for name in both)]
+    """Patterns for whole stages or blocks that only the file or only the model has."""
+    shared = [name.split(".") for name in plan.weights.keys() & plan.target.tensors.keys()]
+    patterns: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for length in (2, 4):  # stages.2, stages.2.blocks.1
+            module = parts[:length]
+            if parts[0] == "stages" and len(parts) > 4 and all(s[:length] != module for s in shared):
+                patterns[f"{'.'.join(module)}.*"] = None
+                break
+    return list(patterns)
 
 
 def _adapt(weight: Tensor, channels: int) -> Tensor:
