@@ -41,6 +41,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Where Pillow keeps metadata that hold an orientation, but for TIFF."""
 _DEEP_MODES = ("I", "F")
 """First letters of the modes with more than 8 bits a pixel."""
 
@@ -173,6 +175,9 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # TIFF is turned by Pillow itself here, and has no orientation then
+    # Pillow takes longer to find no EXIF than to decode a small PNG.
+    if image.format in ("JPEG", "PNG", "WEBP", None) and image.info.keys().isdisjoint(_METADATA):
+        return image
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged metadata raise anything; the pixels are whole
@@ -180,7 +185,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if orientation not in _UPRIGHT:
         return image
     turned = image.transpose(_UPRIGHT[orientation])
-    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+    for key in _METADATA:
         turned.info.pop(key, None)  # else it would be turned again
     return turned
 
