@@ -5,13 +5,14 @@
 BEFORE and AFTER are Python interpreters, each with its own vmamba, or folders of checkouts, whose
 `.venv/bin/python` is taken, or else this Python with their `src` on its path.
 
-Each runs in a process of its own, with the same weights. They take turns, in an order drawn anew for each
-round, so that a machine's drift meets both. The result is the median over rounds of the ratio of their times,
-after over before, with its quartiles: below 1 the change made it faster. Before any timing the logits are
-compared; they must agree to the bit unless `--tolerance` allows more. Exit status 1: they differ, or the ratio
-is above `--limit`.
+Each runs in a process of its own, with the same weights. They take turns, in a random order in each round, so
+that a drift of the machine's speed meets both. The result is the median over rounds of the ratio of their
+times, after over before, with its quartiles: below 1 the change made it faster. Before any timing the
+logits are compared; they must agree to the bit unless `--tolerance` allows more. Exit status 1 says that they
+differ, or that the ratio is above `--limit`.
 
-A machine that does other work at the same time gives wide quartiles; a checkout against itself shows how wide.
+On a machine that does other work at the same time the quartiles are wide; comparing a checkout with itself
+shows how wide.
 """
 
 import argparse
@@ -66,9 +67,7 @@ class CompareError(Exception):
     """The two cannot be compared; the message says why."""
 
 
-# --- in the worker: nothing of vmamba but what both checkouts have: the models in timm's registry --------------
-
-
+# The worker runs in either checkout, old or new: of vmamba it uses only the models in timm's registry.
 def work() -> None:
     """Answer a line of JSON for each line of JSON, until the input ends."""
     # Whatever a library prints goes to the errors, so that it is not taken for an answer.
@@ -153,9 +152,6 @@ def _time(state: dict[str, Any], times: int) -> dict[str, Any]:
 
 
 REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {"hello": _hello, "build": _build, "time": _time}
-
-
-# --- in the process that compares ------------------------------------------------------------------------------
 
 
 class Worker:

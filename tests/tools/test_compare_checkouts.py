@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
-import compare_checkouts
-from compare_checkouts import CompareError, largest_difference, main, quartiles, take_turns
+import compare_checkouts  # noqa: E402
+from compare_checkouts import CompareError, largest_difference, main, quartiles, take_turns  # noqa: E402
 
 SMALL = ("--models", "vmamba_pico")
 OPTIONS = ("--input", "32", "--batch", "2", "--rounds", "2", "--threads", "1")
