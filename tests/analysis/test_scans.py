@@ -137,8 +137,8 @@ def test_without_data() -> None:
     with FakeTensorMode():
         model = VMamba(num_classes=0, depths=(1,), dims=(8,))
         ((scan,),) = record_scans(model, torch.empty(1, 3, 32, 64)).values()
+        assert scan_shapes(model, (3, 32, 64)) == [ScanShape(8, 16, 16, 1, 1, scan.route_names)]
     assert scan.x.shape == (1, 8, 16, 16)
-    assert scan_shapes(model, (3, 32, 64)) == [ScanShape(8, 16, 16, 1, 1, scan.route_names)]
 
 
 def test_shapes() -> None:
