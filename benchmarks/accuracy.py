@@ -2,13 +2,14 @@
 
     python benchmarks/accuracy.py [--calls 10000] [--seed 0]
 
-Draws shapes, strides, types and routes; compares values and every gradient with the reference in float64, and
-asks for an error of at most twice that of the reference in the same types, plus 4 eps of the largest value.
-Calls of few values are judged together, as their own error is luck. In float64 the kernel may differ from the
-reference by 64 eps of the largest value. About ten minutes for 10,000.
+Draws shapes, strides, types and routes; compares values and every gradient with the reference in float64. The
+error may be at most twice that of the reference in the same types, plus 4 eps of the largest value. Calls of
+few values are judged several together, since the reference's error on one is a matter of luck. In float64 the
+kernel may differ from the reference by 64 eps of the largest value. About ten minutes for 10,000 calls.
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -20,6 +21,9 @@ from vmamba.ops import ROUTES, cpu, selective_scan_2d
 TYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 TOGETHER = 16
+"""Calls of few values that are judged together."""
+
+FEW_VALUES = 1000
 
 
 def strided(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
@@ -36,7 +40,8 @@ def strided(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
     return torch.cat((t, t), 0)[t.shape[0] :]
 
 
-def shape(draw: random.Random) -> dict:
+def draw_settings(draw: random.Random) -> dict:
+    """Sizes, routes, types and options of a call."""
     return {
         "size": (
             draw.randint(1, 3),
@@ -54,38 +59,40 @@ def shape(draw: random.Random) -> dict:
     }
 
 
-def call(found: dict, draw: random.Random) -> dict:
-    batch, height, width, channels = found["size"]
-    routes, n_state, rank = len(found["routes"]), found["n_state"], found["rank"]
+def draw_call(settings: dict, draw: random.Random) -> dict:
+    """Keyword arguments of `selective_scan_2d` with these settings."""
+    batch, height, width, channels = settings["size"]
+    routes, n_state, rank = len(settings["routes"]), settings["n_state"], settings["rank"]
     image = (batch, height, width, routes)
-    state = torch.float64 if found["types"][0] == torch.float64 else torch.float32
+    state = torch.float64 if settings["types"][0] == torch.float64 else torch.float32
     tensors = {
         "x": torch.randn(batch, height, width, channels),
         "delta": torch.randn(*image, channels if rank is None else rank),
         "B": torch.randn(*image, n_state),
         "C": torch.randn(*image, n_state),
     }
-    if not found["softplus"]:
+    if not settings["softplus"]:
         tensors["delta"] = tensors["delta"].abs() * 0.1
-    types = dict(zip(tensors, found["types"], strict=True))
+    types = dict(zip(tensors, settings["types"], strict=True))
     operands = {name: strided(t.to(types[name]), draw) for name, t in tensors.items()}
     parameters = {
         "A": -torch.rand(routes, channels, n_state) * 2,
-        "D": torch.randn(routes, channels) if found["skip"] else None,
-        "delta_bias": torch.randn(routes, channels) - 2 if found["bias"] and found["softplus"] else None,
+        "D": torch.randn(routes, channels) if settings["skip"] else None,
+        "delta_bias": torch.randn(routes, channels) - 2
+        if settings["bias"] and settings["softplus"]
+        else None,
         "delta_weight": None if rank is None else torch.randn(routes, channels, rank) * rank**-0.5,
     }
-    if not found["softplus"] and rank is not None:
+    if not settings["softplus"] and rank is not None:
         parameters["delta_weight"] = parameters["delta_weight"].abs()
     operands |= {name: t if t is None else t.to(state) for name, t in parameters.items()}
-    return {
-        **{name: t if t is None else t.detach().requires_grad_() for name, t in operands.items()},
-        "routes": found["routes"],
-        "delta_softplus": found["softplus"],
-    }
+    call: dict = {name: t if t is None else t.detach().requires_grad_() for name, t in operands.items()}
+    call["routes"], call["delta_softplus"] = settings["routes"], settings["softplus"]
+    return call
 
 
 def results(operands: dict, grad: torch.Tensor, backend: str, exact: bool = False) -> dict[str, torch.Tensor]:
+    """y and the gradient of each tensor; `exact` computes in float64."""
     if exact:
         operands = {
             name: t.detach().double().requires_grad_() if isinstance(t, torch.Tensor) else t
@@ -95,6 +102,39 @@ def results(operands: dict, grad: torch.Tensor, backend: str, exact: bool = Fals
     y = selective_scan_2d(**operands, backend=backend)
     gradients = torch.autograd.grad(y, list(tensors.values()), grad.to(y.dtype))
     return {"y": y.detach(), **dict(zip(tensors, gradients, strict=True))}
+
+
+def compare(settings: dict, draw: random.Random) -> tuple[int, dict[str, tuple[float, float, float]]]:
+    """How many calls were made, and for y and each gradient: the kernel's error, the reference's, the largest
+    value."""
+    exact, reference, kernel = [], [], []
+    calls = TOGETHER if math.prod(settings["size"]) < FEW_VALUES else 1
+    for _ in range(calls):
+        operands = draw_call(settings, draw)
+        grad = torch.randn(settings["size"], dtype=torch.float64).to(operands["x"].dtype)
+        exact.append(results(operands, grad, "reference", exact=True))
+        reference.append(results(operands, grad, "reference"))
+        kernel.append(results(operands, grad, "cpu"))
+
+    def error(computed: list[dict[str, torch.Tensor]], name: str) -> float:
+        differences = zip(computed, exact, strict=True)
+        return max((r[name].double() - t[name]).abs().max().item() for r, t in differences)
+
+    return calls, {
+        name: (error(kernel, name), error(reference, name), max(t[name].abs().max().item() for t in exact))
+        for name in kernel[0]
+    }
+
+
+def allowed_error(settings: dict, name: str, reference: float, largest: float) -> float:
+    """The largest error that y or a gradient may have."""
+    operand = {"x": 0, "y": 0, "delta": 1, "B": 2, "C": 3}.get(name)
+    state = torch.float64 if settings["types"][0] == torch.float64 else torch.float32
+    eps = torch.finfo(state).eps
+    if operand is not None:
+        eps = max(eps, torch.finfo(settings["types"][operand]).eps)
+    # In float64 the truth is computed in the same type, and has rounding errors too.
+    return 2 * reference + (64 if state == torch.float64 else 4) * eps * largest
 
 
 def main() -> int:
@@ -109,30 +149,17 @@ def main() -> int:
     print(f"torch {torch.__version__}, kernel {cpu.instruction_set()}, seed {args.seed}", flush=True)
     start, done, failures, worst = time.perf_counter(), 0, 0, 0.0
     while done < args.calls:
-        found = shape(draw)
-        few = found["size"][0] * found["size"][1] * found["size"][2] * found["size"][3] < 1000
-        true, own, ours = [], [], []
-        for _ in range(TOGETHER if few else 1):
-            operands = call(found, draw)
-            grad = torch.randn(found["size"], dtype=torch.float64).to(operands["x"].dtype)
-            true.append(results(operands, grad, "reference", exact=True))
-            own.append(results(operands, grad, "reference"))
-            ours.append(results(operands, grad, "cpu"))
-            done += 1
-        for name, first in ours[0].items():
-            largest = max(t[name].abs().max().item() for t in true)
-            error, reference = (
-                max((r[name].double() - t[name]).abs().max().item() for r, t in zip(rs, true, strict=True))
-                for rs in (ours, own)
-            )
-            state = torch.float64 if found["types"][0] == torch.float64 else torch.float32
-            eps = max(torch.finfo(first.dtype).eps, torch.finfo(state).eps)
-            # In float64 the truth is the reference's own, with its own rounding.
-            allowed = 2 * reference + (64 if state == torch.float64 else 4) * eps * largest
+        settings = draw_settings(draw)
+        calls, errors = compare(settings, draw)
+        done += calls
+        for name, (error, reference, largest) in errors.items():
+            allowed = allowed_error(settings, name, reference, largest)
             worst = max(worst, error / allowed if allowed else float(error > 0))
             if not error <= allowed:
                 failures += 1
-                print(f"{name}: error {error:.3g}, reference {reference:.3g}, largest {largest:.3g}: {found}")
+                print(
+                    f"{name}: error {error:.3g}, reference {reference:.3g}, largest {largest:.3g}: {settings}"
+                )
         if done % 1000 < TOGETHER:
             print(f"{done} calls, {failures} failures, worst {worst:.2f} of what is allowed", flush=True)
     minutes = (time.perf_counter() - start) / 60

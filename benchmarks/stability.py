@@ -89,9 +89,64 @@ def delta_of(scan: Scan) -> Tensor:
     return softplus(z) if scan.delta_softplus else z
 
 
+def draw_batch(
+    images: np.ndarray,  # (samples, h, w, 3), uint8
+    labels: np.ndarray,  # (samples,)
+    size: int,
+    draw: np.random.Generator,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Random images in [-1, 1], (size, 3, h, w), half of them mirrored, and their labels."""
+    chosen = draw.integers(len(images), size=size)
+    x = torch.from_numpy(images[chosen]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mirrored = torch.from_numpy(draw.random((size, 1, 1, 1)) < 0.5).to(device)
+    return torch.where(mirrored, x.flip(3), x), torch.from_numpy(labels[chosen]).to(device)
+
+
+def update(
+    loss: Tensor,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """Backward and an update of the weights; returns the norm of the gradient before clipping.
+
+    Raises:
+        FloatingPointError: The loss, the gradient (where no scaler would skip the step) or a weight is not
+            finite.
+    """
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, CLIP).item()
+    if not np.isfinite(norm) and not scaler.is_enabled():
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    scaler.step(optimizer)
+    scaler.update()
+    if not nn.utils.get_total_norm(parameters).isfinite():
+        raise FloatingPointError("a weight is not finite")
+    return norm
+
+
+def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
+    """The ImageNet recipe's schedule, a tenth of the steps for warm-up."""
+    warmup = steps // 10
+    return CosineLRScheduler(
+        optimizer,
+        steps - warmup,
+        1e-5,
+        warmup_t=warmup,
+        warmup_lr_init=1e-6,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
 def train(
     model: nn.Module,
-    images: np.ndarray,  # (samples, H, W, 3), uint8
+    images: np.ndarray,  # (samples, h, w, 3), uint8
     labels: np.ndarray,  # (samples,)
     precision: str,
     steps: int,
@@ -108,62 +163,36 @@ def train(
     device = next(model.parameters()).device
     dtype = PRECISIONS[precision]
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    # Growth far more often than by default: the scale is to be at its limit all the time.
+    # The scale grows far more often than by default, so that it is at its limit all the time.
     scaler = torch.amp.GradScaler(device.type, growth_interval=100, enabled=dtype == torch.float16)
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05)
-    warmup = steps // 10
-    schedule = CosineLRScheduler(
-        optimizer,
-        steps - warmup,
-        1e-5,
-        warmup_t=warmup,
-        warmup_lr_init=1e-6,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    schedule = warm_up_and_cosine(optimizer, steps)
     check, draw = ScanChecker(dtype), np.random.default_rng(seed)
     parameters = list(model.parameters())
-    losses, norms, skipped = [], [], []
+    losses, norms = [], []
     start = time.perf_counter()
     with watching_scans(model, check):
         for step in range(steps):
             schedule.step_update(step)
-            chosen = draw.integers(len(images), size=batch)
-            x = torch.from_numpy(images[chosen]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            x = torch.where(torch.from_numpy(draw.random((batch, 1, 1, 1)) < 0.5).to(device), x.flip(3), x)
-            with autocast:
-                loss = F.cross_entropy(
-                    model(x), torch.from_numpy(labels[chosen]).to(device), label_smoothing=0.1
-                )
-            if not loss.isfinite():
-                raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, CLIP).item()
-            if np.isfinite(norm):
-                norms.append(norm)
-            elif scaler.is_enabled():
-                skipped.append(step)
-            else:
-                raise FloatingPointError(f"step {step}: the gradient's norm is {norm}")
-            scaler.step(optimizer)
-            scaler.update()
-            if not nn.utils.get_total_norm(parameters).isfinite():
-                raise FloatingPointError(f"step {step}: a weight is not finite")
+            x, y = draw_batch(images, labels, batch, draw, device)
+            try:
+                with autocast:
+                    loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+                norms.append(update(loss, parameters, optimizer, scaler))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step}: {error}") from error
             losses.append(loss.item())
             if step % 200 == 0:
                 print(f"  step {step}: loss {losses[-1]:.3f}", flush=True)
-    few = min(50, len(losses))
     return {
         "backend": default_backend(device),
         "steps": steps,
         "batch": batch,
         "lr": lr,
         "first loss": losses[0],
-        "final loss": float(np.mean(losses[-few:])),
-        "largest gradient norm": max(norms),
-        "steps skipped by the scaler": skipped,
+        "final loss": float(np.mean(losses[-50:])),
+        "largest gradient norm": max(filter(np.isfinite, norms)),
+        "steps skipped by the scaler": [step for step, norm in enumerate(norms) if not np.isfinite(norm)],
         "final scale": scaler.get_scale(),
         "types": check.types,
         "extremes": check.extremes,

@@ -50,35 +50,35 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Bytes = defaultdict(lambda: np.zeros(3, np.int64))
+        self.counts: Bytes = defaultdict(lambda: np.zeros(3, np.int64))
         self.kernel = ""
         self.loaded: list[np.ndarray] = []
         self.stored: list[np.ndarray] = []
         self.size = 0
 
     def load(self, addresses: np.ndarray, size: int) -> None:
-        self.found[self.kernel][0] += addresses.size * size
+        self.counts[self.kernel][0] += addresses.size * size
         self.loaded.append(addresses.ravel() << 4 | size)
 
     def store(self, addresses: np.ndarray, size: int) -> None:
-        self.found[self.kernel][2] += addresses.size * size
+        self.counts[self.kernel][2] += addresses.size * size
         self.stored.append(addresses.ravel() << 4 | size)
 
     def end_of_program(self) -> None:
         """What was loaded, each address once, but each time where the program stored too."""
         if self.loaded:
             loaded = np.concatenate(self.loaded)
-            own = (
+            stored_too = (
                 np.isin(loaded, np.concatenate(self.stored)) if self.stored else np.zeros(loaded.shape, bool)
             )
-            fetched = np.concatenate((loaded[own], np.unique(loaded[~own])))
-            self.found[self.kernel][1] += int((fetched & 15).sum())
+            fetched = np.concatenate((loaded[stored_too], np.unique(loaded[~stored_too])))
+            self.counts[self.kernel][1] += int((fetched & 15).sum())
         self.loaded, self.stored = [], []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.kernel and not func.is_view and "empty" not in str(func):
-            entry = self.found[f"torch {func.__name__.split('.')[0].strip('_')}"]
+            entry = self.counts[f"torch {func.__name__.split('.')[0].strip('_')}"]
             read = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
             entry += [read, read, result.numel() * result.element_size()]
         return result
@@ -126,7 +126,7 @@ def counting() -> Iterator[Bytes]:
     builder.set_grid_idx, executor.__call__ = set_grid_idx, call
     try:
         with counter:
-            yield counter.found
+            yield counter.counts
     finally:
         builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx, executor.__call__ = (
             originals
@@ -157,57 +157,61 @@ def counted(
 
 def floors(shape: ScanShape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
     """Bytes of inputs and outputs, forward and backward."""
-    few = 4 if half is None else 2
+    size = 4 if half is None else 2
     routes, values = len(shape.routes), batch * shape.height * shape.width * shape.channels
-    rows = batch * shape.height * shape.width * routes * (shape.rank + 2 * shape.n_state) * few
+    rows = batch * shape.height * shape.width * routes * (shape.rank + 2 * shape.n_state) * size
     parameters = routes * shape.channels * (shape.rank + shape.n_state + 2) * 4
-    return values * (few + 4) + rows + parameters, values * (few + 4 + few) + 2 * rows + 2 * parameters
+    return values * (size + 4) + rows + parameters, values * (size + 4 + size) + 2 * rows + 2 * parameters
 
 
 def authors(shape: ScanShape, batch: int, half: torch.dtype | None) -> tuple[int, int]:
     """Bytes of the authors' chain, its four sequences float32 (half: of that type but for y)."""
-    few = 4 if half is None else 2
+    size = 4 if half is None else 2
     values, routes = batch * shape.height * shape.width * shape.channels, len(shape.routes)
-    rows = batch * shape.height * shape.width * routes * (shape.rank + 2 * shape.n_state) * few
-    cross_scan = (1 + routes) * values * few
-    projection = routes * values * few + rows
-    scan = routes * values * (2 * few + 4) + rows
+    rows = batch * shape.height * shape.width * routes * (shape.rank + 2 * shape.n_state) * size
+    cross_scan = (1 + routes) * values * size
+    projection = routes * values * size + rows
+    scan = routes * values * (2 * size + 4) + rows
     cross_merge = (routes + 1) * values * 4
     # Backward: merge's is a cross-scan; the scan reads u, delta, dy and writes du, ddelta; the projection's
     # two products read ddelta each; the cross-scan's is a merge.
-    backward = (
-        *((1 + routes) * values * 4, routes * values * (2 * few + 4 + 2 * few) + 2 * rows),
-        *(2 * (routes * values * few + rows), (routes + 1) * values * few),
-    )
-    return cross_scan + projection + scan + cross_merge, sum(backward)
+    merge_backward = (1 + routes) * values * 4
+    scan_backward = routes * values * (2 * size + 4 + 2 * size) + 2 * rows
+    projection_backward = 2 * (routes * values * size + rows)
+    cross_scan_backward = (routes + 1) * values * size
+    backward = merge_backward + scan_backward + projection_backward + cross_scan_backward
+    return cross_scan + projection + scan + cross_merge, backward
 
 
 def row(shape: ScanShape, batch: int, half: torch.dtype | None) -> list[dict[str, Any]]:
     """What was counted of one shape, as JSON holds it."""
     one, batched = counted(shape, 1, batch, half, "cpu"), counted(shape, batch, batch, half, "meta")
-    found = []
+    directions = []
     for i, direction in enumerate(("forward", "backward")):
         kernels = batched[i] | {name: k * batch for name, k in one[i].items() if name.endswith("_kernel")}
         issued = int(sum(k[0] + k[2] for k in kernels.values()))
         fetched = int(sum(k[1] + k[2] for k in kernels.values()))
         floor, chain = floors(shape, batch, half)[i], authors(shape, batch, half)[i]
-        found.append(
+        directions.append(
             {
-                **{
-                    "height": shape.height,
-                    "width": shape.width,
-                    "channels": shape.channels,
-                    "rank": shape.rank,
-                },
-                **{"n_state": shape.n_state, "batch": batch, "direction": direction, "floor": floor},
-                **{"authors": chain, "issued": issued, "fetched": fetched},
+                "height": shape.height,
+                "width": shape.width,
+                "channels": shape.channels,
+                "rank": shape.rank,
+                "n_state": shape.n_state,
+                "batch": batch,
+                "direction": direction,
+                "floor": floor,
+                "authors": chain,
+                "issued": issued,
+                "fetched": fetched,
                 "kernels": {
                     name: dict(zip(("issued", "fetched", "stored"), map(int, k), strict=True))
                     for name, k in kernels.items()
                 },
             }
         )
-    return found
+    return directions
 
 
 def main() -> None:
@@ -233,11 +237,11 @@ def main() -> None:
     for i, shape in enumerate(shapes(options.model, options.input)):
         if options.stage and i not in options.stage:
             continue
-        for found in row(shape, options.batch, half):
-            rows.append(found)
-            mb = {key: found[key] / 1e6 for key in ("floor", "fetched", "issued", "authors")}
+        for counts in row(shape, options.batch, half):
+            rows.append(counts)
+            mb = {key: counts[key] / 1e6 for key in ("floor", "fetched", "issued", "authors")}
             print(
-                f"{shape.height}x{shape.width}x{shape.channels} R {shape.rank} {found['direction']:8}"
+                f"{shape.height}x{shape.width}x{shape.channels} R {shape.rank} {counts['direction']:8}"
                 f" floor {mb['floor']:7.0f}"
                 f"  fetched {mb['fetched']:7.0f} ({mb['fetched'] / mb['floor']:.2f} x)"
                 f"  issued {mb['issued']:7.0f} ({mb['issued'] / mb['floor']:.2f} x)"
@@ -245,8 +249,8 @@ def main() -> None:
                 flush=True,
             )
             if options.kernels:
-                for name, k in found["kernels"].items():
-                    per = found["floor"]
+                for name, k in counts["kernels"].items():
+                    per = counts["floor"]
                     print(
                         f"    {name:24} issued {k['issued'] / per:5.2f}  fetched {k['fetched'] / per:5.2f}"
                         f"  stored {k['stored'] / per:5.2f} x"

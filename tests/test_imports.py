@@ -194,7 +194,7 @@ ABOVE = [room for rooms in FLOORS[: FLOORS.index({"vmamba.environment"})] for ro
 
 
 def test_all_below_train_needs_torch_and_timm_alone(light: str) -> None:
-    """In a Python that sees no other packages; matplotlib, which draws the analyses, is imported late."""
+    """In a Python that sees no other packages. The analyses draw with matplotlib, but import without it."""
     paths = [str(path.relative_to(SRC)) for path in SRC.rglob("*.py")]
     modules = sorted(module_of(path) for path in paths)
     absent = [room for room in ABOVE if room != "vmamba.analysis"]

@@ -146,8 +146,13 @@ def main() -> None:
             at = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
             train(out, (workers + 1) % 3)
             row = {
-                **{"kill": number + 1, "in step": step, "after ms": round(1e3 * delay), "workers": workers},
-                **{"killed": killed, "went on from step": at, "same": same(outcome(out), whole)},
+                "kill": number + 1,
+                "in step": step,
+                "after ms": round(1e3 * delay),
+                "workers": workers,
+                "killed": killed,
+                "went on from step": at,
+                "same": same(outcome(out), whole),
             }
             rows.append(row)
             print(
@@ -160,13 +165,15 @@ def main() -> None:
     print(f"{good} of {killed} killed runs ended with the same weights, to the last bit")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        found = {
+        results = {
             "command": f"benchmarks/faults/kill.py --kills {options.kills} --processes {options.processes}",
-            **{"date": date.today().isoformat(), "platform": platform.platform(), "torch": torch.__version__},
+            "date": date.today().isoformat(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
             "kills": rows,
         }
         name = "kill.json" if options.processes == 1 else f"kill_{options.processes}_processes.json"
-        (options.out / name).write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / name).write_text(json.dumps(results, indent=1) + "\n")
     if not all(row["same"] and row["killed"] for row in rows):
         raise SystemExit(1)
 

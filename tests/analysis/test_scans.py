@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vmamba import SS2D, VMamba
 from vmamba.analysis.scans import Scan, ScanShape, record_scans, scan_shapes, watching_scans
@@ -130,6 +131,14 @@ def test_an_error_in_a_module_does_not_shift_the_names() -> None:
         one = torch.ones(1, 1, 1, 1, 1)
         selective_scan_2d(one[0], one, -one[0, 0], one, one, routes=("row",))  # in no module of the model
     assert seen == ["neck"]
+
+
+def test_without_data() -> None:
+    with FakeTensorMode():
+        model = VMamba(num_classes=0, depths=(1,), dims=(8,))
+        ((scan,),) = record_scans(model, torch.empty(1, 3, 32, 64)).values()
+        assert scan_shapes(model, (3, 32, 64)) == [ScanShape(8, 16, 16, 1, 1, scan.route_names)]
+    assert scan.x.shape == (1, 8, 16, 16)
 
 
 def test_shapes() -> None:

@@ -120,9 +120,10 @@ class _OperatorCalls(TorchFunctionMode):
 def watching_scans(model: nn.Module, callback: Callable[[str, Scan], None]) -> Iterator[None]:
     """Call a function after every scan that the model runs inside the `with` block.
 
-    The model may be any module, in any mode, with or without gradients; its parameters, modes and outputs
-    stay as they are. A scan that runs outside of the model's modules is not reported, nor one that a compiled
-    or scripted model runs without Python.
+    The model may be any module, in any mode, with or without gradients; its parameters and modes stay as they
+    are. So do its outputs, except that layers take their plain path while something watches, which may round
+    differently from the fast one. A scan that runs outside of the model's modules is not reported, nor one
+    that a compiled or scripted model runs without Python.
 
     Args:
         model: That runs the scans.
