@@ -1,5 +1,7 @@
 """The quick tier holds every test function, every value of its parameters, and what covers the rest."""
 
+from pathlib import Path
+
 import pytest
 
 import tiers
@@ -28,6 +30,12 @@ def test_names_that_are_no_test() -> None:
         "elsewhere.py::test_four": "a.py::test_one",
     }
     assert tiers.unknown(nodes, table) == ["a.py::test_gone", "a.py::test_one[y]"]
+
+
+def test_files_of_the_table_exist() -> None:
+    names = {*tiers.COVERED, *tiers.COVERED.values()}
+    root = Path(__file__).parents[1]
+    assert not sorted(name for name in names if not (root / name.split("::")[0]).is_file())
 
 
 def test_what_covers_is_quick_itself() -> None:
