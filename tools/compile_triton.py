@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vmamba.models  # noqa: F401  (registers them)
+from vmamba.analysis.scans import Scan, record_scans
 from vmamba.ops.operands import Operands
 from vmamba.ops.triton import backend
 from vmamba.ops.triton.plans import Plan
@@ -159,7 +159,7 @@ def _plans(every: bool) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Scan:
+class ScanKind:
     """A call of the operator: sizes, types and what is given, of images in the layout that models use."""
 
     height: int
@@ -173,6 +173,25 @@ class Scan:
     skip: bool
     bias: bool
     softplus: bool
+
+    @classmethod
+    def of(cls, scan: Scan) -> "ScanKind":
+        """The kind of a recorded call."""
+        _, height, width, channels = scan.x.shape
+        rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
+        return cls(
+            height,
+            width,
+            channels,
+            scan.A.shape[2],
+            rank,
+            scan.routes,
+            scan.x.dtype,
+            scan.delta.dtype,
+            scan.D is not None,
+            scan.delta_bias is not None,
+            scan.delta_softplus,
+        )
 
     def launches(self, batch: int = 16, *, gradients: bool = True, every_plan: bool = False) -> list[Launch]:
         """Its launches, forward and backward, by the default plans or by every one that tuning may choose."""
@@ -207,34 +226,19 @@ class Scan:
         return launches
 
 
-class _Scans(TorchDispatchMode):
-    """Collects the scans of what runs under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scans: dict[Scan, None] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.vmamba.selective_scan_2d.default:
-            x, delta, A, _, _, D, bias, weight, softplus, routes, *_ = args
-            _, height, width, channels = x.shape
-            rank = 0 if weight is None else weight.shape[2]
-            given = (D is not None, bias is not None, softplus)
-            sizes = (height, width, channels, A.shape[2], rank, tuple(routes))
-            self.scans[Scan(*sizes, x.dtype, delta.dtype, *given)] = None
-        return func(*args, **(kwargs or {}))
-
-
-def scans_of(models: list[str], size: int | None) -> list[Scan]:
+def scans_of(models: list[str], size: int | None) -> list[ScanKind]:
     """The different scans of models by name, on square images of a size; None: of each model's own."""
     import timm
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), _Scans() as scans, torch.no_grad():
+    scans: dict[ScanKind, None] = {}
+    with FakeTensorMode():
         for name in models:
             model: Any = timm.create_model(name)
-            model(torch.empty(1, 3, *([size] * 2 if size else model.pretrained_cfg["input_size"][1:])))
-    return list(scans.scans)
+            sides = [size] * 2 if size else model.pretrained_cfg["input_size"][1:]
+            for recorded in record_scans(model, torch.empty(1, 3, *sides)).values():
+                scans |= dict.fromkeys(map(ScanKind.of, recorded))
+    return list(scans)
 
 
 def usage(kernel: Any, target: Target) -> Usage:
@@ -269,13 +273,13 @@ def usage(kernel: Any, target: Target) -> Usage:
 _SHOWN = ("TH", "TW", "BD", "N", "ADJOINT", "WHOLE")
 
 
-def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype]) -> list[Scan]:
+def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype]) -> list[ScanKind]:
     """The different scans of models, x and the rows of each type."""
     found = scans_of(models, size)
     return [replace(scan, dtype=dtype, row_dtype=dtype) for scan in found for dtype in types]
 
 
-def compile_for(name: str, scans: list[Scan], gradients: bool, every_plan: bool) -> tuple[int, int]:
+def compile_for(name: str, scans: list[ScanKind], gradients: bool, every_plan: bool) -> tuple[int, int]:
     """Compile every kernel of scans for a target, a line each; how many there are, and how many fail."""
     from triton.runtime import driver
 

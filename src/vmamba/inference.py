@@ -371,9 +371,8 @@ def load(
 
 
 _TASKS = "vmamba.train.tasks"
-"""Knows the models and predictors of tasks other than classification, through a function
-`load_predictor(checkpoint, weights, *, device, dtype) -> Predictor`. It is imported only for these: nothing of
-`train` is needed for a classifier."""
+"""Has `load_predictor(checkpoint, weights, *, device, dtype) -> Predictor` for tasks other than classification.
+Imported only for these: a classifier needs nothing of `train`."""
 
 
 def _task(checkpoint: Checkpoint) -> Any:

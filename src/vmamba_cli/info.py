@@ -85,7 +85,8 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
     }
     if scans := scan_shapes(model, input_size):
         facts["scans"] = {_times(scan): _scan(scan) for scan in scans}
-    if hasattr(config := getattr(model, "config", None), "arguments"):
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "arguments"):
         facts["settings"] = config.arguments()
     facts["weights"] = cfg.get("url") or cfg.get("hf_hub_id") or "none released"
     facts["preprocessing"] = {
