@@ -371,7 +371,7 @@ def load(
 
 
 _TASKS = "vmamba.train.tasks"
-"""Has `load_predictor(checkpoint, weights, *, device, dtype) -> Predictor` for tasks other than classification.
+"""For tasks other than classification it has `load_predictor(checkpoint, weights, *, device, dtype)`.
 Imported only for these: a classifier needs nothing of `train`."""
 
 
