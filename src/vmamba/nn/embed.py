@@ -12,6 +12,11 @@ from torch.nn import functional as F
 from vmamba.nn.layer import Layer
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """(b, c, h, w) in channels-last memory; vmap refuses `x.contiguous(memory_format=...)`."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 class ConvStem(Layer):
     """Two 3×3 convolutions, each with norm, GELU between; (b, c, h, w) → (b, h', w', dim).
 
@@ -43,7 +48,7 @@ class ConvStem(Layer):
         self.norm2 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # the last copy: from here all is channels last
+        x = channels_last(x)  # the last copy: from here all is channels last
         x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
@@ -75,7 +80,7 @@ class PatchStem(nn.Module):
         self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return self.norm1(self.conv1(x).permute(0, 2, 3, 1))
 
 
