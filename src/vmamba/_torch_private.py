@@ -20,6 +20,10 @@ from torch.nn.modules import module as _module
 # derivatives without a word and fails under torch.func, and it leaves no place to look for either first.
 
 
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_KEYS_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+
+
 def call_below_autograd(op: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
     """Call an operator's next kernel below autograd, from inside of its autograd kernel.
 
@@ -28,11 +32,11 @@ def call_below_autograd(op: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
         keys: The dispatch keys that the autograd kernel got (`with_keyset=True`).
         arguments: The operator's arguments.
     """
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+    with _BelowAutograd():
+        return op.redispatch(keys & _KEYS_AFTER_AUTOGRAD, *arguments)
 
 
-def is_transformed(tensors: tuple[Tensor | None, ...]) -> bool:
+def is_transformed(arguments: tuple[Any, ...]) -> bool:
     """Whether an operator's autograd kernel runs for torch.func, or for a tensor with a tangent.
 
     Of torch.func's transforms only `grad`, `vjp`, `jvp` and what is built of them reach an autograd kernel;
@@ -42,7 +46,8 @@ def is_transformed(tensors: tuple[Tensor | None, ...]) -> bool:
         return True
     if forward_ad._current_level < 0:  # unpack_dual would say the same, but slowly, for each tensor
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    tensors = (t for t in arguments if isinstance(t, Tensor))
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 # --- vmamba.data.loading: the workers of a DataLoader ------------------------------------------------------

@@ -26,17 +26,6 @@ from vmamba_cli.__main__ import app
 pytestmark = pytest.mark.xdist_group("docs")  # one process prepares the stand-ins, see --dist loadgroup
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
-PENDING = re.compile(
-    r"vmamba\.load|load_weights|default_backend|register_(backend|route)|ssm_conv_bias|ClassifiedImages|val_fraction"
-    r"|vmamba resume|--model |--out predictions|--out sheet|predict photos|--extend|nn\.fused|local-dir"
-)
-"""What the pages use already and the library is about to get. Strict: once it is there, remove this and its
-uses."""
-
-
-def expected_to_fail(text: str) -> Any:
-    return pytest.mark.xfail(strict=True, reason="not in the library yet") if PENDING.search(text) else ()
-
 
 def python_of(page: Path) -> str:
     return "".join(b.text for b in blocks(page) if b.language == "python" and b.not_run is None)
@@ -78,9 +67,7 @@ PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "pyth
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=expected_to_fail(python_of(p)), id=page_name(p)) for p in PYTHON_PAGES]
-)
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=page_name)
 def test_python(page: Path, workplace: Path) -> None:
     for block in blocks(page):
         if block.language == "python":
@@ -142,9 +129,7 @@ def check_other(words: list[str]) -> None:
 SHELL_BLOCKS = [block for block in BLOCKS if block.language == "bash"]
 
 
-@pytest.mark.parametrize(
-    "block", [pytest.param(b, marks=expected_to_fail(b.text), id=str(b)) for b in SHELL_BLOCKS]
-)
+@pytest.mark.parametrize("block", SHELL_BLOCKS, ids=str)
 def test_shell(block: Block, workplace: Path) -> None:
     for words in commands(block.text):
         if words[0] != "vmamba":

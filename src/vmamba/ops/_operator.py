@@ -116,9 +116,8 @@ def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
 
 def _autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator above autograd."""
-    call, out_dtype, backend = _unpack(arguments)
-    if is_transformed(call.tensors):
-        return _decomposed(call, out_dtype, backend)
+    if is_transformed(arguments):
+        return _decomposed(*_unpack(arguments))
     if _needs_gradient(arguments):
         return _Scan.apply(keys, *arguments)
     return call_below_autograd(_SCAN, keys, arguments)
@@ -190,8 +189,7 @@ def _differentiable_gradients(grad_y: Tensor, grad_last_state: Tensor | None, ca
 
 def _autograd_of_backward(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradient above autograd: it has no derivative, and says so instead of dropping one."""
-    call = _unpack_backward(arguments)[2]
-    if is_transformed((*arguments[:2], *call.tensors)):
+    if is_transformed(arguments):
         raise RuntimeError(
             "selective_scan_2d: its gradient is differentiated by torch.func or by forward mode, but the "
             "scan itself ran outside of that transform; run the scan inside of the transformed function"
