@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch.nn import functional as F
-from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 from images import COLOURS, make_folder, tiny_values
 from vmamba.config import Section, describe_problems
@@ -39,6 +38,7 @@ from vmamba.data.sources.webdataset import WebDatasetSection
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import check, override_values
 from vmamba.train.run import train
+from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 
 class Holder(Section):
