@@ -228,7 +228,7 @@ def test_values_that_would_end_in_a_crash(override: str, message: str, tmp_path:
         ("args.features_only=true", "features_only: not here"),
         ("args.checkpoint_path=x", "checkpoint_path: not here; set model.weights"),
         ("args.device=cuda", "device: not here; set train.accelerator"),
-        ("args={global_pool: ''}", "not logits of 10 classes"),
+        ("args={global_pool: ''}", "vmamba_pico does not work with 32×32 images"),
         ("args.drop_path_rate=2.0", "drop_path_rate: expected a number from 0 to below 1, got 2.0"),
         ("args.drop_path_rate=-1", "drop_path_rate: expected a number from 0 to below 1, got -1"),
         ("args.mlp_ratio=-1", "mlp_ratio: expected a number of at least 0, got -1"),

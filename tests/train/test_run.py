@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from images import COLOURS, assert_same, make_folder, tiny_values
+from vmamba.data import SampleKey
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.models.checkpoints import open_checkpoint, read_checkpoint
 from vmamba.train import run
@@ -246,8 +247,8 @@ def test_what_cannot_run_writes_nothing(override: str, message: str, folder: Pat
 
 def test_the_random_crop_has_a_size_of_its_own(folder: Path) -> None:
     task = ClassificationTask(recipe(folder, "augment.train_size=24"))
-    assert task.dataset("train")[0, 0][0].shape == (3, 24, 24)
-    assert task.dataset("val")[0, 0][0].shape == (3, 32, 32)
+    assert task.dataset("train")[SampleKey(0, 0)][0].shape == (3, 24, 24)
+    assert task.dataset("val")[SampleKey(0, 0)][0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("supported", [True, False])
