@@ -27,10 +27,6 @@ pytestmark = pytest.mark.xdist_group("docs")  # one process prepares the stand-i
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def python_of(page: Path) -> str:
-    return "".join(b.text for b in blocks(page) if b.language == "python" and b.not_run is None)
-
-
 def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
