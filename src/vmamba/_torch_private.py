@@ -45,7 +45,7 @@ def is_transformed_or_recorded() -> bool:
 def is_legacy_batch(t: torch.Tensor) -> bool:
     """Whether a tensor stands for many, as gradients do in `torch.autograd.grad(is_grads_batched=True)`.
 
-    That call does not use torch.func.vmap but the older form of it, which `is_transformed_or_recorded` misses.
+    That call does not use torch.func.vmap but an older form, which `is_transformed_or_recorded` misses.
     """
     return torch._C._functorch.is_legacy_batchedtensor(t)
 
