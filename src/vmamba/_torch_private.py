@@ -143,7 +143,7 @@ def is_transformed_or_recorded() -> bool:
     )
 
 
-def is_legacy_batch(t: torch.Tensor) -> bool:
+def is_legacy_batch(t: Tensor) -> bool:
     """Whether a tensor stands for many, as gradients do in `torch.autograd.grad(is_grads_batched=True)`.
 
     That call uses an older form of torch.func.vmap, which `is_transformed_or_recorded` misses.
