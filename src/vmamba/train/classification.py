@@ -101,7 +101,7 @@ def _configuration(name: str) -> Any:
     import vmamba  # noqa: F401  (registers the variants)
 
     try:
-        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+        return timm.get_pretrained_cfg(name)
     except RuntimeError:  # an unknown tag
         return None
 
