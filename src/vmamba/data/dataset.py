@@ -47,9 +47,10 @@ class ImageDataset(Dataset[Any], Generic[Target]):
         """The sample that training or evaluation sees."""
 
     def __getitem__(self, key: SampleKey) -> Any:
-        image, target = self.source.load(key.index)
-        repetition = (key.repetition,) if key.repetition else ()
-        with seeded("augmentation", self.seed, key.epoch, key.index, *repetition):
+        epoch, index, repetition = SampleKey(*key)
+        image, target = self.source.load(index)
+        counters = (repetition,) if repetition else ()
+        with seeded("augmentation", self.seed, epoch, index, *counters):
             return self.augment(image, target)
 
 
