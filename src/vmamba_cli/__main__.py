@@ -47,7 +47,7 @@ class _Verbs(TyperGroup):
             interrupted = type(error).__name__ == "Interrupted"
             if interrupted and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
                 raise typer.Exit(0) from error  # the first process speaks for all
-            _say(str(error))
+            _say(_message(error))
             raise typer.Exit(130 if interrupted else 2) from error
 
 
@@ -57,7 +57,21 @@ def _is_the_users(error: Exception) -> bool:
     errors = sys.modules.get("vmamba.errors")
     if errors is not None and isinstance(error, errors.UserError):
         return True
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ChildProcessError)
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError)
+
+
+def _message(error: Exception) -> str:
+    if type(error).__module__.startswith("vmamba") or not isinstance(error, OSError):
+        return str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    _discard_output()  # else Python tries again at its end
+    return f"the output cannot be written: {error.strerror}"
+
+
+def _discard_output() -> None:
+    """Have what is still to be printed go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str) -> None:
@@ -111,9 +125,9 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read it has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         _say(f"the output cannot be written: {error.strerror}")
         raise SystemExit(2) from None
 
