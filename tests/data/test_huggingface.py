@@ -96,5 +96,5 @@ def test_a_recipe_trains_on_it(workers: int, folder: ImageFolder, tmp_path: Path
     values["data"] |= {"source": "huggingface", "val_split": "validation"}
     values["schedule"] = {"epochs": 1, "warmup_epochs": 0}
     values["train"]["workers"] = workers
-    scores = train(check(ClassificationRecipe, values, "test"), tmp_path / "run")
-    assert scores.keys() == {"val/top1", "val/top5"}
+    scores = train(check(ClassificationRecipe, values, "test"), tmp_path / "run").scores
+    assert scores.keys() == {"val/loss", "val/top1", "val/top5"}

@@ -228,9 +228,10 @@ def test_a_missing_split_says_how_to_make_one(tmp_path: Path) -> None:
         parse(root=str(root)).open("val")
 
 
-def test_an_unknown_model_is_told_when_it_is_built(tmp_path: Path) -> None:
-    for name in ("nothing", "vmamba_pico.nothing"):
-        task(make_folder(tmp_path / name), f"model.name={name}")
+@pytest.mark.parametrize("name", ["nothing", "vmamba_pico.nothing"])
+def test_an_unknown_model_is_told_before_data_are_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown model '{name}'"):
+        task(tmp_path / "missing", f"model.name={name}")
 
 
 def test_classes_of_the_model_in_another_order(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_the_loss_is_weighted(tmp_path: Path) -> None:
         (root / "train" / "red" / f"{number}.png").unlink()
     made = task(root, "data.class_weights=balanced", "augment.label_smoothing=0.0")
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
-    loss = made.loss(lambda _: logits, (torch.zeros(4), labels))["loss"]  # type: ignore[arg-type]
+    loss = made.training_step(lambda _: logits, (torch.zeros(4), labels))["loss"]  # type: ignore[arg-type]
     weights = torch.tensor([15 / 18, 15 / 18, 15 / 9])
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, weight=weights))
 
@@ -285,7 +286,7 @@ def test_a_run_on_balanced_wide_images_that_are_split(tmp_path: Path) -> None:
     recipe = check(ClassificationRecipe, values, "test")
     image, _ = ClassificationTask(recipe).dataset("train")[SampleKey(0, 0)]
     assert image.shape == (3, 32, 48)
-    assert train(recipe, tmp_path / "run").keys() == {"val/top1", "val/top5"}
+    assert train(recipe, tmp_path / "run").scores.keys() == {"val/loss", "val/top1", "val/top5"}
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])
@@ -307,7 +308,7 @@ def test_a_run_on_other_channels(channels: int, tmp_path: Path) -> None:
     )
     values["schedule"] = {"epochs": 1, "warmup_epochs": 0}
     recipe = check(ClassificationRecipe, values, "test")
-    assert train(recipe, tmp_path / "run").keys() == {"val/top1", "val/top5"}
+    assert train(recipe, tmp_path / "run").scores.keys() == {"val/loss", "val/top1", "val/top5"}
     if channels > 3:
         with pytest.raises(RecipeError, match="auto_augment and color_jitter are for 8-bit images"):
             task(tmp_path, f"data.channels={channels}").dataset("train")

@@ -325,11 +325,11 @@ def recipe(packed: Path, *overrides: str) -> ClassificationRecipe:
 
 def test_a_recipe_trains_on_shards(packed: Path, bucket: str, tmp_path: Path) -> None:
     short = ("schedule.epochs=1", "schedule.warmup_epochs=0")
-    scores = train(recipe(packed, *short), tmp_path / "run")
-    assert scores.keys() == {"val/top1", "val/top5"}
+    scores = train(recipe(packed, *short), tmp_path / "run").scores
+    assert scores.keys() == {"val/loss", "val/top1", "val/top5"}
     remote = (f"data.root={bucket}", f"data.cache_dir={tmp_path / 'cache'}", "data.shuffle_shards=2")
-    scores = train(recipe(packed, *short, *remote), tmp_path / "remote")
-    assert scores.keys() == {"val/top1", "val/top5"}
+    scores = train(recipe(packed, *short, *remote), tmp_path / "remote").scores
+    assert scores.keys() == {"val/loss", "val/top1", "val/top5"}
 
 
 def test_the_recipe_says_what_a_source_needs(packed: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import vmamba
 from authors import authors_names
-from scans import ENGINES, FAST
+from scans import BACKENDS, FAST
 from vmamba.errors import CheckpointError
 from vmamba.ops import use_backend
 
@@ -48,7 +48,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_parity(name: str, backend: str) -> None:
     expected = numbers(name)

@@ -204,7 +204,7 @@ def test_cascade_reads_rows_then_columns() -> None:
     ("settings", "message"),
     [
         ({"ssm_conv": 2}, "ssm_conv: expected 0 or an odd"),
-        ({"ssm_init": "ones"}, "ssm_init: expected 'mamba'"),
+        ({"ssm_init": "ones"}, "ssm_init: expected one of 'mamba'"),
         ({"d_state": 0}, "at least 1"),
         ({"routes": "zigzag"}, "unknown name 'zigzag'"),
     ],

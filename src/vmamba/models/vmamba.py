@@ -203,10 +203,11 @@ class VMamba(nn.Module):
         self.global_pool = global_pool
         self.num_features = dims[-1]
         self.drop_rate = drop_rate
-        self.feature_info: list[dict[str, Any]] = [
+        feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, self.config.reductions(), strict=True))
         ]
+        self.feature_info = feature_info  # annotated above: TorchScript warns of an annotated attribute
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = _STEMS[stem](in_chans, dims[0], stem_stride, **dd)
         self.stages = nn.Sequential(*_stages(self.config, **dd))

@@ -52,19 +52,16 @@ class VSSBlock(Layer):
         self.grad_checkpointing = False
         self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.op = ss2d(dim, config, device=device, dtype=dtype)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2: Any = None
-        self.mlp: Any = None
-        self.drop_path2: Any = None
-        if mlp_ratio > 0:
-            self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype)
-            self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
-            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path1 = _drop_path(drop_path)
+        has_mlp = mlp_ratio > 0
+        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype) if has_mlp else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype) if has_mlp else None
+        self.drop_path2 = _drop_path(drop_path) if has_mlp else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.op(self.norm1(x)))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))  # type: ignore[misc]  # all three or none
         return x
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,3 +83,7 @@ class VSSBlock(Layer):
     def _call_plainly(self, *args: Any, **kwargs: Any) -> Any:
         with fused(False):
             return super().__call__(*args, **kwargs)
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return DropPath(rate) if rate > 0 else nn.Identity()

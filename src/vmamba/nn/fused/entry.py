@@ -57,9 +57,9 @@ def fused_form(layer: nn.Module, x: Any) -> Any:
         type(x) is Tensor
         and is_enabled()
         and x.is_cpu
-        and x.numel() > 0
         and not _torch_private.has_global_hook()
         and not _torch_private.is_transformed_or_recorded()
+        and x.numel() > 0  # behind the line above: a trace would warn of it
         and not _is_patched()
         and type(layer) in _FORMS
         and _is_plain(layer)
