@@ -9,21 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from vmamba.analysis.complexity import count
-from vmamba.models import ALIASES
+from vmamba.models import ALIASES, model_names
 from vmamba.models.factory import create_on_meta
 
 TABLE = Path(__file__).parent.parent / "src" / "vmamba_cli" / "models.json"
-
-
-def names() -> list[str]:
-    """The models that the library registers with timm, aliases first."""
-    registered = [
-        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")
-    ]
-    return [*ALIASES, *(name for name in registered if name not in ALIASES)]
 
 
 def row(name: str) -> dict[str, Any]:
@@ -43,7 +33,7 @@ def row(name: str) -> dict[str, Any]:
 
 def table() -> str:
     """The file's text, a line for each model."""
-    lines = ",\n".join(json.dumps(row(name)) for name in names())
+    lines = ",\n".join(json.dumps(row(name)) for name in model_names())
     return f"[\n{lines}\n]\n"
 
 
