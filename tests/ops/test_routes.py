@@ -48,7 +48,8 @@ def test_a_new_line_of_the_table_is_one_route_more() -> None:
     exec(source.replace(end, f'    "line": _row,\n{end}'), changed.__dict__)
     assert changed.ROUTES[-1] == "line"
     assert changed.NAMED_ROUTES == routes_module.NAMED_ROUTES
-    assert changed.ROUTES[:-1] == changed.CROSS == tuple(VISITS)[:4]
+    assert changed.ROUTES[:-1] == routes_module.ROUTES
+    assert changed.CROSS == tuple(VISITS)[:4]
     order = changed.cross_scan(IMAGE, ("line", "column"))[0, :, :, 0].tolist()
     assert order == [VISITS["row"], VISITS["column"]]
 
