@@ -379,3 +379,16 @@ def test_a_new_source_registers_itself() -> None:
         data: union_of_sources(OtherBase, "zip")  # type: ignore[valid-type]
 
     assert type(Other.model_validate({"data": {}}).data) is Zip
+
+
+def test_two_sources_of_one_name_are_refused() -> None:
+    class TwiceBase(ClassificationSection): ...
+
+    class One(TwiceBase):
+        source: Literal["one"] = "one"
+
+    class Copied(TwiceBase):
+        source: Literal["one"] = "one"
+
+    with pytest.raises(TypeError, match="Copied: 'one' is the source of One already"):
+        union_of_sources(TwiceBase, "one")

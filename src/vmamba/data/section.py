@@ -233,7 +233,12 @@ def union_of_sources(base: type[S], default: str) -> Any:
         base: Of the sections; its subclasses with a literal `source` have to be imported.
         default: The source of a section that names none.
     """
-    kinds = {str(get_args(kind.model_fields["source"].annotation)[0]): kind for kind in _subclasses(base)}
+    kinds: dict[str, type[S]] = {}
+    for kind in _subclasses(base):
+        source = str(get_args(kind.model_fields["source"].annotation)[0])
+        if source in kinds:
+            raise TypeError(f"{kind.__name__}: {source!r} is the source of {kinds[source].__name__} already")
+        kinds[source] = kind
 
     def prepare(values: Any) -> Any:
         if not isinstance(values, dict):
