@@ -97,9 +97,10 @@ def test_recipes_of_earlier_versions(source: str, kind: type[DataSection]) -> No
 
 def test_what_is_wrong_is_named() -> None:
     assert parse() == FolderSection()
-    assert problems(source="zip") == [
-        "data.source: no source 'zip'; expected one of 'folder', 'huggingface', 'mnist', 'tar', 'webdataset'"
-    ]
+    (unknown,) = problems(source="zip")
+    start, _, listed = unknown.partition("; expected one of ")
+    assert start == "data.source: no source 'zip'"
+    assert set(listed.split(", ")) >= {"'folder'", "'huggingface'", "'mnist'", "'tar'", "'webdataset'"}
     assert problems(source="tar", rot="x") == ["data.rot: no such key; did you mean 'root'?"]
     assert problems(cache_gb=5.0)[0].startswith("data.cache_gb: no such key; expected one of source, root")
     with pytest.raises(ValidationError) as raised:
