@@ -128,7 +128,7 @@ def test_the_second_process_gets_a_signal(
     _, told = first.communicate(timeout=60)
     assert first.returncode == status, told
     assert message in told
-    assert f"to go on: vmamba train --resume {out}" in told.lower()
+    assert f"to go on: vmamba resume {out}" in told.lower()
     assert "Traceback" not in told
     assert torch.load(last, weights_only=True)["global_step"] >= 3
 
