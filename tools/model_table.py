@@ -2,7 +2,7 @@
 
     python tools/model_table.py
 
-To be run after a model was added or changed; a test compares the file with the models.
+Run it after adding or changing a model; a test compares the file with the models.
 """
 
 import json
@@ -27,7 +27,7 @@ def names() -> list[str]:
 
 
 def row(name: str) -> dict[str, Any]:
-    """What the table says of a model, at its own input size."""
+    """The table's row of a model, at its default input size."""
     model = create_on_meta(name)
     cfg = model.pretrained_cfg
     counts = count(model, cfg["input_size"])
