@@ -133,7 +133,7 @@ def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Sess
         raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
     # If the file of weights names its classes, the data must have the same.
     classes = None if checkpoint is None else checkpoint.classes
-    judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
+    section = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
     task = task_class(task_class.without_training_data(recipe), classes)
-    model = task.build_model(task.recipe.model_copy(update={"model": judged}))
+    model = task.build_model(task.recipe.model_copy(update={"model": section}))
     return Session(str(path), task, task.recipe, model.eval(), "raw" if kind == "auto" else kind)
