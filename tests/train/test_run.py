@@ -187,10 +187,10 @@ def test_predict(whole: Path, folder: Path) -> None:
     predictions = predict([Image.open(path) for path in images])
     assert len(predictions) == len(images)
     for prediction in predictions:
-        scores = [actual.score for actual in prediction.classes]
+        scores = [each.score for each in prediction.classes]
         assert scores == sorted(scores, reverse=True)
         assert sum(scores) == pytest.approx(1, abs=1e-5)
-        assert {actual.label for actual in prediction.classes} == set(COLOURS)
+        assert {each.label for each in prediction.classes} == set(COLOURS)
         assert prediction.text().startswith(f"{prediction.classes[0].label} {scores[0]:.1%}")
 
 
