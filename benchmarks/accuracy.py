@@ -16,7 +16,8 @@ import time
 
 import torch
 
-from vmamba.ops import ROUTES, cpu, selective_scan_2d
+from vmamba.ops import cpu, selective_scan_2d
+from vmamba.ops.routes import CROSS
 
 TYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
@@ -51,7 +52,7 @@ def draw_settings(draw: random.Random) -> dict:
         ),
         "n_state": draw.choice([1, 1, 1, 2, 5, 16, 17]),
         "rank": draw.choice([None, 1, 2, 6, 7]),
-        "routes": tuple(draw.choice(ROUTES) for _ in range(draw.randint(1, 5))),
+        "routes": tuple(draw.choice(CROSS) for _ in range(draw.randint(1, 5))),
         "types": [draw.choice(TYPES) for _ in range(4)],
         "skip": draw.random() < 0.7,
         "bias": draw.random() < 0.7,

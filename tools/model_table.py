@@ -1,29 +1,26 @@
-"""Write `src/vmamba_cli/models.json`, which `vmamba list` shows without importing PyTorch.
+"""Write what is said of every model: `src/vmamba_cli/models.json`, and the first table of `docs/models.md`.
 
     python tools/model_table.py
 
-Run it after adding or changing a model; a test compares the file with the models.
+Run it after adding or changing a model; tests compare both with the models. `vmamba list` shows the first
+without importing PyTorch.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import timm
 
 from vmamba.analysis.complexity import count
-from vmamba.models import ALIASES
+from vmamba.models import ALIASES, model_names
 from vmamba.models.factory import create_on_meta
 
-TABLE = Path(__file__).parent.parent / "src" / "vmamba_cli" / "models.json"
-
-
-def names() -> list[str]:
-    """The models that the library registers with timm, aliases first."""
-    registered = [
-        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")
-    ]
-    return [*ALIASES, *(name for name in registered if name not in ALIASES)]
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "src" / "vmamba_cli" / "models.json"
+PAGE = ROOT / "docs" / "models.md"
+_COUNTED = re.compile(r"(?<=\n\| model \| parameters \|)(.*\n\|[-|]+\n)((?:\|.*\n)+)")
 
 
 def row(name: str) -> dict[str, Any]:
@@ -43,10 +40,41 @@ def row(name: str) -> dict[str, Any]:
 
 def table() -> str:
     """The file's text, a line for each model."""
-    lines = ",\n".join(json.dumps(row(name)) for name in names())
+    lines = ",\n".join(json.dumps(row(name)) for name in model_names())
     return f"[\n{lines}\n]\n"
+
+
+def page(rows: list[dict[str, Any]], text: str) -> str:
+    """The page's text with a line for each model, in the order of their definitions.
+
+    Args:
+        rows: Of the table.
+        text: The page as it is.
+    """
+    names = {row["model"]: [row["model"]] for row in rows if not row["same as"]}
+    for row in rows:
+        if row["same as"]:
+            names[row["same as"]].insert(0, row["model"])
+    lines = {_place(row["model"]): _line(row, names[row["model"]]) for row in rows if not row["same as"]}
+    return _COUNTED.sub(lambda match: match[1] + "".join(lines[place] for place in sorted(lines)), text, 1)
+
+
+def _place(name: str) -> tuple[bool, str, int]:
+    """Where a model is defined, those of VMamba first."""
+    function = timm.model_entrypoint(name)
+    return ".peers." in function.__module__, function.__module__, function.__code__.co_firstlineno
+
+
+def _line(row: dict[str, Any], names: list[str]) -> str:
+    config = getattr(create_on_meta(row["model"]), "config", None)
+    depths = ", ".join(map(str, getattr(config, "depths", ())))
+    states = getattr(getattr(config, "ss2d", None), "d_state", "")
+    at = "" if row["input"] == 224 else f" at {row['input']}²"
+    cells = [" = ".join(f"`{name}`" for name in names), f"{row['parameters']:,}", f"{row['GMACs']:.3f}{at}"]
+    return f"| {' | '.join([*cells, depths, str(states), row['weights']])} |\n".replace("|  |", "| |")
 
 
 if __name__ == "__main__":
     TABLE.write_text(table(), encoding="utf-8")
-    print(TABLE)
+    PAGE.write_text(page(json.loads(table()), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(TABLE, PAGE, sep="\n")

@@ -24,6 +24,7 @@ from vmamba.data.decoding import printable
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import CheckpointError, DataError, MissingCheckpointError, ModelError
 from vmamba.files import replacing, write_atomically
+from vmamba.models import model_names
 from vmamba.models.checkpoints import (
     CONFIG,
     CONTENTS,
@@ -463,10 +464,10 @@ def _classes_in(state_dict: Mapping[str, Any]) -> int | None:
 
 
 def _guess(path: str, state_dict: Mapping[str, Any], number: int | None) -> str:
-    """The variant of VMamba whose names and shapes are those of a file."""
+    """The model of ours whose names and shapes are those of a file."""
     matches = [
         name
-        for name in sorted(timm.list_models(module="vmamba"), key=len)
+        for name in sorted(model_names(), key=len)
         if fits(create_on_meta(name, num_classes=number), state_dict)
     ]
     # A model and its aliases have the same address of pretrained weights.

@@ -7,7 +7,7 @@ from vmamba.analysis.scans import ScanShape
 from vmamba.bench import operator as bench
 from vmamba.bench.timing import BenchError
 from vmamba.errors import ModelError
-from vmamba.ops import selective_scan_2d
+from vmamba.ops import register_route, selective_scan_2d
 
 
 def test_shapes_of_a_model() -> None:
@@ -44,11 +44,27 @@ def test_operator(shape: ScanShape, backward: bool) -> None:
         assert totals[m.backend, backward] == pytest.approx(m.nanoseconds * 1e-9 * 3 * 4 * 8 * 2 * 5)
 
 
+def _backwards(height: int, width: int) -> torch.Tensor:
+    return torch.arange(height * width).flip(0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [ScanShape(3, 4, 8, 2, 3, ("backwards",)), ScanShape(3, 4, 8, 65, 3, ROUTES)],
+    ids=["another route", "many states"],
+)
+def test_a_backend_that_does_not_serve_the_scan_is_left_out(shape: ScanShape) -> None:
+    register_route("backwards", _backwards)
+    found = {m.backend for m in bench.bench_operator(shape, 1, rounds=1)}
+    assert "chunked" in found
+    assert "cpu" not in found
+
+
 def test_an_implementation_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         bench,
         "_implementations",
-        lambda device: {"wrong": lambda call: selective_scan_2d(**call) * 1.01},
+        lambda shape, device: {"wrong": lambda call: selective_scan_2d(**call) * 1.01},
     )
     with pytest.raises(BenchError, match="wrong differs from the reference by"):
         bench.bench_operator(ScanShape(3, 4, 8, 2, 3, ROUTES))

@@ -3,17 +3,22 @@
 import copy
 import inspect
 import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
 import torch
 from packaging.version import Version
 from timm.models import load_checkpoint as timm_load_checkpoint
-from timm.models import save_for_hf
+from timm.models import register_model, save_for_hf
 from torch import nn
 
 import vmamba
+from vmamba.errors import ModelError
 from vmamba.models import ALIASES, model_names
+from vmamba.models.factory import check_name
 
 TABLE = {  # parameters, GMACs at 224: the design's table
     "vmamba_tiny_s2l5": (30_705_832, 4.858),
@@ -31,6 +36,7 @@ TABLE = {  # parameters, GMACs at 224: the design's table
     "vmamba_tiny_v8": (26_247_592, 4.861),
 }
 NAMES = model_names()
+VARIANTS = [name for name in NAMES if timm.model_entrypoint(name).__module__ == "vmamba.models.vmamba"]
 
 
 def small(**kwargs) -> vmamba.VMamba:
@@ -49,13 +55,17 @@ def test_parameters(name: str) -> None:
     assert actual <= limit.get(variant, 200_000_000)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_default_cfg_and_unknown_arguments(name: str) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_default_cfg(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
     assert cfg.input_size[-1] // (2 * 2**4 if cfg.input_size[-1] == 224 else 2 * 2**3) == cfg.pool_size[0]
-    if name not in ("vmamba_pico", "vmamba_nano", "vmamba_large") and "_v" not in name.replace("_vmamba", ""):
-        assert cfg.url.startswith("https://github.com/MzeroMiko/VMamba/releases/download/")
+    released = "https://github.com/MzeroMiko/VMamba/releases/download/"
+    assert cfg.url.startswith(released) if cfg.tag == "authors_in1k" else not cfg.url
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_arguments(name: str) -> None:
     with torch.device("meta"), pytest.raises(TypeError):
         timm.create_model(name, not_an_argument=1)
 
@@ -122,7 +132,8 @@ def test_checkpointing_changes_nothing() -> None:
 
 def test_each_variant_is_a_function_that_can_be_found() -> None:
     for name in NAMES:
-        function = getattr(vmamba.models.vmamba, name)
+        function = timm.model_entrypoint(name)
+        assert function is getattr(sys.modules[function.__module__], name)
         assert f"def {name}(" in inspect.getsource(function)
         assert function.__doc__
     assert {name for name in NAMES if name in TABLE} == set(TABLE)
@@ -320,3 +331,32 @@ def test_meta_device_gives_shapes() -> None:
         model = timm.create_model("vmamba_base")
         assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
     assert isinstance(model.get_classifier(), nn.Linear)
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model that a file of `models/peers/` registers."""
+    registry = timm.models._registry
+    for name in ("_model_entrypoints", "_model_to_module"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    module = ModuleType("vmamba.models.peers.tiny")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def tiny_peer(pretrained: bool = False, **kwargs) -> vmamba.VMamba:
+        return timm.create_model("vmamba_pico", pretrained, **({"dims": (8, 16, 24, 32)} | kwargs))
+
+    tiny_peer.__module__ = module.__name__
+    register_model(tiny_peer)
+    return "tiny_peer"
+
+
+def test_a_model_of_another_family_is_ours_too(peer: str, tmp_path: Path) -> None:
+    assert peer in model_names()
+    with pytest.raises(ModelError, match="did you mean tiny_peer"):
+        check_name("tiny_pear")
+    model = timm.create_model(peer, num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    predictor = vmamba.load(tmp_path / "weights.pth", device="cpu")
+    x = torch.randn(3, 32, 32)
+    expected = model(x[None])[0].softmax(0).max().item()
+    assert predictor(x).classes[0].score == pytest.approx(expected, rel=1e-4)

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from scans import BACKENDS, FAST, assert_accurate, cast, given, operands, value_and_gradients
-from vmamba.ops import ROUTES, chunked, cross_merge, cross_scan, selective_scan_2d
+from vmamba.ops import chunked, cross_merge, cross_scan, selective_scan_2d
+from vmamba.ops.routes import CROSS
 from vmamba.ops.triton import interpreted
 
 routes_drawn = st.one_of(
     st.sampled_from(["cross", "unidirectional", "bidirectional"]),
-    st.lists(st.sampled_from(ROUTES), min_size=1, max_size=5).map(tuple),
+    st.lists(st.sampled_from(CROSS), min_size=1, max_size=5).map(tuple),
 )
 
 
@@ -137,7 +138,7 @@ def test_second_derivatives_elsewhere_raise(backend: str) -> None:
 @drawn(height=st.integers(1, 9), width=st.integers(1, 9), k=st.integers(0, 3), data=st.data())
 def test_a_route_is_causal(backend: str, height: int, width: int, k: int, data) -> None:
     """What comes later on the route changes nothing before it."""
-    call = operands(1, height, width, 2, routes=(ROUTES[k],), requires_grad=False)
+    call = operands(1, height, width, 2, routes=(CROSS[k],), requires_grad=False)
     t = data.draw(st.integers(0, height * width - 1))
     order = cross_scan(torch.arange(height * width).view(1, height, width, 1), call["routes"])[0, 0, :, 0]
     changed = {

@@ -1,6 +1,8 @@
 """Routes: built-in, registered, and given as permutations, in `cross_scan` and in the operator."""
 
+import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from scans import given as tensors_of
 from scans import operands, value_and_gradients
 from vmamba.ops import ROUTES, cross_merge, cross_scan, decomposition, register_route, selective_scan_2d
+from vmamba.ops import routes as routes_module
 from vmamba.ops.operands import Operands
 from vmamba.ops.routes import parse_routes
 
@@ -32,7 +35,23 @@ def test_a_route_visits_the_image_in_its_order(route: str) -> None:
 
 
 def test_cross_is_in_the_order_of_the_weights() -> None:
-    assert cross_scan(IMAGE)[0, :, :, 0].tolist() == list(VISITS.values())
+    expected = [VISITS[name] for name in ("row", "column", "row_reversed", "column_reversed")]
+    assert cross_scan(IMAGE)[0, :, :, 0].tolist() == expected
+
+
+def test_a_new_line_of_the_table_is_one_route_more() -> None:
+    """And nothing else: "cross" keeps its four, and what a kernel can read stays as it is."""
+    end = '}\n"""A route\'s place in the table'
+    source = inspect.getsource(routes_module)
+    assert source.count(end) == 1
+    changed = ModuleType("routes")
+    exec(source.replace(end, f'    "line": _row,\n{end}'), changed.__dict__)
+    assert changed.ROUTES[-1] == "line"
+    assert changed.NAMED_ROUTES == routes_module.NAMED_ROUTES
+    assert changed.ROUTES[:-1] == routes_module.ROUTES
+    assert changed.CROSS == tuple(VISITS)[:4]
+    order = changed.cross_scan(IMAGE, ("line", "column"))[0, :, :, 0].tolist()
+    assert order == [VISITS["row"], VISITS["column"]]
 
 
 @pytest.mark.parametrize(

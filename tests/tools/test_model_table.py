@@ -9,6 +9,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import model_table
 
+from vmamba.models import model_names
+
 ROWS = {row["model"]: row for row in json.loads(model_table.TABLE.read_text(encoding="utf-8"))}
 
 GMACS = {  # at 224: the figures of the paper and of its authors' tables
@@ -30,7 +32,7 @@ MEND = "run `python tools/model_table.py`"
 
 
 def test_it_has_every_model() -> None:
-    assert list(ROWS) == model_table.names(), MEND
+    assert list(ROWS) == model_names(), MEND
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -46,3 +48,19 @@ def test_the_figures_are_those_of_the_paper(name: str) -> None:
 def test_its_text_is_what_the_tool_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_table, "row", ROWS.get)
     assert model_table.table() == model_table.TABLE.read_text(encoding="utf-8")
+
+
+def test_the_page_says_the_same() -> None:
+    text = model_table.PAGE.read_text(encoding="utf-8")
+    assert model_table.page(list(ROWS.values()), text) == text, MEND
+    first = text.split("## Counted here")[1].split("## Measured here")[0]
+    assert all(f"`{name}`" in first for name in ROWS)
+
+
+def test_a_new_model_gets_a_line_of_the_page() -> None:
+    text = model_table.PAGE.read_text(encoding="utf-8")
+    without = "".join(
+        line for line in text.splitlines(keepends=True) if not line.startswith("| `vmamba_nano")
+    )
+    assert without != text
+    assert model_table.page(list(ROWS.values()), without) == text

@@ -128,7 +128,7 @@ def test_the_second_process_gets_a_signal(
     _, stderr = first.communicate(timeout=60)
     assert first.returncode == status, stderr
     assert message in stderr
-    assert f"to go on: vmamba train --resume {out}" in stderr.lower()
+    assert f"to go on: vmamba resume {out}" in stderr.lower()
     assert "Traceback" not in stderr
     assert torch.load(last, weights_only=True)["global_step"] >= 3
 

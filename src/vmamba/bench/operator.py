@@ -151,8 +151,9 @@ def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
     return cross_merge(ys.unflatten(1, (len(routes), -1)).mT, (height, width), routes)
 
 
-def _implementations(device: str) -> dict[str, Implementation]:
-    """The fast backends, `chunked` last, and the other packages if they are installed."""
+def _implementations(shape: ScanShape, device: str) -> dict[str, Implementation]:
+    """The fast backends that can serve such a scan, `chunked` last, and other packages if installed."""
+    trial = operands(ScanShape(1, 1, 1, shape.n_state, shape.rank, shape.routes), 1, device)
     implementations: dict[str, Implementation] = {}
     for status in sorted(backends(), key=lambda status: status.name == "chunked"):
         if not status.available or status.name == "reference":
@@ -162,8 +163,8 @@ def _implementations(device: str) -> dict[str, Implementation]:
             return selective_scan_2d(**call, backend=name)
 
         try:
-            run(operands(ScanShape(1, 1, 1, 1, 1, ("row",)), 1, device))
-        except RuntimeError:  # this backend does not serve this device
+            run(trial)
+        except RuntimeError:  # this backend does not serve this device, these routes or so many states
             continue
         implementations[status.name] = run
     if _can_import("mambapy.pscan"):
@@ -209,7 +210,7 @@ def bench_operator(
     Raises:
         BenchError: An implementation computes something wrong.
     """
-    implementations = _implementations(device)
+    implementations = _implementations(shape, device)
     _compare_with_reference(implementations, operands(shape, 1, device))
     call = operands(shape, batch * shape.lines, device)
     grad_y = torch.randn_like(call["x"])

@@ -22,4 +22,4 @@ def model_names() -> list[str]:
     names = [
         name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("vmamba.")
     ]
-    return sorted(names, key=lambda name: name not in ALIASES)
+    return [*ALIASES, *(name for name in names if name not in ALIASES)]

@@ -11,8 +11,8 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
-import vmamba.models.vmamba  # noqa: F401  (registers the variants)
 from vmamba.errors import CheckpointError, ModelError
+from vmamba.models import model_names  # and this registers the models
 
 _REFUSED = {
     "checkpoint_path": "load a file with vmamba.load_weights, or a recipe's model.weights",
@@ -99,7 +99,7 @@ def check_name(name: str) -> None:
     """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        ours = timm.list_models(module="vmamba")
+        ours = model_names()
         everything = [*ours, *timm.list_models()]
         close = list(dict.fromkeys(difflib.get_close_matches(architecture, everything, n=4)))
         close = close or timm.list_models(f"*{architecture}*")[:4]

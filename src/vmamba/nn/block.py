@@ -1,6 +1,6 @@
 """The VSS block (arXiv 2401.10166, section 4.3): SS2D and an MLP, each behind a norm, with residuals."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath
@@ -35,6 +35,11 @@ class VSSBlock(Layer):
         ValueError: A setting is out of range or unknown.
     """
 
+    if TYPE_CHECKING:  # all None without an MLP; at run time TorchScript would read the annotations
+        norm2: Any
+        mlp: Any
+        drop_path2: Any
+
     def __init__(
         self,
         dim: int,
@@ -61,7 +66,7 @@ class VSSBlock(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.op(self.norm1(x)))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))  # type: ignore[misc]  # all three or none
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops.operands import Operands
-from vmamba.ops.routes import ROUTES, names_of
+from vmamba.ops.routes import CROSS, names_of
 
 Gradients = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
@@ -62,14 +62,14 @@ class Backend:
 
 
 def why_not_kernel(call: Operands, device_types: tuple[str, ...], most_states: int) -> str | None:
-    """`why_not` of a kernel for some types of device, up to a state size, along the built-in routes."""
+    """`why_not` of a kernel for some types of device, up to a state size, along the routes of "cross"."""
     if call.device.type not in device_types:
         return f"it runs on {' or '.join(device_types)}, the operands are on {call.device}"
     if call.n_state > most_states:
         return f"it takes a state size n of at most {most_states}, got {call.n_state}"
-    if not all(0 <= code < len(ROUTES) for code in call.routes):
-        others = [name for name in names_of(call.routes) if name not in ROUTES]
-        return f"it reads along the routes {', '.join(ROUTES)} only, got {', '.join(dict.fromkeys(others))}"
+    if not all(0 <= code < len(CROSS) for code in call.routes):
+        others = [name for name in names_of(call.routes) if name not in CROSS]
+        return f"it reads along the routes {', '.join(CROSS)} only, got {', '.join(dict.fromkeys(others))}"
     return None
 
 

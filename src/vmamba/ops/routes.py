@@ -40,13 +40,16 @@ _TABLE: dict[str, _OnDevice] = {
 """A route's place in the table is its code in the operator's schema, so new ones go to the end."""
 
 ROUTES = tuple(_TABLE)
-"""The built-in routes, which every backend serves."""
+"""The built-in routes."""
+
+CROSS = ("row", "column", "row_reversed", "column_reversed")
+"""The first of the table, those of the paper's Cross-Scan Module: all whose codes the kernels know."""
 
 GIVEN = -1
 """The code of a route that is given as a permutation: the next row of the operator's `orders`."""
 
 NAMED_ROUTES = {
-    "cross": ROUTES,
+    "cross": CROSS,
     "unidirectional": ("row",) * 4,
     "bidirectional": ("row", "row", "row_reversed", "row_reversed"),
 }
