@@ -31,7 +31,7 @@ class VSSBlock(Layer):
         grad_checkpointing: Keep only the block's input for backward, and compute the block again there.
 
     Raises:
-        TypeError: `changes` names what is no setting.
+        TypeError: `changes` names an unknown setting.
         ValueError: A setting is out of range or unknown.
     """
 
@@ -75,7 +75,7 @@ class VSSBlock(Layer):
         return self._checkpointed(*args, **kwargs)
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
-        """The call, again in backward. Both times by the same calls, whoever watches one of them alone."""
+        """The call, recomputed in backward in the form (fused or plain) that the forward had."""
         form = None
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
             form = fused_form(self, args[0])
