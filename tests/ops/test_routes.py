@@ -49,7 +49,7 @@ def test_a_new_line_of_the_table_is_one_route_more() -> None:
     assert changed.ROUTES[-1] == "line"
     assert changed.NAMED_ROUTES == routes_module.NAMED_ROUTES
     assert changed.ROUTES[:-1] == routes_module.ROUTES
-    assert changed.CROSS == tuple(VISITS)[:4]
+    assert tuple(VISITS)[:4] == changed.CROSS
     order = changed.cross_scan(IMAGE, ("line", "column"))[0, :, :, 0].tolist()
     assert order == [VISITS["row"], VISITS["column"]]
 
