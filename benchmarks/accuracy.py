@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py [--calls 10000] [--seed 0]
 
 Draws shapes, strides, types and routes; compares values and every gradient with the reference in float64. The
-error may be at most twice that of the reference in the same types, plus 4 eps of the largest value. Calls of
-few values are judged several together, since the reference's error on one is a matter of luck. In float64 the
+error may be at most twice that of the reference in the same types, plus 4 eps of the largest value. Small
+calls are pooled for this comparison, since the reference's error on a single one is random. In float64 the
 kernel may differ from the reference by 64 eps of the largest value. About ten minutes for 10,000 calls.
 """
 
@@ -22,13 +22,13 @@ from vmamba.ops.routes import CROSS
 TYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 TOGETHER = 16
-"""Calls of few values that are judged together."""
+"""Number of small calls that are pooled."""
 
 FEW_VALUES = 1000
 
 
 def strided(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
-    """The same values, laid out in another order or with gaps."""
+    """The same values in a random memory layout, permuted or with gaps."""
     kind = draw.randrange(4)
     if kind == 0:
         return t
@@ -134,7 +134,7 @@ def allowed_error(settings: dict, name: str, reference: float, largest: float) -
     eps = torch.finfo(state).eps
     if operand is not None:
         eps = max(eps, torch.finfo(settings["types"][operand]).eps)
-    # In float64 the truth is computed in the same type, and has rounding errors too.
+    # In float64 the expected values have the same type, and so rounding errors too.
     return 2 * reference + (64 if state == torch.float64 else 4) * eps * largest
 
 

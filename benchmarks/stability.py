@@ -3,9 +3,9 @@
     python benchmarks/stability.py [--data IMAGES.tar] [--precision float16 …] [--steps 2000] [--out FILE]
 
 At every step the loss, the operands and the result of every scan, every gradient and every weight must be
-finite, and what enters the scan must have the precision that is claimed. Under float16 the loss is scaled, as
-gradients need it; a step that the scaler skips, as it looks for the largest scale that fits, is counted and
-is no failure. Exit status 1 says that a run failed; the table says where.
+finite, and the scan's operands must have the precision in question. Under float16 the loss is scaled, as
+gradients need it; steps that the scaler skips while it adapts its scale are counted and are no failure. The
+exit status is 1 if a run failed; the table says where.
 """
 
 import argparse
@@ -39,11 +39,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 ROUTES = ("cross", "bidirectional")
 CLIP = 5.0
 DELTA_EVERY = 53
-"""Delta, which is never in memory, is formed to be looked at in each 53rd scan: a prime meets every layer."""
+"""The kernel never stores delta, so every 53rd scan computes it for the check: a prime reaches all layers."""
 
 
 class ScanChecker:
-    """Checks what enters and leaves every scan, as a callback of `watching_scans`.
+    """Checks the operands and results of every scan, as a callback of `watching_scans`.
 
     Args:
         expected: The type that x, delta, B and C must have.
@@ -163,7 +163,7 @@ def train(
     device = next(model.parameters()).device
     dtype = PRECISIONS[precision]
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    # The scale grows far more often than by default, so that it is at its limit all the time.
+    # The scale grows far more often than by default, so that it is always near its limit.
     scaler = torch.amp.GradScaler(device.type, growth_interval=100, enabled=dtype == torch.float16)
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05)
     schedule = warm_up_and_cosine(optimizer, steps)

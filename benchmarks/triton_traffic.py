@@ -3,12 +3,12 @@
     TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--model NAME] [--batch 128] [--out FILE]
 
 For each scan of a model it runs forward and backward on one image, and multiplies by the batch: the kernels
-treat every image alike. A lane that its mask turns off does not count; what several lanes take from one
-address counts once an instruction where the kernel asks for it once. Two counts of loads:
+treat every image alike. Masked lanes do not count; an address that several lanes read at once counts
+once. Two counts of loads:
 
-- issued: every load, also where a program loads again what it has loaded;
-- fetched: what a program loads again counts once, unless the program stored there. That is what leaves a
-  multiprocessor if a program finds its own rows and weights in its L1 cache, and no other's anywhere.
+- issued: every load, even if the program has loaded the same address before;
+- fetched: repeated loads of an address by a program count once, unless the program stored there. This is the
+  traffic beyond the L1 cache if a program hits the cache for addresses it has loaded, and for no others.
 
 What PyTorch does around the kernels (sums over partial gradients, copies) is counted of the whole batch. The
 floor is every input read once and every output written once. The authors' chain is by formula: cross-scan,

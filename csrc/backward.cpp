@@ -1,8 +1,8 @@
 // The backward of the 2D selective scan, for the one instruction set that this file is compiled for.
 //
 // With g_t the gradient of the state h_t: g_t = C_t dy_t + exp(δ_{t+1} A) ⊙ g_{t+1}. Each route is walked from
-// its end, from saved state to saved state; what lies between, at most `state_stride` positions, is computed
-// again and never leaves the cache.
+// its end in segments of `state_stride` positions. Each segment starts from a saved state; its states are
+// recomputed and never leave the cache.
 //
 // Sums over channels (of delta's factors, B and C) are made within a block, written, and summed over blocks in
 // the end; sums over positions (of the parameters) within a group of images, then over groups.
@@ -11,25 +11,25 @@
 namespace VMAMBA_TARGET {
 namespace {
 
-constexpr int64_t most_groups = 16;   // of images: bounds what is kept for sums over them
-constexpr int64_t enough_tasks = 64;  // beyond, groups would only be more to sum over
-constexpr int plain = 16;             // positions of which A's gradient is summed plainly, before Kahan's sum has it
+constexpr int64_t most_groups = 16;   // of images: bounds the memory of the partial sums, one for each group
+constexpr int64_t enough_tasks = 64;  // with more tasks, groups would only add work to the final sums
+constexpr int plain = 16;             // positions whose share of A's gradient is summed plainly; then Kahan's sum
 
 // Loops copy the members that they read to locals: after a vector store the compiler must assume that any
 // member changed, and reloads it.
 template <class F> struct Backward {
   const vmamba_scan &s;
   const vmamba_gradients &g;
-  const int64_t length, span, sums;  // sums: over channels, of a position and route, R + 2N
-  const int64_t stretch;             // from a vector of channels to the next, at one position of a segment
-  const int64_t rest_A, rest_bias, rest_W;  // from a sum over positions to its compensation
+  const int64_t length, span, sums;  // sums: r + 2n values summed over channels, for each position and route
+  const int64_t stretch;             // stride from a vector of channels to the next, at one position of a segment
+  const int64_t rest_A, rest_bias, rest_W;  // offset from a sum over positions to its Kahan compensation
   F *const by_block, *const by_group;
   Parameters<F> p;
-  std::unique_ptr<F[]> delta_copies, copies, B, C;     // [span] rows, [span] rows, [span][N], [span][N]
+  std::unique_ptr<F[]> delta_copies, copies, B, C;     // [span] rows, [span] rows, [span][n], [span][n]
   std::unique_ptr<F[]> z, x, dy, dz, dx;               // [vectors][span] vectors
-  std::unique_ptr<F[]> carry;                          // [N] rows: the gradient of the state ahead
-  std::unique_ptr<F[]> sum_A, sum_bias, sum_W, sum_D;  // [K][N], [K], [K][R] and one row, twice
-  std::unique_ptr<F[]> lane_sums;                      // twice [span][N] vectors, to be summed over lanes
+  std::unique_ptr<F[]> carry;                          // [n] rows: the gradient of the state ahead
+  std::unique_ptr<F[]> sum_A, sum_bias, sum_W, sum_D;  // [k][n], [k], [k][r] and one row, twice
+  std::unique_ptr<F[]> lane_sums;                      // twice [span][n] vectors, to be summed over lanes
   std::unique_ptr<F[]> vectors;                        // five times [span] vectors and one
   std::unique_ptr<const F *[]> delta_row, row_of;
   std::unique_ptr<F *[]> dx_row, out_row;
@@ -94,7 +94,7 @@ template <class F> struct Backward {
     keep_sums(sum_D.get(), 1);
   }
 
-  // The values of a group's sums: rows of D for A, bias, weight and D.
+  // How many values a group's sums have: rows of d channels for A, bias, weight and D.
   static int64_t per_group(const vmamba_scan &s) {
     return (s.n_routes * (s.n_state + 1 + s.rank) + 1) * s.channels;
   }
@@ -120,8 +120,8 @@ template <class F> struct Backward {
           static_cast<F *>(g.initial)[(column + i) * s.n_state + n] = carry[n * p.pitch + i];
   }
 
-  // Notes where the rows of the next segment lie: rows of other lines of the image, of which the processor
-  // does not foresee that they are wanted.
+  // Stores pointers to the next segment's rows, to prefetch them: the hardware does not where they lie in
+  // different rows of the image.
   void find_next(int64_t b, int64_t k, int64_t start, int n) {
     const auto note = [&](const vmamba_image &image, int64_t size, const Run &run, const char **to) {
       const char *const from = static_cast<const char *>(image.data) +
@@ -136,7 +136,7 @@ template <class F> struct Backward {
     });
   }
 
-  // Asks for the line of the cache that begins with vector j, of the t-th of these rows and the next few.
+  // Prefetches the cache line that begins with vector j, of the t-th of these rows and the next pack<F> - 1.
   VMAMBA_INLINE void prefetch_next(int t, int64_t j) const {
     if (j % (64 / VMAMBA_VECTOR_BYTES)) return;
     for (int i = 0; i < 3; ++i)
@@ -144,7 +144,7 @@ template <class F> struct Backward {
         __builtin_prefetch(next_rows[i * span + t + l] + j * lanes<F> * int64_t(sizeof(F)), 0, 2);
   }
 
-  // n positions of a route, from the `start`-th on; `saved`: the state before them, (N, D).
+  // n positions of a route, from the `start`-th on; `saved`: the state before them, (n, d).
   void segment(int64_t b, int64_t k, int64_t block, int64_t start, int n, const F *saved) {
     take_rows(s.x, b, k, start, n, x.get());
     take_rows(g.y, b, k, start, n, dy.get());
@@ -208,7 +208,7 @@ template <class F> struct Backward {
     }
   }
 
-  // Vector j of the block's channels: dz and dx, and dB and dC as [n][N] vectors summed over j.
+  // Vector j of the block's channels: dz and dx, and dB and dC as n·n_state vectors summed over j.
   template <bool activated, bool usual>
   void adjoint(int64_t k, int64_t j, int n, const F *saved, F *dB, F *dC) {
     constexpr int L = lanes<F>;
@@ -239,7 +239,7 @@ template <class F> struct Backward {
     }
   }
 
-  // The sizes of the segment's steps, and their derivatives.
+  // The segment's step sizes (softplus) and their derivatives.
   template <bool activated, bool usual> VMAMBA_NOINLINE void steps(int64_t j, int n) const {
     constexpr int L = lanes<F>;
     const F *const z_j = &z[j * stretch];
@@ -257,7 +257,7 @@ template <class F> struct Backward {
     }
   }
 
-  // The decays of the segment again, and the states: that before it and those after its positions.
+  // Recomputes the segment's decays and states: h[0] before it, h[t + 1] after position t.
   template <bool usual>
   VMAMBA_NOINLINE void states(int64_t k, int64_t i, int64_t j, int n, const F *x_j, Vector<F> state) {
     constexpr int L = lanes<F>;
@@ -279,7 +279,7 @@ template <class F> struct Backward {
     }
   }
 
-  // The gradients by state i; `only`: of no other, so that nothing is to be added to.
+  // The contributions of state i to the gradients; `only`: n_state is 1, so they are stored instead of added.
   template <bool activated, bool only>
   VMAMBA_NOINLINE void walk_back(int64_t k, int64_t i, int64_t j, int n, const F *x_j, const F *dy_j, F *dB,
                                  F *dC) {
@@ -291,7 +291,7 @@ template <class F> struct Backward {
     F *const dz_j = &dz[j * stretch], *const dx_j = &dx[j * stretch], *const d_delta_of = d_delta;
     F *const carried = &carry[i * p.pitch + j * L];
     dB += i * L, dC += i * L;
-    // From one position to the next goes a single instruction, the longest chain of this loop.
+    // The critical path from one position to the next is a single instruction.
     Vector<F> gradient = load(carried), decay_ahead = splat<F>(1), state = load(h_of + n * L);
     for (int t = n - 1; t >= 0;) {
       const int stop = std::max(t - plain, -1);
@@ -323,14 +323,14 @@ template <class F> struct Backward {
     store(carried, gradient * decay_ahead);
   }
 
-  // Kahan's sum, whose compensation lies `rest` behind it: of a long image there are very many segments.
+  // Kahan's sum, with its compensation at to + rest: a long image has very many segments.
   VMAMBA_INLINE static void add(F *to, int64_t rest, Vector<F> v) {
     const Vector<F> sum = load(to), corrected = v - load(to + rest), next = sum + corrected;
     store(to + rest, (next - sum) - corrected);
     store(to, next);
   }
 
-  // Saved states end with the block's last channel.
+  // A saved state has no padding: do not read beyond the block's last channel.
   VMAMBA_INLINE Vector<F> load_states(const F *from, int64_t j) const {
     if (j + lanes<F> <= p.count) return load(from + j);
     F padded[lanes<F>] = {};
@@ -352,16 +352,16 @@ template <class F> struct Backward {
     }
   }
 
-  // Vectors [n][N], summed over lanes, to the rows of the sums from their `place`-th value on.
+  // Sums n·n_state vectors over their lanes, and writes them to the rows of sums from value `place` on.
   void write_sums(F *from, int64_t place, int n) {
     const int64_t count = n * s.n_state;
     for (int64_t i = 0; i < count; i += lanes<F>) {
       Vector<F> v[lanes<F>];
       for (int l = 0; l < lanes<F>; ++l)
         v[l] = i + l < count ? load(from + (i + l) * lanes<F>) : Vector<F>{};
-      store(from + i, sum_lanes<F>(v));  // over vectors that are done with
+      store(from + i, sum_lanes<F>(v));  // overwrites vectors that are summed already
     }
-    const int64_t n_state = s.n_state;  // mostly 1, for which a call of memmove is much
+    const int64_t n_state = s.n_state;  // a loop, as it is mostly 1, for which memmove would be slow
     for (int t = 0; t < n; ++t, from += n_state)
       for (int64_t i = 0; i < n_state; ++i) out_row[t][place + i] = from[i];
   }
@@ -394,8 +394,8 @@ template <class F> struct Backward {
       for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + (j + a) * lanes<F>, rest_W, part[i][a]);
   }
 
-  // The gradients of delta's factors r to r + R: Σ_d dz[t][d] weight[r][d], of as many positions at a time as
-  // make their sums one vector. Beyond the n-th the rows hold anything.
+  // The gradients of values r to r + R of low-rank delta: Σ_d dz[t][d] weight[r][d], for as many positions at
+  // a time as their sums fill one vector. Rows beyond the n-th are undefined.
   template <int R> void inner_product(int n, int64_t r, const F *weight) const {
     constexpr int T = lanes<F> / R;
     if constexpr (T > 0) {
@@ -421,7 +421,7 @@ template <class F> struct Backward {
   }
 };
 
-// The sums over blocks and over groups.
+// Sums the partial results over blocks and over groups into the gradients.
 template <class F>
 void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, const F *by_block, int64_t groups,
             const F *by_group) {
@@ -449,7 +449,7 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
     for (; task < last; ++task) {
       const int64_t k = task / blocks_of_route, first = task % blocks_of_route * widest;
       const int64_t count = std::min<int64_t>(widest, s.channels - first);
-      // The i-th of n values of each channel of a route, which groups have in their row `row`.
+      // Value i of the n of each channel of a route; it is in row `row` of each group's sums.
       const auto sum = [&](void *to, int64_t row, int64_t n, int64_t i) {
         F total[widest] = {};
         for (int64_t group = 0; group < groups; ++group)
@@ -469,7 +469,7 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
 template <class F> int run(const vmamba_scan &s, const vmamba_gradients &g) {
   const int64_t blocks = (s.channels + widest - 1) / widest;
   const int64_t most = std::clamp<int64_t>(enough_tasks / std::max<int64_t>(blocks, 1), 1, most_groups);
-  const int64_t images = std::max<int64_t>((s.batch + most - 1) / most, 1);  // of a group
+  const int64_t images = std::max<int64_t>((s.batch + most - 1) / most, 1);  // in a group
   const int64_t groups = (s.batch + images - 1) / images;
   const int64_t rows = s.batch * s.height * s.width * s.n_routes;
   std::unique_ptr<F[]> by_block, by_group;

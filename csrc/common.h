@@ -2,12 +2,13 @@
 //
 // Sizes: b batch, h height, w width, l = h·w, d channels, k routes, n state size, r rank of delta.
 //
-// The channels lie in the lanes of the vectors. A task is a block of at most 64 channels of some images: it
-// walks an image along each route, a tile of positions at a time, so that the state and all that a tile
-// needs stay in the nearest cache, and nothing is ever stored a route. Delta is formed from its low-rank
-// factors tile by tile.
+// Vector lanes hold channels. A task is a block of at most 64 channels of several images: it walks an image
+// along each route, a tile of positions at a time, so that the state and all that a tile needs stay in the L1
+// cache, and no per-route copy is ever stored. Delta is formed from its low-rank factors tile by tile.
 //
-// No sum depends on how tasks are dealt to threads: the results are the same bits for any number of them.
+// In comments [k][n] rows means k·n rows, each of the block's channels.
+//
+// No sum depends on the number of threads, so neither does any bit of the results.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +27,8 @@ namespace VMAMBA_TARGET {
 
 constexpr int widest = 64;  // channels of a block
 constexpr int tile = 64;    // positions of a tile
-constexpr int ahead = 6;    // positions for which rows are asked for in advance
-template <class F> constexpr int64_t line = 64 / sizeof(F);  // of the cache, in values
+constexpr int ahead = 6;    // positions by which rows are prefetched
+template <class F> constexpr int64_t line = 64 / sizeof(F);  // values in a cache line
 
 // float16 or bfloat16 → float, exactly.
 VMAMBA_INLINE float widen(uint16_t bits, int64_t type) {
@@ -79,8 +80,8 @@ VMAMBA_INLINE int64_t size_of(int64_t type) {
 
 template <class F> constexpr int64_t type_of = sizeof(F) == 4 ? VMAMBA_FLOAT32 : VMAMBA_FLOAT64;
 
-// Consecutive positions of a route, in one line of the image: from the `first`-th of a tile on, at (h, w) and
-// then by (dh, dw) from one to the next.
+// Consecutive positions of a route within one row or column of the image: the first is number `first` of a
+// tile and at (h, w); each next one is (dh, dw) further.
 struct Run {
   int first, count;
   int64_t h, w, dh, dw;
@@ -108,7 +109,8 @@ VMAMBA_INLINE void each_run(const vmamba_scan &s, int64_t route, int64_t start, 
   }
 }
 
-// Rows of n values, as they lie if they need no conversion and no padding to `pitch`, else copied.
+// Pointers to rows of n values: into the tensor if they need no conversion and no padding to `pitch`, else to
+// copies.
 template <class F>
 VMAMBA_INLINE void rows_of(const vmamba_image &image, int64_t offset, const Run &run, int64_t n, int64_t pitch,
                            F *copies, const F **rows) {
@@ -126,7 +128,7 @@ VMAMBA_INLINE void rows_of(const vmamba_image &image, int64_t offset, const Run 
   }
 }
 
-// Rows of n values, copied one behind the other.
+// Copies rows of n values contiguously.
 template <class F>
 VMAMBA_INLINE void read_few(const vmamba_image &image, int64_t offset, const Run &run, int64_t n, F *to) {
   const int64_t at = offset + run.at(image), step = run.step(image);
@@ -149,11 +151,11 @@ template <class F> std::unique_ptr<F[]> allocate(int64_t n) { return std::unique
 // `pitch` channels, those beyond the block zero.
 template <class F> struct Parameters {
   const vmamba_scan &s;
-  // As in the model: softplus, delta from its factors, and no A above 0. Then what softplus takes comes with the
-  // factor log2(e), and no exponential is of a positive number.
+  // As in the model: softplus, low-rank delta, and no A above 0. Then weight and bias are scaled by log2(e), so
+  // that softplus can use 2^t directly, and no exponent is positive.
   const bool usual;
   int64_t first = -1, count = 0, pitch = 0;
-  std::unique_ptr<F[]> A, A_log2, weight, bias;  // [K][N], [K][N], [K][R], [K] rows
+  std::unique_ptr<F[]> A, A_log2, weight, bias;  // [k][n], [k][n], [k][r], [k] rows
   F skip[widest];                                // the sum of D over routes
 
   explicit Parameters(const vmamba_scan &s)
@@ -174,13 +176,13 @@ template <class F> struct Parameters {
   const F *w(int64_t k) const { return weight.get() + k * s.rank * pitch; }
   const F *b(int64_t k) const { return bias.get() + k * pitch; }
 
-  // (channels of the block, n) → n rows, whose padding is left as it is.
+  // Transposes (channels of the block, n) to n rows; their padding is not written.
   void turn_rows(const F *from, int64_t n, F factor, F *to) const {
     for (int64_t d = 0; d < count; ++d)
       for (int64_t i = 0; i < n; ++i) to[i * pitch + d] = from[d * n + i] * factor;
   }
 
-  // (K, D, n) → [K][n] rows
+  // Transposes (k, d, n) to [k][n] rows.
   void turn(const void *from, int64_t n, F factor, F *to) const {
     std::fill_n(to, s.n_routes * n * pitch, F(0));
     for (int64_t k = 0; k < s.n_routes; ++k)
@@ -217,12 +219,12 @@ VMAMBA_INLINE void delta_rows(const Parameters<F> &p, int64_t b, int64_t k, cons
     rows_of(delta, at + p.first, run, p.count, p.pitch, copies, rows);
 }
 
-// Where the vector of position t and of channels j·lanes on lies in a buffer: at t·of_position + j·of_vector.
+// A buffer's strides: the j-th vector of channels at position t is at t·of_position + j·of_vector.
 struct Layout {
   int64_t of_position, of_vector;
 };
 
-// bias + in[t] · weight, (positions, R) · (R, pitch), from vector j on.
+// bias + in[t] · weight, (T, r) · (r, J vectors of channels from the j-th on).
 template <class F, int T, int J>
 VMAMBA_INLINE void product_tile(const Parameters<F> &p, int64_t k, const F *const *in, int64_t j, F *to,
                                 Layout layout) {
@@ -241,19 +243,20 @@ VMAMBA_INLINE void product_tile(const Parameters<F> &p, int64_t k, const F *cons
     for (int i = 0; i < J; ++i) store(to + t * layout.of_position + (j + i) * layout.of_vector, sum[t][i]);
 }
 
-// Calls `body` with (first, number as a constant) for pieces of `count`, the widest first.
+// Splits `count` into pieces of at most `most`, the largest first, and calls body(first, size), the size a
+// compile-time constant.
 template <int most, class Body>
 VMAMBA_INLINE void in_pieces(int64_t count, const Body &body, int64_t first = 0) {
   for (; first + most <= count; first += most) body(first, std::integral_constant<int, most>());
   if constexpr (most > 1) in_pieces<most - 1>(count, body, first);
 }
 
-// What softplus takes, from the n rows of delta.
+// The argument of softplus (delta_weight · delta + bias), from the n rows of delta.
 template <class F>
 VMAMBA_NOINLINE void preactivation(const Parameters<F> &p, int64_t k, const F *const *delta, int n, F *to,
                                    Layout layout) {
   if (p.s.rank) {
-    // As many sums as there are registers for.
+    // The largest tile whose sums fit the registers.
     constexpr int wide = VMAMBA_VECTOR_BYTES == 64 ? 4 : 2, deep = VMAMBA_VECTOR_BYTES == 32 ? 6 : 4;
     in_pieces<wide>(p.pitch / lanes<F>, [&](int64_t j, auto J) VMAMBA_INLINED {
       in_pieces<deep>(n, [&](int64_t t, auto T) VMAMBA_INLINED {
@@ -268,11 +271,11 @@ VMAMBA_NOINLINE void preactivation(const Parameters<F> &p, int64_t k, const F *c
             load(delta[t] + j * lanes<F>) + load(p.b(k) + j * lanes<F>));
 }
 
-// Runs `body(first, last)` for as many shares of the tasks as there are threads, each in a thread of its own.
+// Splits the tasks into one range per thread, and runs `body(first, last)` for each in its thread.
 template <class Body> void in_shares(int64_t tasks, int64_t threads, const Body &body) {
   const int64_t shares = std::max<int64_t>(1, std::min(threads, tasks));
   const auto share = [&](int64_t i) { body(i * tasks / shares, (i + 1) * tasks / shares); };
-#ifdef __SANITIZE_THREAD__  // it does not see how OpenMP's threads wait for each other
+#ifdef __SANITIZE_THREAD__  // the sanitizer does not know OpenMP's synchronisation
   std::vector<std::thread> others;
   for (int64_t i = 1; i < shares; ++i) others.emplace_back(share, i);
   share(0);
@@ -283,8 +286,8 @@ template <class Body> void in_shares(int64_t tasks, int64_t threads, const Body 
 #endif
 }
 
-// Runs `body(worker, group, block, first, count)` for each of `groups` and each block of channels `width` wide;
-// a worker belongs to a thread.
+// Runs `body(worker, group, block, first, count)` for each of `groups` and each block of `width` channels; each
+// thread has one worker.
 template <class Worker, class Make, class Body>
 int each_block(const vmamba_scan &s, int64_t width, int64_t groups, const Make &make, const Body &body) {
   const int64_t blocks = (s.channels + width - 1) / width;

@@ -4,7 +4,7 @@
 namespace VMAMBA_TARGET {
 namespace {
 
-// For N = 1, what is computed side by side: vectors of channels, and positions.
+// For n_state = 1: how many vectors of channels, and how many positions, are computed side by side.
 template <class F> constexpr int vectors_at_once = sizeof(F) == 8 ? 1 : VMAMBA_VECTOR_BYTES == 64 ? 2 : 4;
 template <class F> constexpr int positions_at_once = sizeof(F) == 4 && VMAMBA_VECTOR_BYTES == 64 ? 3 : 1;
 
@@ -12,7 +12,7 @@ template <class F> struct Forward {
   const vmamba_scan &s;
   F *const y, *const last, *const states;
   Parameters<F> p;
-  std::unique_ptr<F[]> h, B, C, delta_copies;  // [N] rows, [tile][N], [tile][N], [tile][R] or rows
+  std::unique_ptr<F[]> h, B, C, delta_copies;  // [n] rows, [tile][n], [tile][n], [tile][r] or rows
   alignas(64) F z[tile * widest];              // [vectors][tile] vectors
   alignas(64) F x_copies[tile * widest], y_copies[tile * widest];
   const F *x_row[tile + ahead], *delta_row[tile];
@@ -80,7 +80,7 @@ template <class F> struct Forward {
       for (int t = 0; t < n; ++t) std::copy_n(y_row[t], p.count, y_home[t]);
   }
 
-  // Rows of other lines of the image, which the processor does not foresee.
+  // Rows that the hardware does not prefetch: on a column route they lie in different rows of the image.
   template <int P> VMAMBA_INLINE void prefetch(int t, int64_t j) const {
     for (int i = 0; i < P; i += line<F> / lanes<F>, j += line<F>) {
       __builtin_prefetch(x_row[t] + j);
@@ -100,7 +100,7 @@ template <class F> struct Forward {
     });
   }
 
-  // What softplus takes at position t, of the i-th vector from channel j on.
+  // The argument of softplus at position t, for the i-th vector after channel j.
   VMAMBA_INLINE Vector<F> taken(int64_t j, int64_t i, int64_t t) const {
     return load(z + j * tile + (i * tile + t) * lanes<F>);
   }
@@ -112,7 +112,7 @@ template <class F> struct Forward {
       return z;
   }
 
-  // N = 1: all in one loop.
+  // n_state = 1: all in one loop.
   template <bool activated, bool usual, bool writes, int P> void recur_one(int64_t k, int64_t j, int n) {
     const Pack<F, P> a = row<F, P>(p.a_log2(k) + j), skip = row<F, P>(p.skip + j);
     Pack<F, P> state = row<F, P>(&h[j]);
@@ -152,9 +152,9 @@ template <class F> struct Forward {
   }
 };
 
-// The number of channels of a block, a multiple of the lanes: that with which the slowest thread is done first.
+// The number of channels of a block, a multiple of the lanes, for which the slowest thread has the least work.
 template <class F> int64_t block_width(const vmamba_scan &s) {
-  constexpr int64_t overhead = 8;  // what a block costs beside its channels, in channels
+  constexpr int64_t overhead = 8;  // fixed cost of a block, in channels
   int64_t best = widest, least = INT64_MAX;
   for (int64_t width = widest; width > 0; width -= lanes<F>) {
     const int64_t blocks = (s.channels + width - 1) / width, tasks = blocks * s.batch;
@@ -196,7 +196,7 @@ void bare_loop(int64_t values, int64_t threads) {
         const auto decay = exp2<true, true>(rounded(softplus<float, true, false>(z).value * a));
         for (int j = 0; j < at_once; ++j) store(to + i + j * lanes<float>, decay.v[j]);
       }
-      asm volatile("" : : "r"(to), "r"(from) : "memory");  // the values are wanted
+      asm volatile("" : : "r"(to), "r"(from) : "memory");  // keeps the loop from being optimised away
     }
   });
 }

@@ -1,7 +1,7 @@
-// Vectors of the instruction set that a file is compiled for, and the functions of them that the scan needs.
+// Vectors of the instruction set that a file is compiled for, and the vector functions that the scan needs.
 //
-// Written with the vector extensions that GCC and Clang share; only what they cannot say is an intrinsic.
-// Everything stands in a namespace of its own for each instruction set, so that the linker never merges two.
+// Written with the vector extensions of GCC and Clang; intrinsics only where these have no equivalent.
+// Each instruction set has a separate namespace, so that the linker never merges two versions of a function.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@
 #endif
 
 #define VMAMBA_INLINE inline __attribute__((always_inline))
-#define VMAMBA_NOINLINE __attribute__((noinline))  // of what has the registers to itself
-#define VMAMBA_INLINED __attribute__((always_inline))  // of a lambda, behind its parameters
+#define VMAMBA_NOINLINE __attribute__((noinline))  // for loops that need all registers
+#define VMAMBA_INLINED __attribute__((always_inline))  // for a lambda, after its parameters
 
 namespace VMAMBA_TARGET {
 
@@ -33,8 +33,8 @@ template <class F> struct Simd;
 // The polynomials are minimax fits of the relative error, the constant term of each exactly 1 (degree 6 and 11; 9 and 20):
 //   2^r = 1 + r·(exp2)(r) on [-1/2, 1/2], error 2.6e-9 and 1.8e-17 (float and double);
 //   log(1 + u) = u + u²·(log1p)(u) on [0, 1], error 5.1e-9 and 9.5e-18.
-// `round` and `round_lifted`, added and taken off, round to an integer. In their last bits they hold what `scale` and
-// `falling_power` ask for.
+// Adding and subtracting `round` or `round_lifted` rounds to an integer. The sum's last bits are the biased exponents
+// that `scale` and `falling_power` shift into place.
 template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(VMAMBA_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(VMAMBA_VECTOR_BYTES), aligned(4), may_alias));
@@ -43,7 +43,7 @@ template <> struct Simd<float> {
   static constexpr float round = 0x1.8p23f + 2 * 127, round_lifted = 0x1.8p23f + 127 + 64;
   static constexpr float lowest = -151, highest = 129;
   static constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // the high one in few bits
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // ln2_high has trailing zero bits
   static constexpr float exp2[] = {0.69314724f,  0.24022652f,   0.055503104f,
                                    0.009617693f, 0.0013406643f, 0.00015594678f};
   static constexpr float log1p[] = {-0.4999993f,  0.33330512f,  -0.24958585f, 0.19695391f,  -0.15355372f,
@@ -83,11 +83,11 @@ template <class F> VMAMBA_INLINE void store(F *p, Vector<F> v) {
   *reinterpret_cast<typename Simd<F>::Unaligned *>(p) = v;
 }
 
-// f - 0 is f, which compilers know; 0 + f is not where f is -0, and they would add.
+// f - 0 is f for every f, so the compiler drops it; 0 + f is not for f = -0, and it would emit the addition.
 template <class F> VMAMBA_INLINE Vector<F> splat(F f) { return f - Vector<F>{}; }
 
-// a·b + c, fused where the instruction set can. Left to the compiler it would depend on how a loop is cut, and
-// with it the last bits.
+// a·b + c, fused where the instruction set can. If the compiler chose, fusing and so the last bits would depend on
+// how it splits a loop.
 template <class F> VMAMBA_INLINE Vector<F> fma(Vector<F> a, Vector<F> b, Vector<F> c) {
 #if VMAMBA_VECTOR_BYTES == 64
   if constexpr (sizeof(F) == 4)
@@ -109,7 +109,7 @@ template <class F> VMAMBA_INLINE Vector<F> fma(Vector<F> a, Vector<F> b, Vector<
 #endif
 }
 
-// a > b ? a : b and a < b ? a : b: b where one is NaN. One instruction, which GCC does not find by itself.
+// a > b ? a : b and a < b ? a : b: b where one is NaN. One instruction, which GCC does not generate by itself.
 template <class F> VMAMBA_INLINE Vector<F> greater(Vector<F> a, Vector<F> b) {
 #if VMAMBA_VECTOR_BYTES == 64
   if constexpr (sizeof(F) == 4)
@@ -141,8 +141,8 @@ template <class F> VMAMBA_INLINE Vector<F> lesser(Vector<F> a, Vector<F> b) {
 #endif
 }
 
-// P vectors on which the same is done side by side. The functions below are long chains, of which a processor
-// runs several at once only if they lie close together.
+// P vectors that are processed side by side. The functions below are long dependency chains; a processor runs
+// several of them at once only if their instructions are interleaved.
 template <class F, int P> struct Pack {
   Vector<F> v[P];
 
@@ -188,7 +188,7 @@ template <int P, class F, int all> VMAMBA_INLINE Pack<F, P> part(const Pack<F, a
   return Pack<F, P>::of([&](int l) { return of.v[i * P + l]; });
 }
 
-// A product that is rounded before anything is added to it.
+// A product that the compiler must not fuse with a following addition.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> rounded(Pack<F, P> product) {
   return Pack<F, P>::of([&](int i) {
     Vector<F> v = product.v[i];
@@ -203,11 +203,11 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> rounded(Pack<F, P> product) {
   });
 }
 
-// How many vectors are worth computing side by side; double is not what speed is for.
+// How many vectors to process side by side; double is not tuned for speed.
 template <class F> constexpr int pack = sizeof(F) == 8 ? 1 : 4;
 
-// c[0] + c[1] x + …, by Horner's rule: no scheme has fewer instructions, and the length of a chain matters little
-// where several are computed side by side.
+// c[0] + c[1] x + …, by Horner's rule: it has the fewest instructions, and its long chain matters little where several
+// are computed side by side.
 template <class F, int n, int P> VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x) {
   Pack<F, P> sum = c[n - 1];
 #pragma GCC unroll 20
@@ -215,8 +215,8 @@ template <class F, int n, int P> VMAMBA_INLINE Pack<F, P> polynomial(const F (&c
   return sum;
 }
 
-// The same with even and odd powers apart but for c[0], two chains of half the length. It takes no instruction more
-// where x² is at hand.
+// The same with even and odd powers (except c[0]) in two chains of half the length. If x² is known, it needs no more
+// instructions.
 template <class F, int n, int P>
 VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x, Pack<F, P> square) {
   constexpr int last_even = (n - 1) / 2 * 2, last_odd = n / 2 * 2 - 1;
@@ -228,7 +228,7 @@ VMAMBA_INLINE Pack<F, P> polynomial(const F (&c)[n], Pack<F, P> x, Pack<F, P> sq
   return fma(fma(even, x, odd), x, Pack<F, P>(c[0]));
 }
 
-// 2^-64-fold.
+// Coefficients multiplied by 2^-64.
 template <class F, int n> struct Lowered {
   F c[n];
   constexpr explicit Lowered(const F (&from)[n]) : c() {
@@ -237,8 +237,8 @@ template <class F, int n> struct Lowered {
 };
 template <class F> inline constexpr Lowered lowered_exp2(Simd<F>::exp2);
 
-// 2^(n + r) for a whole n from Simd::lowest to 0, which comes as n + Simd::round_lifted. 2^n is taken 2^64-fold, a
-// normal number, and the polynomial 2^-64-fold, so that one product gives even a subnormal result rightly rounded.
+// 2^(n + r) for an integer n from Simd::lowest to 0, given as shifted = n + Simd::round_lifted. 2^(n + 64) is a normal
+// number and the polynomial has the factor 2^-64, so one product rounds even a subnormal result correctly.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> falling_power(Pack<F, P> shifted, Pack<F, P> r) {
   using S = Simd<F>;
   const Pack<F, P> p = fma(r, polynomial(lowered_exp2<F>.c, r), Pack<F, P>(F(0x1p-64)));
@@ -247,8 +247,8 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> falling_power(Pack<F, P> shif
   });
 }
 
-// p · 2^n for a whole n within Simd::lowest and Simd::highest, which comes as n + Simd::round. In two factors, as
-// 2^n itself may be no normal number. NaN gives any factors, which does no harm: p is NaN too.
+// p · 2^n for an integer n from Simd::lowest to Simd::highest, given as shifted = n + Simd::round. It multiplies by two
+// factors, because 2^n itself may not be a normal number. For NaN the factors are arbitrary, but p is NaN too.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> scale(Pack<F, P> p, Pack<F, P> shifted) {
   using S = Simd<F>;
   using I = typename S::I;
@@ -258,7 +258,7 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> scale(Pack<F, P> p, Pack<F, P
   });
 }
 
-// a within bounds, NaN as it is.
+// a clamped to a bound; NaN stays NaN.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> at_least(Pack<F, P> a, F b) {
   return Pack<F, P>::of([&](int i) { return greater<F>(splat<F>(b), a.v[i]); });
 }
@@ -267,11 +267,11 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> at_most(Pack<F, P> a, F b) {
 }
 
 #ifdef VMAMBA_AVX512
-// In float, tables in registers take the polynomials' first terms away:
+// In float, tables in registers shorten the polynomials:
 //   2^t = 2^n · 2^(i/16) · 2^r, with t rounded to sixteenths, |r| ≤ 1/32, error 1.6e-9;
 //   log(1 + u) = log(1 + r) - log(c), with c near 1 / (1 + i/31), 1 + r = c(1 + u), |r| ≤ 1/61, error 2.3e-9.
-// What a table's rounding is off by, many steps of a slow decay would share, and it would grow with their
-// number. So the rest of 2^(i/16) stands in a table too, and c is chosen so that log(c) is nearly a float.
+// All steps of a slow decay use the same table entry, so its rounding error would grow with their number. So a second
+// table holds the relative error of float(2^(i/16)), and c is chosen so that log(c) is nearly a float.
 struct Tables {
   alignas(64) float exp2[16], exp2_rest[16], c[32], minus_log_c[32];
 
@@ -301,9 +301,9 @@ inline constexpr Tables tables;
 template <bool with_rest, int P> VMAMBA_INLINE Pack<float, P> exp2_by_table(Pack<float, P> t) {
   using Floats = Pack<float, P>;
   const Floats q[] = {0.69314718f, 0.24023432f, 0.05549996f};
-  constexpr float sixteenths = 786432.0f;  // 1.5·2^19: added and taken off, it rounds to them
+  constexpr float sixteenths = 786432.0f;  // 1.5·2^19: adding and subtracting it rounds to sixteenths
   const Floats shifted = t + sixteenths, n = shifted - sixteenths;
-  // Of an infinity r would be NaN; the bound stands for it, and n alone decides.
+  // For an infinite t, r would be NaN; max returns the bound instead, and n alone determines the result.
   const Floats r = Floats::of([&](int i) {
     return (Vector<float>)_mm512_max_ps((__m512)(t.v[i] - n.v[i]), _mm512_set1_ps(-0.0625f));
   });
@@ -338,8 +338,8 @@ template <int P> VMAMBA_INLINE Pack<float, P> log1p_by_table(Pack<float, P> u) {
 }
 #endif
 
-// 2^t, of an infinity and NaN too. A product is to be rounded first: t is used more than once.
-// To be taken to a high power, as the decay of a step is, it asks for `exact`; `falling`: t is not positive.
+// 2^t, also for infinity and NaN. If t is a product, pass it through `rounded`: t is used more than once.
+// `exact` is for results that are multiplied up many times, as decays are; `falling`: t is not positive.
 template <bool exact, bool falling, class F, int P> VMAMBA_INLINE Pack<F, P> exp2(Pack<F, P> t) {
   using S = Simd<F>;
 #ifdef VMAMBA_AVX512
@@ -355,7 +355,7 @@ template <bool exact, bool falling, class F, int P> VMAMBA_INLINE Pack<F, P> exp
   return scale(fma(r, polynomial(S::exp2, r), Pack<F, P>(F(1))), shifted);
 }
 
-// e^z for z ≤ 0, precise also where z·log2(e) would lose digits.
+// e^z for z ≤ 0, precise even where z·log2(e) would lose digits.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> exp_negative(Pack<F, P> z) {
   using S = Simd<F>;
   z = at_least(z, S::lowest * S::ln2);
@@ -364,7 +364,7 @@ template <class F, int P> VMAMBA_INLINE Pack<F, P> exp_negative(Pack<F, P> z) {
   return falling_power(shifted, fma(n, All(-S::ln2_low), fma(n, All(-S::ln2_high), z)) * S::log2e);
 }
 
-// log(1 + u) for u in [0, 1], to the last digits where u is small too.
+// log(1 + u) for u in [0, 1], with full relative precision for small u too.
 template <class F, int P> VMAMBA_INLINE Pack<F, P> log1p(Pack<F, P> u) {
   using S = Simd<F>;
 #ifdef VMAMBA_AVX512
@@ -379,7 +379,7 @@ template <class F, int P> struct Softplus {
 };
 
 // softplus(z) = max(z, 0) + log(1 + e^-|z|) and, if asked for, its derivative 1 / (1 + e^-z). With `scaled`
-// t = z·log2(e), which saves the exponential its reduction, without it t = z.
+// t = z·log2(e), which saves the exponential its range reduction; without it t = z.
 template <class F, bool scaled, bool with_slope, int P>
 VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
   using S = Simd<F>;
@@ -398,7 +398,7 @@ VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
 // The sum over the lanes of each of `lanes` vectors, as one vector. `v` is overwritten.
 template <class F, int half, int... i>
 VMAMBA_INLINE Vector<F> fold_pair(Vector<F> a, Vector<F> b, std::integer_sequence<int, i...>) {
-  // Of groups of 2·half lanes the two halves are added, those of a going before those of b, pair by pair.
+  // In each group of 2·half lanes the two halves are added; the results of a come before those of b.
   constexpr int n = sizeof...(i);
   return __builtin_shufflevector(a, b, ((i / half) % 2 * n + i / half / 2 * 2 * half + i % half)...) +
          __builtin_shufflevector(a, b, ((i / half) % 2 * n + i / half / 2 * 2 * half + half + i % half)...);

@@ -1,4 +1,4 @@
-"""Train a small VMamba on real digits, judge it, and look at what it does.
+"""Train a small VMamba on real digits, evaluate it, and look at its activation maps and receptive field.
 
     python examples/demo.py [--out runs/demo] [section.key=value …]
 
@@ -23,12 +23,12 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "mnist_pico.yaml"
 
 
 def spread(values: list[int], n: int) -> list[int]:
-    """n of the values, evenly spaced: the digits stand in order."""
+    """n of the values, evenly spaced, because the digits are sorted."""
     return [values[i * len(values) // n] for i in range(n)]
 
 
 def draw_predictions(checkpoint: Path, path: Path) -> int:
-    """Held-back images with what the model says of them, the mistakes first; returns how many those are."""
+    """Draw validation images with the model's predictions, mistakes first; returns the number of mistakes."""
     predict = open_session(checkpoint).predictor()
     held_back = MnistSubset("val")
     images, labels = zip(*(held_back.load(i) for i in range(len(held_back))), strict=True)

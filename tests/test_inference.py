@@ -240,7 +240,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from images import tiny_values
     from vmamba.train import run
     from vmamba.train.recipe import check, override_values
-    from vmamba.train.task import task_type
+    from vmamba.train.tasks import task_type
 
     images = make_folder(tmp_path_factory.mktemp("images"))
     out = tmp_path_factory.mktemp("run")
@@ -427,7 +427,7 @@ def test_another_tasks_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_it_needs_nothing_of_training(saved: Path, photos: list[Path]) -> None:
     code = f"""
 import sys
-absent = ["lightning", "torchmetrics", "matplotlib", "mlxtend", "tensorboard", "pandas", "pydantic"]
+absent = ["lightning", "torchmetrics", "matplotlib", "mlxtend", "tensorboard", "pandas"]
 sys.modules.update(dict.fromkeys(absent))  # None: an import of it fails
 import vmamba
 predictor = vmamba.load({str(saved)!r}, device="cpu")

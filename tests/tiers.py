@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 COVERED = {
-    "tests/analysis/test_throughput.py::test_the_command": "tests/analysis/test_throughput.py::test_models",
+    "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
     "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[evaluation]": (
         "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[run]"
     ),

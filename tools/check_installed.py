@@ -1,4 +1,4 @@
-"""Classify with the installed package, in whatever Python runs this: the kernel's answer is the reference's.
+"""Check that in the installed package the CPU kernel gives the same result as the reference.
 
 python tools/check_installed.py
 """
@@ -14,9 +14,9 @@ import vmamba
 
 
 def main() -> None:
-    place = Path(vmamba.__file__).resolve()
-    if not place.is_relative_to(Path(sys.prefix).resolve()):
-        raise SystemExit(f"vmamba is not installed in {sys.prefix}, but imported from {place}")
+    package = Path(vmamba.__file__).resolve()
+    if not package.is_relative_to(Path(sys.prefix).resolve()):
+        raise SystemExit(f"vmamba is not installed in {sys.prefix}, but imported from {package}")
     torch.manual_seed(0)
     model = timm.create_model("vmamba_pico").eval()
     images = torch.randn(2, 3, 32, 32)
@@ -27,7 +27,7 @@ def main() -> None:
     torch.testing.assert_close(scores["cpu"], scores["reference"], rtol=1e-4, atol=1e-4)
     print(
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.platform()}: "
-        f"{place} classifies with the kernel as with the reference"
+        f"{package} classifies with the kernel as with the reference"
     )
 
 

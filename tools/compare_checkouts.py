@@ -2,14 +2,14 @@
 
     python tools/compare_checkouts.py BEFORE AFTER [--models vmamba_tiny …] [--batch 8] [--rounds 12]
 
-BEFORE and AFTER are Python interpreters, each with its own vmamba, or folders of checkouts, whose
-`.venv/bin/python` is taken, or else this Python with their `src` on its path.
+BEFORE and AFTER are Python interpreters with vmamba installed, or checkouts. A checkout runs with its
+`.venv/bin/python` or, if it has none, with this Python and its `src` on the path.
 
-Each runs in a process of its own, with the same weights. They take turns, in a random order in each round, so
-that a drift of the machine's speed meets both. The result is the median over rounds of the ratio of their
+Each runs in a separate process, with the same weights. They take turns, in a random order in each round, so
+that a drift of the machine's speed affects both. The result is the median over rounds of the ratio of their
 times, after over before, with its quartiles: below 1 the change made it faster. Before any timing the
-logits are compared; they must agree to the bit unless `--tolerance` allows more. Exit status 1 says that they
-differ, or that the ratio is above `--limit`.
+logits are compared; they must agree to the bit unless `--tolerance` allows more. The exit status is 1 if they
+differ, or if the ratio is above `--limit`.
 
 On a machine that does other work at the same time the quartiles are wide; comparing a checkout with itself
 shows how wide.
@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Any
 
 SHORTEST = 0.2
-"""Seconds that one measurement lasts at least: a faster call is repeated."""
+"""Least seconds of one measurement: a faster call is repeated."""
 
 PAUSE = 0.05
-"""Seconds between turns, in which the threads of the one that ran stop waiting for more work."""
+"""Seconds between turns, in which the last process' threads stop spinning."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What both run.
+    """The setting in which both are timed.
 
     Attributes:
         model: By timm's name.
@@ -67,17 +67,17 @@ class CompareError(Exception):
     """The two cannot be compared; the message says why."""
 
 
-# The worker runs in either checkout, old or new: of vmamba it uses only the models in timm's registry.
+# The worker also runs in old checkouts, so it uses nothing of vmamba but the models in timm's registry.
 def work() -> None:
     """Answer a line of JSON for each line of JSON, until the input ends."""
-    # Whatever a library prints goes to the errors, so that it is not taken for an answer.
+    # Anything that a library prints goes to stderr, so that it is not mistaken for an answer.
     answers, sys.stdout = sys.stdout, sys.stderr
     state: dict[str, Any] = {}
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = REQUESTS[request.pop("do")](state, **request)
-        except Exception as error:  # whatever it is, it is told to the other process
+        except Exception as error:  # of any type: the parent process reports it
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -142,7 +142,7 @@ def _call(model: Any, images: Any, s: Setting) -> Callable[[], Any]:
 
 
 def _time(state: dict[str, Any], times: int) -> dict[str, Any]:
-    """Seconds of one call, of so many behind one that is not timed."""
+    """Seconds of one call, averaged over several, after one that is not timed."""
     call = state["call"]
     call()  # the caches still hold the other process's data
     start = time.perf_counter()
@@ -161,7 +161,7 @@ class Worker:
         place: A Python interpreter, or the folder of a checkout.
 
     Raises:
-        CompareError: There is neither at that place.
+        CompareError: `place` is neither.
     """
 
     def __init__(self, place: str) -> None:
@@ -199,7 +199,7 @@ class Worker:
                 pipe.close()
 
     def send(self, request: str, **arguments: Any) -> None:
-        """Have the process begin something."""
+        """Send the process a request."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
@@ -208,10 +208,10 @@ class Worker:
             raise CompareError(f"{self.place}: the process ended early") from error
 
     def receive(self) -> dict[str, Any]:
-        """What the process answers.
+        """The process' answer to the last request.
 
         Raises:
-            CompareError: It failed, or ended.
+            CompareError: The process failed or ended.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -229,7 +229,7 @@ class Worker:
 
 
 def largest_difference(before: list[float], after: list[float]) -> float:
-    """Between the logits, over the largest of them; 0 where all are the same to the bit.
+    """Largest difference of the logits over the largest logit; 0 if all are the same to the bit.
 
     Raises:
         CompareError: They differ in number, or some are not finite.
@@ -248,10 +248,10 @@ def take_turns(
     """The ratio of the times, after over before, of each round.
 
     Args:
-        before: Is given a number of calls, and returns the seconds of one.
+        before: Makes a given number of calls, and returns the seconds of one.
         after: Likewise.
         rounds: At least 1.
-        seed: Of the order of the two in each round.
+        seed: Seed of the order of the two in each round.
     """
     times = max(1, math.ceil(SHORTEST / max(before(1), after(1), 1e-9)))
     draw = random.Random(seed)
@@ -273,7 +273,7 @@ def quartiles(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def compare(workers: tuple[Worker, Worker], setting: Setting, options: argparse.Namespace) -> bool:
-    """Compare at one setting, and print a line; whether the result is as asked for."""
+    """Compare at one setting and print a line; returns whether the result is within the limits."""
     before, after = workers
     with tempfile.TemporaryDirectory() as folder:
         build = {"setting": asdict(setting), "weights": str(Path(folder) / "weights.pt")}
@@ -336,7 +336,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare at every setting; 0 if all results are as asked for."""
+    """Compare at every setting; returns 0 if all results are within the limits."""
     options = parse(arguments)
     settings = [
         Setting(

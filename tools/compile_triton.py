@@ -65,7 +65,7 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes.
+    """The resources that a compiled kernel uses.
 
     Attributes:
         registers: Of a thread, of 32 bits; on AMD vector registers.
@@ -89,7 +89,7 @@ class Usage:
 
 
 class _Driver:
-    """Tells Triton of a target in place of the GPU's driver; the caches are a target's own."""
+    """Stands in for the GPU's driver and reports a target to Triton; each target has separate caches."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -140,7 +140,7 @@ def _captured() -> Iterator[list[Launch]]:
 
 @contextmanager
 def _plans(every: bool) -> Iterator[None]:
-    """Have the backend launch a kernel by every plan, not by the default one alone."""
+    """Make the backend launch a kernel by every plan, not only by the default one."""
     original = backend.plan_for
 
     def after_the_others(
@@ -160,7 +160,7 @@ def _plans(every: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ScanKind:
-    """A call of the operator: sizes, types and what is given, of images in the layout that models use."""
+    """The sizes, types and options of an operator call, for tensors in the layout that models use."""
 
     height: int
     width: int
@@ -194,7 +194,7 @@ class ScanKind:
         )
 
     def launches(self, batch: int = 16, *, gradients: bool = True, every_plan: bool = False) -> list[Launch]:
-        """Its launches, forward and backward, by the default plans or by every one that tuning may choose."""
+        """The launches of forward and backward, by the default plans or by all plans that may be chosen."""
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -227,7 +227,7 @@ class ScanKind:
 
 
 def scans_of(models: list[str], size: int | None) -> list[ScanKind]:
-    """The different scans of models by name, on square images of a size; None: of each model's own."""
+    """The different scans of models, on square images of a size (None: each model's default size)."""
     import timm
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -242,15 +242,15 @@ def scans_of(models: list[str], size: int | None) -> list[ScanKind]:
 
 
 def usage(kernel: Any, target: Target) -> Usage:
-    """What a compiled kernel takes, as the vendor's tool or assembly says."""
+    """The resources that a compiled kernel uses, from the vendor's tool or the assembly."""
     if target.backend == "hip":
         assembly = kernel.asm["amdgcn"]
 
         def number(name: str) -> int:
-            found = re.search(rf"\.{name}:\s*(\d+)", assembly)
-            if found is None:
+            match = re.search(rf"\.{name}:\s*(\d+)", assembly)
+            if match is None:
                 raise RuntimeError(f"no .{name} in the assembly of {kernel.name}")
-            return int(found[1])
+            return int(match[1])
 
         spilled = number("vgpr_spill_count"), number("sgpr_spill_count")
         return Usage(number("vgpr_count"), *spilled, kernel.metadata.shared)
@@ -260,13 +260,13 @@ def usage(kernel: Any, target: Target) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        said = subprocess.run(
+        output = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of {kernel.name}: {said!r}")
-    registers, stack, local = map(int, found.groups())
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output)
+    if match is None:
+        raise RuntimeError(f"cuobjdump says nothing of {kernel.name}: {output!r}")
+    registers, stack, local = map(int, match.groups())
     return Usage(registers, stack + local, 0, kernel.metadata.shared)
 
 
@@ -274,13 +274,13 @@ _SHOWN = ("TH", "TW", "BD", "N", "ADJOINT", "WHOLE")
 
 
 def scans_of_family(models: list[str], size: int | None, types: list[torch.dtype]) -> list[ScanKind]:
-    """The different scans of models, x and the rows of each type."""
-    found = scans_of(models, size)
-    return [replace(scan, dtype=dtype, row_dtype=dtype) for scan in found for dtype in types]
+    """The different scans of models, with x and the rows in each of the types."""
+    scans = scans_of(models, size)
+    return [replace(scan, dtype=dtype, row_dtype=dtype) for scan in scans for dtype in types]
 
 
 def compile_for(name: str, scans: list[ScanKind], gradients: bool, every_plan: bool) -> tuple[int, int]:
-    """Compile every kernel of scans for a target, a line each; how many there are, and how many fail."""
+    """Compile the scans' kernels for a target and print a line for each; returns (kernels, failures)."""
     from triton.runtime import driver
 
     target = TARGETS[name]
@@ -294,11 +294,11 @@ def compile_for(name: str, scans: list[ScanKind], gradients: bool, every_plan: b
             title = f"{name} {kernel_name} {shown} {str(scan.dtype).removeprefix('torch.')}"
             try:
                 kernel = compile_()
-                if id(kernel) in seen:  # Triton keeps what it compiled for the process
+                if id(kernel) in seen:  # Triton caches compiled kernels in the process
                     continue
                 seen.add(id(kernel))
                 used = usage(kernel, target)
-            except Exception as error:  # whatever the compiler raises is a kernel that does not compile
+            except Exception as error:  # whatever the compiler raises, the kernel does not compile
                 count, failed = count + 1, failed + 1
                 print(f"{title}: FAILED: {error}", flush=True)
                 continue

@@ -25,7 +25,7 @@ QUERY = (3, 3)
 
 
 def landscape(pixels: int) -> np.ndarray:
-    """A sunset over hills, (pixels, pixels, 3) in [0, 1]: an image without a licence of its own."""
+    """A sunset over hills, (pixels, pixels, 3) in [0, 1], generated so that no licence applies."""
     y, x = np.mgrid[0:pixels, 0:pixels] / pixels
     top, bottom = np.array([0.16, 0.24, 0.48]), np.array([0.98, 0.70, 0.45])
     image = top + (bottom - top) * np.clip(y * 1.5, 0, 1)[..., None]

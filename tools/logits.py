@@ -1,4 +1,4 @@
-"""Logits and gradients of every variant on fixed inputs, to show that a change of the code changed no bit.
+"""Logits and gradients of every variant on fixed inputs, to check that a change of the code changes no bit.
 
     python tools/logits.py before.json          # on the old code
     python tools/logits.py after.json           # on the new code
@@ -30,7 +30,7 @@ VARIANTS_OF_THE_CODE: dict[str, dict[str, Any]] = {
     "no convolution": {"ssm_conv": 0, "ssm_ratio": 1.0},
     "vanilla": {"gate": True, "d_state": 3, "mlp_ratio": 0.0, "stem": "patch", "downsample": "merge"},
 }
-"""Small models of settings that no variant has, or that are worth every type."""
+"""Small models with settings that no variant has, or that are worth checking in every type."""
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -47,14 +47,14 @@ def images(batch: int, height: int, width: int) -> Tensor:
 
 
 def logits(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Of the model in eval mode without gradients."""
+    """Digest of the logits in evaluation mode without gradients."""
     with torch.no_grad():
         y = model.eval()(x)
     return {"logits": y.float().tolist(), "sha256": digest([y])}
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Of a loss in training mode with respect to every parameter; drop path draws from a fixed seed."""
+    """Digests of a loss' gradients in training mode, for every parameter; drop path has a fixed seed."""
     torch.manual_seed(2)
     y = model.train()(x)
     loss = y.float().square().mean()
@@ -62,7 +62,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def measured() -> dict[str, Any]:
-    """Everything, by a name that says what it is of."""
+    """All digests, by names that describe them."""
     results: dict[str, Any] = {}
     for name in timm.list_models("*vmamba*"):
         torch.manual_seed(0)
@@ -81,14 +81,14 @@ def measured() -> dict[str, Any]:
             results[f"{name} autocast"] = logits(model.float(), x.float())
     torch.manual_seed(0)
     pico = timm.create_model("vmamba_pico", num_classes=10)
-    # Large enough that images and rows are worked off some at a time.
+    # Large enough that the fused forms split it into images and rows.
     results["vmamba_pico large"] = logits(pico, images(3, 704, 704))
     results["vmamba_pico large gradients"] = gradients(pico, images(4, 224, 224))
     return results
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print what differs; returns how many do."""
+    """Print the names whose digests differ; returns their number."""
     old, new = (json.loads(path.read_text()) for path in (before, after))
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     print(f"{len(different)} of {len({**old, **new})} differ", *different, sep="\n")

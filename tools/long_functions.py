@@ -2,9 +2,10 @@
 
     python tools/long_functions.py [--lines 50] [--arguments 8] [PATH …]
 
-A line is a line of code: docstrings, comments and blank lines do not count; `--whole` counts them too. `self`
-and `cls` are no arguments. Exit status 1 where there are any. Kernels, operator schemas, constructors that
-mirror timm's contract and commands (whose parameters are their options) may exceed: say why where they stand.
+Only lines of code count; with `--whole` docstrings, comments and blank lines do too. `self` and `cls` do not
+count as arguments. The exit status is 1 if there are such functions. Kernels, operator schemas, constructors
+that mirror timm's contract and commands (whose parameters are their options) may exceed the limits, with a
+comment that says why.
 """
 
 import argparse
@@ -25,9 +26,9 @@ class Size:
 
     Attributes:
         place: path:line.
-        name: With the classes and functions around it.
-        lines: Of code, or all of them.
-        arguments: Without `self` and `cls`; *args and **kwargs count one each.
+        name: Its name, with those of the classes and functions around it.
+        lines: Lines of code, or all lines.
+        arguments: Number without `self` and `cls`; *args and **kwargs count one each.
     """
 
     place: str
@@ -54,7 +55,7 @@ def sizes(source: str, path: str, *, whole: bool = False) -> Iterator[Size]:
 def _lines_of_code(function: Function, code: list[bool]) -> int:
     numbers = set(range(function.lineno, function.end_lineno + 1))
     for node in ast.walk(function):
-        # A docstring, or any text that stands alone as one.
+        # A docstring, of a function or of the assignment above it.
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             numbers -= set(range(node.lineno, node.end_lineno + 1))
     return sum(code[number - 1] for number in numbers)
@@ -69,7 +70,7 @@ def _arguments(function: Function) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each; 1 if there are any."""
+    """Print a line for each; returns 1 if there are any."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "vmamba"
 LISTED_FILE_BY_FILE = ("analysis", "bench", "train")
-"""Packages whose `__init__` re-exports nothing: each of their public files has a page."""
+"""Packages whose `__init__` exports nothing, so that each of their public files gets a page."""
 
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)([)#])")
 
@@ -31,7 +31,7 @@ def public_modules() -> list[str]:
 
 
 def on_config(config: Any) -> Any:
-    """Put the reference's pages into the navigation."""
+    """Add the reference's pages to the navigation."""
     for section in config.nav:
         if "Reference" in section:
             section["Reference"] = [{name: f"reference/{name}.md"} for name in public_modules()]
@@ -39,7 +39,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Make the reference's pages; mkdocstrings fills them from the docstrings."""
+    """Create the reference's pages; mkdocstrings fills them from the docstrings."""
     for name in public_modules():
         is_package = (PACKAGE / Path(*name.split(".")[1:]) / "__init__.py").is_file()
         # A package shows what it exports, a file what it defines.

@@ -2,8 +2,8 @@
 
     python tools/model_table.py
 
-To be run after a model was added or changed; tests compare both with the models. `vmamba list` shows the
-first without importing PyTorch.
+Run it after adding or changing a model; tests compare both with the models. `vmamba list` shows the first
+without importing PyTorch.
 """
 
 import json
@@ -24,7 +24,7 @@ _COUNTED = re.compile(r"(?<=\n\| model \| parameters \|)(.*\n\|[-|]+\n)((?:\|.*\
 
 
 def row(name: str) -> dict[str, Any]:
-    """What the table says of a model, at its own input size."""
+    """The table's row of a model, at its default input size."""
     model = create_on_meta(name)
     cfg = model.pretrained_cfg
     counts = count(model, cfg["input_size"])

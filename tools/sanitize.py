@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 TESTS = ("tests/ops/test_cpu.py", "tests/ops/test_backends.py")
-# What starts other processes or measures memory, and the backends that are not in question.
+# Tests that start other processes or measure memory, and other backends than the kernel's.
 LEFT_OUT = "not leak and not freed and not torch and not chunked and not reference"
-# An editable install answers imports before any path is asked.
+# An editable install's import hook would come before any path.
 RUN = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_editable")]
@@ -49,7 +49,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [
-                *(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, ROOT),
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--target",
+                folder,
+                ROOT,
                 f"--config-settings=cmake.define.VMAMBA_SANITIZE={sanitizers}",
             ],
             check=True,

@@ -18,7 +18,7 @@ import timm
 
 MODELS = ["vmamba_pico", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
 MODULE = "vmamba"  # the last part of the module that registers the models
-IDS = [  # each is filled in with a model's name
+IDS = [  # {} is replaced by a model's name
     "test_model_forward[1-{}]",
     "test_model_backward[2-{}]",
     "test_model_forward_torchscript[1-{}]",
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tests = fetch(args.cache.resolve())
-    # Under GITHUB_ACTIONS timm's tests leave the ones through FX and TorchScript out.
+    # Under GITHUB_ACTIONS timm skips the tests of FX and TorchScript.
     environment = {name: value for name, value in os.environ.items() if name != "GITHUB_ACTIONS"}
     environment |= {"TORCH_BACKEND": "vmamba", "TIMEOUT": "600"}
     collected = subprocess.run(
@@ -78,11 +78,11 @@ def main() -> None:
         capture_output=True,
         text=True,
     )
-    known = {line.partition("::")[2] for line in collected.stdout.splitlines() if "::" in line}
+    available = {line.partition("::")[2] for line in collected.stdout.splitlines() if "::" in line}
     wanted = [test.format(model) for model in args.models for test in IDS]
-    for model in args.models:  # this one takes the names with their weights' tag
+    for model in args.models:  # the ids of this test have the tags of the weights
         wanted += [f"test_model_default_cfgs[1-{tagged}]" for tagged in tagged_names(model)]
-    absent = [test for test in wanted if test not in known]
+    absent = [test for test in wanted if test not in available]
     if absent:
         print(collected.stdout[-2000:], collected.stderr[-2000:])
         raise SystemExit("timm does not offer these tests:\n  " + "\n  ".join(absent))
@@ -91,8 +91,18 @@ def main() -> None:
     report.unlink(missing_ok=True)
     subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"),
-            *("-W", "ignore", "--durations=8", f"--junitxml={report}"),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-c",
+            os.devnull,
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+            "--durations=8",
+            f"--junitxml={report}",
             *(f"{tests.name}::{test}" for test in wanted),
         ],
         cwd=tests.parent,

@@ -1,15 +1,15 @@
-"""Kill a training run with SIGKILL again and again, and see that it ends with the same weights.
+"""Kill a training run with SIGKILL repeatedly, and check that it ends with the same weights.
 
     python benchmarks/faults/kill.py --kills 20 --out benchmarks/results/faults
 
-A small model is trained on images made up here, with Mixup, drop path, an average of the weights, data
-workers and a checkpoint every third step: once without interruption; then once for each kill, with 0 to 2
-workers, killed at a random moment of a random step and started again by the same command, with another number
-of workers. Raw and averaged weights, the optimiser's state and metrics.csv (but for its speed) must be the
-same to the last bit. The kill comes up to 150 ms after the step begins: in forward, backward, update,
-evaluation, or while a checkpoint is written.
+A small model is trained on generated images, with Mixup, drop path, an average of the weights, data workers
+and a checkpoint every third step: once without interruption; then once for each kill, with 0 to 2 workers,
+killed at a random moment of a random step and started again by the same command, with another number of
+workers. Raw and averaged weights, the optimiser's state and metrics.csv (except its speed) must be the same
+to the last bit. The kill comes up to 150 ms after the step begins: in forward, backward, update, evaluation,
+or while a checkpoint is written.
 
-`--processes 2` shares each step among two, of which the first is killed.
+`--processes 2` splits each step between two processes, of which the first is killed.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def run_and_die(step: int, delay: float, arguments: list[str]) -> None:
 
 
 def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """What a run ended with."""
+    """The final state of a run."""
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     states = {f"weights {name}": value for name, value in checkpoint["state_dict"].items()}
     for number, state in checkpoint["optimizer_states"][0]["state"].items():

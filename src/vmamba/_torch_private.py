@@ -1,4 +1,4 @@
-"""Every private interface of PyTorch that the library uses: what for, and what there is instead.
+"""Every private interface of PyTorch that the library uses, and why no public one serves.
 
 `tests/test_private.py` fails when one of them changes.
 """
@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
 # --- vmamba.ops: the operator's own autograd kernel -------------------------------------------------------
-# `torch.library.register_autograd` would be the public way. Its kernel drops the tangents of forward-mode
-# derivatives without a word and fails under torch.func, and it leaves no place to look for either first.
+# The public way would be `torch.library.register_autograd`. Its kernel silently drops the tangents of
+# forward-mode derivatives and fails under torch.func, and one cannot check for either first.
 
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -25,7 +25,7 @@ _KEYS_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 
 
 def call_below_autograd(op: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
-    """Call an operator's next kernel below autograd, from inside of its autograd kernel.
+    """Call an operator's kernel below autograd, from within its autograd kernel.
 
     Args:
         op: The overload, `torch.ops.<library>.<name>.default`.
@@ -39,8 +39,8 @@ def call_below_autograd(op: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
 def is_transformed(arguments: tuple[Any, ...]) -> bool:
     """Whether an operator's autograd kernel runs for torch.func, or for a tensor with a tangent.
 
-    Of torch.func's transforms only `grad`, `vjp`, `jvp` and what is built of them reach an autograd kernel;
-    `vmap` has a rule of its own. PyTorch has no public way to ask for either.
+    Of torch.func's transforms only `grad`, `vjp`, `jvp` and those built on them reach an autograd kernel;
+    `vmap` has a separate rule. PyTorch has no public function for either question.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -51,11 +51,11 @@ def is_transformed(arguments: tuple[Any, ...]) -> bool:
 
 
 # --- vmamba.data.loading: the workers of a DataLoader ------------------------------------------------------
-# Its public face can neither name its workers nor end one that hangs: it waits for a batch forever, or raises
-# after a timeout and leaves the process behind.
+# Its public interface gives no access to its workers and cannot end one that hangs: it waits for a batch
+# forever, or raises after a timeout and leaves the process running.
 
 LOADER_TIMED_OUT = "DataLoader timed out"
-"""How the message of the error begins that a loader raises when no batch came in time; it has no class."""
+"""Start of the message of a loader's timeout, by which to recognise it: it raises a plain RuntimeError."""
 
 
 def loader_workers(batches: Any) -> list[Any]:
@@ -64,7 +64,7 @@ def loader_workers(batches: Any) -> list[Any]:
 
 
 def end_loader_workers(loader: Any, batches: Any) -> None:
-    """End the workers of a loader's iterator, also those that hang; its next iterator starts new ones."""
+    """End the workers of a loader's iterator, even if they hang; its next iterator starts new ones."""
     if workers := loader_workers(batches):
         batches._workers_done_event = _KillInsteadOfEvent(workers)
         batches._shutdown_workers()
@@ -72,16 +72,16 @@ def end_loader_workers(loader: Any, batches: Any) -> None:
 
 
 def kill(workers: Iterable[Any]) -> None:
-    """End processes, also those that hang."""
+    """End processes, even if they hang."""
     for worker in workers:
         worker.kill()
         worker.join()
 
 
 class _KillInsteadOfEvent:
-    """In place of the event by which PyTorch tells workers to end.
+    """Replaces the event by which PyTorch asks workers to end.
 
-    A worker that was killed may have held the event's lock, and whoever sets the event then waits forever.
+    A worker that was killed may have held the event's lock; setting the event would then wait forever.
     """
 
     def __init__(self, workers: Iterable[Any]) -> None:
@@ -96,9 +96,9 @@ class _KillInsteadOfEvent:
 
 @contextmanager
 def no_worker_death_handler() -> Iterator[None]:
-    """Within the block an iterator of a `DataLoader` may be made without PyTorch's handler of SIGCHLD.
+    """Keep PyTorch from installing its SIGCHLD handler when a `DataLoader` iterator is created in the block.
 
-    The handler raises wherever the process happens to be when a worker dies, be it in the middle of a step.
+    When a worker dies the handler raises wherever the process happens to be, even in the middle of a step.
     """
     # Windows has no such signal, and only the main thread can set a handler.
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
@@ -113,8 +113,8 @@ def no_worker_death_handler() -> Iterator[None]:
 
 # --- vmamba.nn.fused: does anything watch, record or transform what a layer calls? -------------------------
 
-# There is no public question for "is a global module hook registered". The dictionaries are changed in place
-# and never replaced, so that they may be kept.
+# No public function says whether a global module hook is registered. PyTorch changes these dictionaries in
+# place and never replaces them, so references to them stay valid.
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
@@ -130,9 +130,9 @@ def has_global_hook() -> bool:
 
 
 def is_transformed_or_recorded() -> bool:
-    """Whether a transform of torch.func, a dual level, a mode or torch.jit.trace is active in this thread.
+    """Whether a torch.func transform, a dual level, a mode or torch.jit.trace is active in this thread.
 
-    None of these questions has a public form.
+    None of these can be asked through a public function.
     """
     return bool(
         torch._C._are_functorch_transforms_active()
@@ -144,18 +144,18 @@ def is_transformed_or_recorded() -> bool:
 
 
 def is_legacy_batch(t: Tensor) -> bool:
-    """Whether a tensor stands for many, as gradients do in `torch.autograd.grad(is_grads_batched=True)`.
+    """Whether a tensor is a batched one of `torch.autograd.grad(is_grads_batched=True)`.
 
-    That call uses an older form of torch.func.vmap, which `is_transformed_or_recorded` misses.
+    That call uses an older form of torch.func.vmap, which `is_transformed_or_recorded` does not detect.
     """
     return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def is_watched(attributes: dict[str, Any]) -> bool:
-    """Whether a call of a module is more than its class's `forward`.
+    """Whether calling a module does more than its class's `forward`.
 
-    That is: a hook of any kind is registered on it, the instance has a `forward` of its own, or its method
-    `compile` was called. No public method tells.
+    That is: a hook is registered on it, the instance has an attribute `forward`, or `module.compile()` was
+    called. No public method says so.
 
     Args:
         attributes: The module's `__dict__`.
@@ -170,14 +170,14 @@ def is_watched(attributes: dict[str, Any]) -> bool:
     )
 
 
-# --- vmamba.nn.fused: products and convolutions of oneDNN with an activation joined to them ----------------
+# --- vmamba.nn.fused: products and convolutions of oneDNN fused with an activation --------------------------
 
 HAS_ONEDNN_POINTWISE = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-"""Whether oneDNN's joined operators are there; they have no public form, torch.compile uses them."""
+"""Whether oneDNN's fused operators are available. They are not public; torch.compile uses them."""
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -204,13 +204,13 @@ def onednn_has_bfloat16() -> bool:
 
 
 # --- vmamba.train: half precision on a CPU ------------------------------------------------------------------
-# PyTorch tells what a CPU has instructions for of oneDNN alone, and nowhere publicly.
+# Whether a CPU has half-precision instructions can only be read from PyTorch's oneDNN, and not publicly.
 
 
 def cpu_computes_in(kind: str) -> bool:
-    """Whether this CPU has instructions for "bf16" or "fp16", so that its products need not be emulated.
+    """Whether this CPU has instructions for "bf16" or "fp16", so that products need not be emulated.
 
-    Where PyTorch cannot tell, yes.
+    True if PyTorch cannot tell.
     """
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
     return True if supported is None else bool(supported())

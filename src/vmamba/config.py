@@ -1,4 +1,4 @@
-"""Checked configuration: the base of every section of a recipe, and its errors in words."""
+"""The base class of every section of a recipe, and readable messages for validation errors."""
 
 import difflib
 from typing import Any, get_args
@@ -13,14 +13,14 @@ class Section(BaseModel):
 
 
 def describe_problems(section_type: type[Section], error: ValidationError) -> list[tuple[str, str]]:
-    """What is wrong with values that did not check.
+    """The problems of values that failed validation.
 
     Args:
-        section_type: What the values were checked against.
+        section_type: The type that the values were validated against.
         error: From `section_type.model_validate`.
 
     Returns:
-        Of each problem the dotted key, empty where it is not of one key, and a sentence that starts with it.
+        For each problem the dotted key ("" if it concerns several keys), and a sentence that starts with it.
     """
     problems = []
     for problem in error.errors():
@@ -31,9 +31,9 @@ def describe_problems(section_type: type[Section], error: ValidationError) -> li
 
 
 def _resolve(section_type: type[Section], location: list[str]) -> tuple[list[str], type[Section] | None]:
-    """The keys of a location as a recipe has them, and the section that holds the last of them.
+    """The keys of a location as in the recipe, and the type of the section that holds the last one.
 
-    Where a key holds one of several kinds of section, pydantic puts the kind behind the key.
+    If a section is a union of types, pydantic's location has the type's tag after the key.
     """
     keys: list[str] = []
     current: Any = section_type
@@ -51,7 +51,7 @@ def _resolve(section_type: type[Section], location: list[str]) -> tuple[list[str
 
 
 def _members(annotation: Any) -> dict[str, type[Section]]:
-    """The sections of a union that differ by the literal in their field `source`."""
+    """The section types of a union discriminated by the field `source`."""
     members: dict[str, type[Section]] = {}
     for kind in get_args(annotation):
         if isinstance(kind, type) and issubclass(kind, Section) and "source" in kind.model_fields:

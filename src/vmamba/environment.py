@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name; on Linux the platform module does not know it, a file does."""
+    """The processor's name; on Linux from /proc, because the platform module does not have it."""
     file = Path("/proc/cpuinfo")
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():

@@ -1,12 +1,12 @@
-"""Errors that are the caller's to mend: the command prints their message alone."""
+"""Errors that the user can fix: the command prints only their message, without a traceback."""
 
 
 class UserError(Exception):
-    """Something given from outside is wrong; the message says what, where, and what was expected."""
+    """An input is wrong; the message says what, where, and what was expected."""
 
 
 class RecipeError(UserError, ValueError):
-    """A recipe does not parse or check."""
+    """A recipe cannot be parsed or is not valid."""
 
 
 class DataError(UserError, ValueError):
@@ -30,7 +30,7 @@ class UnknownBackendError(BackendError, ValueError):
 
 
 class MissingCheckpointError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint where one was looked for."""
+    """There is no checkpoint at the given place."""
 
     def __str__(self) -> str:  # FileNotFoundError's own would print its arguments as a tuple
         return str(self.args[0])
@@ -41,7 +41,7 @@ class ModelError(UserError, ValueError):
 
 
 class OutputError(UserError, OSError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to the given place."""
 
     def __str__(self) -> str:
         return str(self.args[0])

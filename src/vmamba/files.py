@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and their SHA-256."""
+"""Write files atomically, and compute their SHA-256."""
 
 import hashlib
 import os
@@ -22,10 +22,10 @@ def sha256(path: str | PathLike[str]) -> str:
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Write a file that replaces `path` only once it is complete and on disk.
 
-    A device or a pipe (`/dev/stdout`) is written to directly: a rename would put a file in its place.
+    A device or a pipe (`/dev/stdout`) is written to directly, because a rename would replace it by a file.
 
     Args:
-        path: The file to write; missing folders above it are made.
+        path: The file to write; missing parent folders are created.
 
     Yields:
         The temporary path to write to, in the same folder. It is removed if the block fails.

@@ -44,7 +44,7 @@ BEST = "best.safetensors"
 
 @dataclass(frozen=True)
 class Prediction(ABC):
-    """What a model says of one image; `dataclasses.asdict` turns it into plain values.
+    """A model's prediction for one image; `dataclasses.asdict` turns it into plain values.
 
     Attributes:
         image: The path that was given, or None for an image that has none.
@@ -59,10 +59,10 @@ class Prediction(ABC):
 
 @dataclass(frozen=True)
 class FailedImage(Prediction):
-    """An image that could not be judged, in the place of its prediction.
+    """Takes the place of a prediction where an image could not be read or the model's output is NaN.
 
     Attributes:
-        error: Why not.
+        error: What went wrong.
     """
 
     error: str
@@ -95,7 +95,7 @@ that are preprocessed already."""
 
 
 class Predictor(ABC):
-    """A model in evaluation mode, and what it takes to judge images with it.
+    """A model in evaluation mode, with what is needed to run it on images.
 
     Reading, batches, devices and errors are here; a subclass for a task turns the model's outputs into
     predictions.
@@ -129,8 +129,8 @@ class Predictor(ABC):
         """The model's outputs for a batch → a prediction for each image.
 
         Args:
-            outputs: Of the model.
-            names: Of the images.
+            outputs: The model's outputs.
+            names: The images' names.
             top: How many of the likeliest answers to keep; None for all.
         """
 
@@ -147,17 +147,17 @@ class Predictor(ABC):
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 16, top: int | None = 5
     ) -> Any:
-        """Judge one image, or several.
+        """Predict one image, or several.
 
         Args:
             images: One image, or an iterable of them. An array or a tensor with one more dimension is a
                 batch.
-            batch_size: Images that the model judges at once.
+            batch_size: Images in a batch of the model.
             top: How many of the likeliest answers to keep; None for all.
 
         Returns:
-            The prediction for one image; a list in their order for several, with a `FailedImage` for each
-            that could not be judged.
+            The prediction for one image; for several a list in their order, with a `FailedImage` for each
+            that failed.
 
         Raises:
             DataError: The only image is missing, damaged or of other channels, or its outputs are NaN.
@@ -172,7 +172,7 @@ class Predictor(ABC):
     def stream(
         self, images: Iterable[ImageLike], *, batch_size: int = 16, top: int | None = 5
     ) -> Iterator[Prediction]:
-        """As calling it with several images; they are read only as they are needed, a batch at a time.
+        """As a call with several images, but lazily: images are read one batch at a time.
 
         Raises:
             ValueError: `batch_size` or `top` is below 1.
@@ -193,7 +193,7 @@ class Predictor(ABC):
         yield from self._judge(batch, top)
 
     def _prepare(self, image: ImageLike) -> tuple[str | None, Tensor | FailedImage]:
-        """The image's name, and the model's input (c, h, w) or what is wrong with the image."""
+        """The image's name, and the model's input (c, h, w) or a `FailedImage`."""
         name = os.fsdecode(image) if isinstance(image, str | bytes | os.PathLike) else None
         try:
             return name, self._read(image, name)
@@ -207,7 +207,7 @@ class Predictor(ABC):
         if isinstance(image, Image.Image):
             try:
                 return self.transform(preprocessing.convert(image))
-            except OSError as error:  # Pillow decodes a file that was opened only now
+            except OSError as error:  # Pillow decodes an opened file only here
                 raise DataError(f"image: damaged ({error})") from error
         if isinstance(image, Tensor) and image.is_floating_point():
             if image.ndim != 3 or len(image) != preprocessing.channels:
@@ -264,7 +264,7 @@ class Predictor(ABC):
             raise ModelError(
                 f"{self.device} has not enough memory for {len(inputs)} images at once; lower the batch size"
             ) from error
-        except (AssertionError, ValueError, RuntimeError) as error:  # models refuse a size with any of these
+        except (AssertionError, ValueError, RuntimeError) as error:  # by which models refuse a size
             size = "×".join(map(str, shape))
             raise ModelError(f"the model does not take images of {size}: {error}") from error
 
@@ -273,7 +273,7 @@ class ClassificationPredictor(Predictor):
     """For models that give logits (b, k); see `Predictor`.
 
     Raises:
-        ModelError: There are not as many names of classes as logits; only where the model says their number.
+        ModelError: The number of class names differs from the model's `num_classes`, if it has that.
     """
 
     task = "classification"
@@ -330,8 +330,8 @@ def load(
         source: A run's folder or checkpoint; `best.safetensors` or another folder in timm's hub form; a file
             of weights such as the VMamba authors' `.pth`; or a model's name, "vmamba_tiny", whose pretrained
             weights are downloaded.
-        model: The model's name, for a file that does not say it; None if its shapes are those of one variant
-            alone.
+        model: The model's name, for a file that does not contain it; None is enough if only one variant has
+            the file's shapes.
         device: None or "auto" for the GPU if there is one; otherwise as PyTorch names it.
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", or PyTorch's type.
         classes: Names of the classes; by default those of the run, or ImageNet's for models of its size.
@@ -347,9 +347,8 @@ def load(
     if model is None and not expand(source).exists() and timm.is_model(name.partition(".")[0]):
         network = create_model(name, pretrained=True)
         preprocessing = Preprocessing.of_model(network)
-        return ClassificationPredictor(
-            *(network, preprocessing, _names(network, classes)), device=target, dtype=dtype
-        )
+        class_names = _names(network, classes)
+        return ClassificationPredictor(network, preprocessing, class_names, device=target, dtype=dtype)
     try:
         checkpoint = open_checkpoint(source)
     except MissingCheckpointError as error:
@@ -372,8 +371,8 @@ def load(
 
 
 _TASKS = "vmamba.train.tasks"
-"""For tasks other than classification it has `load_predictor(checkpoint, weights, *, device, dtype)`.
-Imported only for these: a classifier needs nothing of `train`."""
+"""The module with `load_predictor(checkpoint, weights, *, device, dtype)` for all tasks but classification.
+Imported only for those: a classifier does not need `vmamba.train`."""
 
 
 def _task(checkpoint: Checkpoint) -> Any:
@@ -386,7 +385,7 @@ def _task(checkpoint: Checkpoint) -> Any:
 def _restore(
     checkpoint: Checkpoint, name: str | None, weights: Weights
 ) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """The classifier that a checkpoint is of, with its weights, preprocessing and classes."""
+    """Rebuild a checkpoint's classifier, with its weights, preprocessing and classes."""
     config = checkpoint.config
     if checkpoint.recipe is not None and config is None:
         config = _config_of_recipe(checkpoint)
@@ -415,7 +414,7 @@ def _preprocessing(config: Mapping[str, Any], cfg: Mapping[str, Any]) -> Preproc
 
 
 def _config_of_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `model_config` would say, from the recipe of a checkpoint that was written before it was kept."""
+    """Derive `model_config` from the recipe of a checkpoint, for older ones that do not contain it."""
     recipe: Any = checkpoint.recipe
     try:
         model, data = recipe["model"], dict(recipe["data"])
@@ -440,13 +439,13 @@ def _config_of_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 _OF_THE_CFG = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments that say where pretrained weights come from."""
+"""Arguments of `create_model` that only say where pretrained weights come from."""
 
 
 def _of_bare_weights(
     checkpoint: Checkpoint, name: str | None, weights: Weights
 ) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """For a file that holds weights alone, such as the authors'."""
+    """The classifier for a file that holds only weights, such as the authors'."""
     state_dict = checkpoint.state_dict(weights)
     number = _classes_in(state_dict)
     if name is None:
@@ -458,7 +457,7 @@ def _of_bare_weights(
 
 
 def _classes_in(state_dict: Mapping[str, Any]) -> int | None:
-    """The number of classes, by the last matrix: that of the classifier in every common model."""
+    """The number of classes: the rows of the last matrix, which is the classifier in all common models."""
     matrices = [value for value in state_dict.values() if isinstance(value, Tensor) and value.ndim in (2, 4)]
     last = [matrix for matrix in matrices if matrix.ndim == 2 or matrix.shape[2:] == (1, 1)]
     return len(last[-1]) if last else None
@@ -471,7 +470,7 @@ def _guess(path: str, state_dict: Mapping[str, Any], number: int | None) -> str:
         for name in sorted(model_names(), key=len)
         if fits(create_on_meta(name, num_classes=number), state_dict)
     ]
-    # The names of one model share the address of its weights.
+    # A model and its aliases have the same address of pretrained weights.
     releases = {create_on_meta(name, num_classes=number).pretrained_cfg["url"] for name in matches}
     if len(matches) > 1 and len(releases) > 1:
         raise ModelError(f"{path}: fits {' and '.join(matches)}; say which, with model=…")
@@ -489,7 +488,7 @@ def _imagenet(subset: str) -> list[str]:
 
 
 def _names(model: Any, classes: Sequence[str] | None) -> list[str]:
-    """The classes that were given, or ImageNet's where the model has as many, or numbers."""
+    """The given class names, or ImageNet's if the model has as many classes, or numbers."""
     if classes is not None:
         return list(classes)
     subset = infer_imagenet_subset(model)
@@ -523,24 +522,24 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def set_configuration(model: Any, preprocessing: Preprocessing, classes: Sequence[str]) -> None:
-    """Have a model of timm's carry its own preprocessing and classes instead of its architecture's.
+    """Store preprocessing and classes in a timm model's `pretrained_cfg`, replacing its architecture's.
 
     `timm.data.resolve_model_data_config(model)` and exports read them there.
     """
-    kept = {
+    cfg = {
         key: value
         for key, value in (getattr(model, "pretrained_cfg", None) or {}).items()
         if key in ("architecture", "first_conv", "classifier", "fixed_input_size", "pool_size")
     }
-    if kept.get("pool_size") and tuple(model.pretrained_cfg["input_size"][1:]) != preprocessing.size:
-        del kept["pool_size"]  # it belongs to the other size
+    if cfg.get("pool_size") and tuple(model.pretrained_cfg["input_size"][1:]) != preprocessing.size:
+        del cfg["pool_size"]  # it belongs to the other size
     model.pretrained_cfg = {
-        **kept,
+        **cfg,
         **preprocessing.to_pretrained_cfg(),
         "num_classes": len(classes),
         "label_names": list(classes),
     }
-    model.default_cfg = model.pretrained_cfg  # timm's older name of it
+    model.default_cfg = model.pretrained_cfg  # timm's older name for it
 
 
 def model_config(
@@ -552,18 +551,19 @@ def model_config(
     model_args: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `config.json` says of a model, in timm's hub form with our own key beside; plain values.
+    """The content of a model's `config.json`: timm's hub form, with an additional key of ours; plain values.
 
     Args:
-        model: Of timm's registry, or with `task` the model of another task.
-        preprocessing: Of its images.
-        classes: Names.
-        task: What it does.
-        model_args: The arguments that it was created with, beside `num_classes` and `in_chans`.
-        recipe: Of the run, as plain values; a task other than classification creates its model from it.
+        model: A model of timm's registry, or with `task` the model of another task.
+        preprocessing: The model's preprocessing.
+        classes: The class names.
+        task: Name of the task.
+        model_args: The arguments that it was created with, besides `num_classes` and `in_chans`.
+        recipe: The run's recipe, as plain values; a task other than classification creates its model from it.
 
     Raises:
-        ModelError: A model of its name and `model_args` has other weights, so that it could not be read.
+        ModelError: A model created from its name and `model_args` has other weights, so the file could not be
+            loaded again.
     """
     given = getattr(model, "pretrained_cfg", None) or {}
     args = {key: value for key, value in (model_args or {}).items() if key not in _OF_THE_CFG}
@@ -612,7 +612,7 @@ def save_pretrained(
 
     Args:
         place: A folder, or the path of the `.safetensors` file in it.
-        model: Whose weights are written.
+        model: The model whose weights are written.
         config: From `model_config`.
         state_dict: The weights to write instead of the model's, such as their average.
 

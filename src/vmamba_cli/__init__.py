@@ -1,1 +1,1 @@
-"""The `vmamba` command. Each verb is a file that imports the library inside, so that `--help` is instant."""
+"""The `vmamba` command. Each verb is a file that imports the library when it runs: `--help` is instant."""

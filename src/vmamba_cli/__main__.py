@@ -14,7 +14,7 @@ VERBS = ("train", "resume", "eval", "predict", "runs", "info", "list", "bench")
 
 
 class _Verbs(TyperGroup):
-    """Loads a verb's file only when that verb is called, and tells a user's errors."""
+    """Loads a verb's file only when that verb is called, and prints the errors that a user can fix."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -23,14 +23,14 @@ class _Verbs(TyperGroup):
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"vmamba_cli.{cmd_name}")
-        if hasattr(module, "app"):  # a verb with verbs of its own
+        if hasattr(module, "app"):  # a verb with subcommands
             return typer.main.get_group(module.app)
         app = typer.Typer(add_completion=False, rich_markup_mode="rich")
         app.command(cmd_name)(module.command)
         return typer.main.get_command(app)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The verb that is called; a mistyped one is answered with those near to it."""
+        """The verb that is called; for a mistyped one the message suggests similar verbs."""
         if args and not args[0].startswith("-") and args[0] not in VERBS:
             close = difflib.get_close_matches(args[0], VERBS, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(VERBS)}"
@@ -38,7 +38,7 @@ class _Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """What the user can mend is one message and exit status 2, an interrupt 130."""
+        """An error that the user can fix is one message and exit status 2, an interrupt status 130."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -46,14 +46,14 @@ class _Verbs(TyperGroup):
                 raise
             interrupted = type(error).__name__ == "Interrupted"
             if interrupted and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
-                raise typer.Exit(0) from error  # the first process speaks for all
+                raise typer.Exit(0) from error  # only the first process prints the message
             _say(_message(error))
             raise typer.Exit(130 if interrupted else 2) from error
 
 
 def _is_the_users(error: Exception) -> bool:
-    """Whether an error's message alone says what to do: ours for users, and those of files."""
-    # A `UserError` can only be here if its module is loaded already: nothing is imported for it.
+    """Whether an error's message alone is enough: a `UserError`, or an error of the file system."""
+    # If the error is a `UserError`, its module is loaded already: no import is needed.
     errors = sys.modules.get("vmamba.errors")
     if errors is not None and isinstance(error, errors.UserError):
         return True
@@ -65,12 +65,12 @@ def _message(error: Exception) -> str:
         return str(error)
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    _discard_output()  # else Python tries again at its end
+    _discard_output()  # otherwise Python tries again when it exits
     return f"the output cannot be written: {error.strerror}"
 
 
 def _discard_output() -> None:
-    """Have what is still to be printed go nowhere."""
+    """Discard buffered and further output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -112,7 +112,7 @@ def vmamba(
 def main() -> None:
     """Run the command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name of a file may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):  # a name may have characters the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -121,10 +121,10 @@ def main() -> None:
 
 
 def _flush() -> None:
-    """Say if what was printed could not be written, as on a full disk: Python itself would only warn."""
+    """Fail if the output could not be written, as on a full disk: Python itself would only warn."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has read enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         _discard_output()
     except OSError as error:
         _discard_output()

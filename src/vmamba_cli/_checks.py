@@ -1,4 +1,4 @@
-"""What can be said of a command's arguments before PyTorch is imported, which takes seconds."""
+"""Checks of a command's arguments that run before PyTorch is imported, which takes seconds."""
 
 import difflib
 from pathlib import Path
@@ -10,7 +10,7 @@ def require_path(path: Path, what: str) -> Path:
     """Stop with a message if there is nothing at a path; returns it with `~` expanded.
 
     Args:
-        path: As the user gave it. An address of the web is left alone.
+        path: As the user gave it. A web address is returned unchanged.
         what: What should be there, for the message.
     """
     if str(path).startswith(("http:/", "https:/")):
@@ -38,7 +38,7 @@ def _hint(path: Path) -> str:
 
 
 def require_recipe(path: Path) -> Path:
-    """Stop with a message if a path is no file that holds a YAML mapping; returns it with `~` expanded."""
+    """Stop with a message if a path is not a file with a YAML mapping; returns it with `~` expanded."""
     import yaml
 
     expanded = require_path(path, "recipe")

@@ -1,4 +1,4 @@
-"""Modules that come with an extra."""
+"""Import modules that need an optional extra of this package."""
 
 import importlib
 from typing import Any
@@ -14,7 +14,7 @@ def load(module: str, extra: str) -> Any:
         extra: The extra of this package that installs what is needed.
 
     Raises:
-        typer.Exit: A package is missing; the way to install it was printed.
+        typer.Exit: A package is missing; how to install it was printed.
     """
     try:
         return importlib.import_module(module)

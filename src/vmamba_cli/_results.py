@@ -1,4 +1,4 @@
-"""The folder that results are written to: checked before the work, written after it."""
+"""The folder for results, checked before the work and written after it."""
 
 import json
 import tempfile
@@ -17,7 +17,7 @@ def check_folder(folder: Path, *pictures: str) -> None:
     """Make a folder for results, and check that its files can be written.
 
     Args:
-        folder: Is made where it is missing.
+        folder: The folder; created if it is missing.
         pictures: Names of pictures that will be written beside the results.
 
     Raises:
@@ -35,7 +35,7 @@ def check_folder(folder: Path, *pictures: str) -> None:
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write results, with what they were measured on, to a checked folder; returns the file's path.
+    """Write results, with the hardware and software used, to a checked folder; returns the file's path.
 
     Raises:
         typer.Exit: It cannot be written; the reason was printed.

@@ -1,4 +1,4 @@
-"""Contact sheets: small pictures in a grid, with what a model says of each below it."""
+"""Contact sheets: thumbnails in a grid, with the model's prediction below each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 MOST = 1000
-"""Images on a sheet; a JPEG cannot be much larger."""
+"""Most images on a sheet; a JPEG cannot be much larger."""
 
 _SIDE = 176
-"""Of a thumbnail, in pixels."""
+"""Side of a thumbnail, in pixels."""
 _MARGIN = 10
 _LINE = 17
 _SIZES = (14, 11)
@@ -22,9 +22,9 @@ class Cell:
     """One image of a sheet.
 
     Attributes:
-        name: Of the image.
+        name: The image's name.
         image: A Pillow image, or None if it could not be read.
-        title: The likeliest answer, or what is wrong.
+        title: The most likely class, or the error.
         detail: Its probability, at the right of the title.
     """
 
@@ -55,7 +55,8 @@ def draw_sheet(cells: Sequence[Cell], path: Path) -> None:
         _draw_cell(sheet, draw, cell, left, top)
     kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
     with replacing(path) as temporary:
-        sheet.save(temporary, kind, **({"quality": 90} if kind == "JPEG" else {}))
+        options = {"quality": 90} if kind == "JPEG" else {}
+        sheet.save(temporary, kind, **options)
 
 
 def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
@@ -95,7 +96,7 @@ def _drawable(text: str, font: Any) -> str:
 
 @cache
 def _has(font: Any, char: str) -> bool:
-    """Whether a font has a glyph of its own for a character: the missing ones all look alike."""
+    """Whether a font has a character: for missing ones all glyphs are the same."""
     try:
         return char == " " or bytes(font.getmask(char)) != bytes(font.getmask("\U0010fffe"))
     except (UnicodeError, OSError):  # a bitmap font

@@ -213,7 +213,7 @@ def data(
 
 
 def _worker_numbers(text: str | None) -> list[int]:
-    """ "0,2,4" as numbers; none where there is no text."""
+    """Parse "0,2,4" as numbers; an empty list for None."""
     if text is None:
         return []
     numbers = text.split(",")

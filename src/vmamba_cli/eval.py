@@ -64,7 +64,7 @@ def command(
     if out is not None:
         out = out.expanduser()
         evaluation.check_folder(out)
-    # The average first: where there is none, that is told at once.
+    # The average first: if there is none, the command fails before it evaluates anything.
     kinds = ["ema", "raw"] if weights is Weights.both else [weights.value]
     evaluations = [
         evaluation.evaluate(what, overrides or [], weights=kind, flip=flip, scales=sizes) for kind in kinds
@@ -88,7 +88,7 @@ def command(
 
 
 def _plain(evaluation: Any, per_class: bool) -> dict[str, Any]:
-    """For JSON."""
+    """Plain values for JSON."""
     from dataclasses import asdict
 
     values = {

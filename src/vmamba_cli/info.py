@@ -99,7 +99,7 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
 
 
 def _times(scan: Any) -> str:
-    """How often a scan stands in a model, and its size, of a `ScanShape`."""
+    """A `ScanShape` as text: how often the scan occurs in the model, and its sizes."""
     lines = f"{scan.lines} lines of " if scan.lines > 1 else ""
     return f"{scan.times} of {lines}{scan.height} x {scan.width}, {scan.channels} channels"
 

@@ -27,7 +27,7 @@ class Precision(str, Enum):
 _TABLES = (".csv", ".json", ".jsonl")
 _SHEETS = (".png", ".jpg", ".jpeg")
 _MANY = 100
-"""From so many images on progress is shown."""
+"""Least number of images for which progress is shown."""
 
 
 def command(
@@ -67,7 +67,7 @@ def command(
     ] = None,
 ) -> None:
     """Say what images show."""
-    _check(images, checkpoint, model, out)  # before what takes seconds to import
+    _check(images, checkpoint, model, out)  # before the import below, which takes seconds
     import vmamba
 
     paths = list(_find(images))
@@ -89,7 +89,7 @@ def command(
 
 
 def _refuse(message: str) -> None:
-    """Say what is wrong as `vmamba.errors.UserError` does, without importing the library."""
+    """Stop with a message, as for a `vmamba.errors.UserError`, without importing the library."""
     _say(f"vmamba: {message}", error=True)
     raise typer.Exit(2)
 
@@ -99,7 +99,7 @@ def _say(message: str, error: bool = False) -> None:
 
 
 def _encodable(text: str, stream: Any) -> str:
-    """The text with what the stream's encoding lacks, or bytes of a file name that are no text, escaped."""
+    """The text, with characters that the stream cannot encode and bytes that are not text escaped."""
     text = os.fsencode(text).decode("utf-8", "backslashreplace") if not text.isascii() else text
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -129,7 +129,7 @@ def _is_glob(text: str) -> bool:
 
 
 def _find(images: Iterable[str]) -> Iterator[str]:
-    """The files meant; those of folders and globs without hidden ones, in the order of their names."""
+    """The image files named; from folders and globs those that are not hidden, sorted by name."""
     import glob
 
     from vmamba.errors import DataError
@@ -165,7 +165,7 @@ def _in_folder(folder: str) -> Iterator[str]:
 
 
 def _progress(predictions: Iterable[Any], total: int) -> Iterator[Any]:
-    """Say on stderr how far it is, where stdout does not show it: every second there, or ten in a file."""
+    """Show progress on stderr unless stdout shows it: every second on a terminal, else every ten."""
     terminal = sys.stderr.isatty()
     if total < _MANY or sys.stdout.isatty():
         yield from predictions
@@ -195,7 +195,7 @@ def _print(predictions: Iterable[Any], as_json: bool, needed: bool) -> int:
     Args:
         predictions: To print.
         as_json: As an array of JSON.
-        needed: For `--out` too, so that they go on when nobody reads what is printed.
+        needed: Whether `--out` needs them too, so that they go on when stdout's reader is gone.
 
     Returns:
         How many images failed.
@@ -217,12 +217,12 @@ def _print(predictions: Iterable[Any], as_json: bool, needed: bool) -> int:
 
 
 def _emit(text: str, needed: bool) -> None:
-    """Write to stdout; a full disk behind it is one line, and a reader that has gone away the end."""
+    """Write to stdout; if the disk is full, stop with one line; if the reader is gone, end quietly."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        # What is left in the buffer would fail once more when Python ends.
+        # Otherwise Python would fail again at exit, when it flushes the rest of the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError) and needed:
             return
@@ -232,7 +232,7 @@ def _emit(text: str, needed: bool) -> None:
 
 
 def _json(prediction: Any) -> str:
-    """One line of JSON; bytes of a file name that are no text as in a terminal."""
+    """One line of JSON; bytes of a file name that are not text are escaped as on a terminal."""
     import json
     from dataclasses import asdict
 
@@ -243,7 +243,7 @@ def _json(prediction: Any) -> str:
 
 @contextmanager
 def _writing(out: Path | None, predictor: Any) -> Iterator[Any]:
-    """A function that takes each prediction for the file `--out`, which appears when all are there."""
+    """A function to call with each prediction for the file `--out`, which is created when all are done."""
     from vmamba.errors import OutputError
 
     if out is None:
@@ -286,7 +286,7 @@ def _table(out: Path) -> Iterator[Any]:
 
 
 def _write_row(file: Any, prediction: Any, first: bool) -> None:
-    """image, the likeliest label and its score, all labels kept with theirs, error."""
+    """Columns: image, best label, its score, all labels with their scores, error."""
     import csv
 
     from vmamba.data.decoding import printable
@@ -310,23 +310,23 @@ def _write_row(file: Any, prediction: Any, first: bool) -> None:
 def _sheet(out: Path, predictor: Any) -> Iterator[Any]:
     from vmamba_cli._sheet import MOST, draw_sheet
 
-    kept: list[Any] = []
+    predictions: list[Any] = []
     total = 0
 
     def keep(prediction: Any) -> None:
         nonlocal total
         total += 1
         if total <= MOST:
-            kept.append(prediction)
+            predictions.append(prediction)
 
     yield keep
-    draw_sheet([_cell(prediction, predictor) for prediction in kept], out)
+    draw_sheet([_cell(prediction, predictor) for prediction in predictions], out)
     if total > MOST:
         _say(f"{out}: shows the first {MOST:,} of {total:,} images")
 
 
 def _cell(prediction: Any, predictor: Any) -> Any:
-    """A picture of a contact sheet; its image is read once more, so that none had to be kept."""
+    """A cell of a contact sheet; its image is read again, so that no images are held in memory."""
     from PIL import Image
 
     from vmamba.data.decoding import printable

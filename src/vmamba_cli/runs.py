@@ -57,7 +57,7 @@ def command(
             run.changed,
         )
     if good:
-        # As wide as it is: a narrow terminal wraps lines, but nothing is cut off.
+        # At the table's full width: a narrow terminal wraps lines, but nothing is cut off.
         width = Measurement.get(Console(), Console(width=10_000).options, table).maximum
         Console(width=width).print(table)
     elif not runs:

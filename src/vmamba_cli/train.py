@@ -74,7 +74,7 @@ def command(
 
 
 def show(outcome: Any) -> None:
-    """Print what a run ended with, in its first process."""
+    """Print a run's result, in its first process only."""
     from vmamba_cli._extra import load
 
     if not load("vmamba.train.trainer", "train").is_first_process():

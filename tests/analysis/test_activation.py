@@ -70,18 +70,18 @@ def test_a_map_is_what_the_scan_does(
 
 
 def test_the_parts_of_a_map(model: VMamba) -> None:
-    found = {kind: activation_maps(model, IMAGE, **LAST, kind=kind).maps for kind in activation.KINDS}
-    for maps in found.values():
+    actual = {kind: activation_maps(model, IMAGE, **LAST, kind=kind).maps for kind in activation.KINDS}
+    for maps in actual.values():
         assert maps.shape == (5, 40, 40)
         torch.testing.assert_close(maps, maps.tril())
-    keeps = found["ww"].diagonal(dim1=1, dim2=2)
+    keeps = actual["ww"].diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(keeps, torch.full_like(keeps, 3.0))  # a state that keeps all, N of them
-    falls = found["ww"].diff(dim=2).tril(-1)  # the further back, the less is left
+    falls = actual["ww"].diff(dim=2).tril(-1)  # the further back, the less is left
     assert (falls >= 0).all()
     assert (falls > 0).any()
-    torch.testing.assert_close(found["CB"].diagonal(dim1=1, dim2=2), found["CwBw"].diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(actual["CB"].diagonal(dim1=1, dim2=2), actual["CwBw"].diagonal(dim1=1, dim2=2))
     with_delta = activation_maps(model, IMAGE, **LAST, kind="CB", with_delta=True).maps
-    shares = (with_delta / found["CB"])[0].tril().nan_to_num()
+    shares = (with_delta / actual["CB"])[0].tril().nan_to_num()
     torch.testing.assert_close(shares[-1].expand_as(shares).tril(), shares)  # one δ to a column
 
 

@@ -64,11 +64,14 @@ def test_ops(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*MODELS, "--backend", "nosuch"), "unknown"),
+        ((*MODELS, "--backend", "nosuch"), "there is no 'nosuch'"),
         ((*MODELS, "vmamba_huge"), "unknown model 'vmamba_huge'"),
         ((*MODELS, "vmamba_pico"), "models: expected different names, got vmamba_pico, vmamba_pico"),
         (("bench", "ops", "test_resnet"), "test_resnet has no selective scan"),
-        (("bench", "models", "swin_tiny_patch4_window7_224", "--input", "3"), "at 8 × 3²: "),
+        (
+            ("bench", "models", "swin_tiny_patch4_window7_224", "--input", "3"),
+            "does not work with 3×3 images",
+        ),
         (("bench", "ops", "vmamba_huge"), "unknown model 'vmamba_huge'"),
         (("bench", "ops", "vmamba_pico", "--input", "999999999"), "does not take an input of"),
     ],

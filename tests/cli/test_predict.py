@@ -76,7 +76,9 @@ def test_folders_globs_and_files_say_the_same(place: Path) -> None:
     for where in ("photos/val", "photos/val/**/*.png", "photos/val/*/?.png"):
         done = predict(place, where, "--checkpoint", "model", "--batch-size", "4")
         assert (done.status, done.stdout) == (0, by_file.stdout), where
-    assert "left out 1 hidden" in predict(place, "photos/val", "--checkpoint", "model").stderr
+    assert (
+        "left out hidden files or folders (1)" in predict(place, "photos/val", "--checkpoint", "model").stderr
+    )
     assert "6 images, 3 classes, " in by_file.stderr
 
 

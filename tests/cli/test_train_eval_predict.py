@@ -74,14 +74,14 @@ def test_train_eval_predict(place: Path, trained: Path) -> None:
     images = [f"images/val/{name}/0.png" for name in COLOURS]
     done = vmamba(place, "predict", *images, "--checkpoint", str(trained), "--json")
     assert done.status == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [one["image"] for one in found] == images
-    assert all({c["label"] for c in one["classes"]} == set(COLOURS) for one in found)
+    actual = json.loads(done.stdout)
+    assert [one["image"] for one in actual] == images
+    assert all({c["label"] for c in one["classes"]} == set(COLOURS) for one in actual)
 
     done = vmamba(place, "predict", *images, "--checkpoint", str(trained), "--top", "1")
     lines = done.stdout.splitlines()
     assert len(lines) == 3
-    for line, one in zip(lines, found, strict=True):
+    for line, one in zip(lines, actual, strict=True):
         best = one["classes"][0]
         assert line == f"{one['image']}: {best['label']} {best['score']:.1%}"
 
@@ -97,12 +97,12 @@ def test_a_whole_report(place: Path) -> None:
         names = {path.name for path in (place / "report" / kind).iterdir()}
         assert names == {"results.json", "per_class.csv", "confusion.csv", "confusion.png"}
     assert all(done.stdout.count(name) >= 2 for name in COLOURS)
-    found = json.loads(vmamba(place, *asked, "--json").stdout)
-    assert [each["weights"] for each in found] == ["ema", "raw"]
-    assert [row["name"] for row in found[0]["per_class"]] == sorted(COLOURS)
+    actual = json.loads(vmamba(place, *asked, "--json").stdout)
+    assert [each["weights"] for each in actual] == ["ema", "raw"]
+    assert [row["name"] for row in actual[0]["per_class"]] == sorted(COLOURS)
     saved = json.loads((place / "report" / "ema" / "results.json").read_text())
     assert (saved["flip"], saved["scales"]) == (True, [1.0, 1.25])
-    assert saved["scores"]["top1"] == found[0]["top1"]
+    assert saved["scores"]["top1"] == actual[0]["top1"]
     for kind in ("raw", "ema"):
         done = vmamba(place, "predict", "images/val/red/0.png", "--checkpoint", "averaged", "--weights", kind)
         assert done.status == 0, done.stderr
@@ -122,8 +122,8 @@ def test_runs_side_by_side(place: Path, trained: Path) -> None:
     (row,) = (line for line in done.stdout.splitlines() if "12/12" in line)
     assert row.split()[:6] == ["run", "test_convnext", "finished", "12/12", "48", "top1"]
     assert done.stderr.startswith("foreign: not a run of vmamba")
-    found = json.loads(vmamba(place, "runs", ".", "--json").stdout)
-    assert {"run", "foreign"} <= {each["name"] for each in found}
+    actual = json.loads(vmamba(place, "runs", ".", "--json").stdout)
+    assert {"run", "foreign"} <= {each["name"] for each in actual}
     assert_told(vmamba(place, "runs", "nowhere"), "nowhere: no such folder")
     assert_told(vmamba(place, "runs", ".", "--sort", "size"), "no order 'size'")
 

@@ -100,14 +100,14 @@ def test_mnist() -> None:
 def augmented(root: Path, workers: int, *overrides: str) -> dict[SampleKey, torch.Tensor]:
     values = override_values(tiny_values(root), overrides)
     dataset = ClassificationTask(check(ClassificationRecipe, values, "test")).dataset("train")
-    found = {}
+    actual = {}
     for epoch in (0, 1):
         sampler = EpochSampler(len(dataset), shuffle=False)
         sampler.set_epoch(epoch)
         loader = ResumableLoader(dataset, sampler, batch_size=4, num_workers=workers)
         images = torch.cat([loaded.batch[0] for loaded in loader])
-        found.update(zip(sampler, images, strict=True))
-    return found
+        actual.update(zip(sampler, images, strict=True))
+    return actual
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(root: Path) -> None:

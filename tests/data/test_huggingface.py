@@ -70,14 +70,14 @@ def test_labels_without_names(folder: ImageFolder, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_told(folder: ImageFolder, tmp_path: Path) -> None:
     where = save(folder, tmp_path / "saved")
-    for arguments, told in (
+    for arguments, message in (
         ({"split": "test"}, "no split 'test'; there are 'train', 'validation'"),
         ({"image_column": "img"}, "no column 'img'; set data.image_column to one of 'image', 'label'"),
         ({"image_column": "label"}, "column 'label' holds no images"),
         ({"label_column": "image"}, "column 'image' holds no labels"),
         ({"root": str(tmp_path / "none")}, r"none\[train\]: cannot load the dataset"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             HuggingFaceImages(**{"root": where, "split": "train", **arguments})
     names = save(folder, tmp_path / "names", datasets.Value("string"), label=["a"] * 18)
     unknown = save(folder, tmp_path / "unknown", label=[-1] * 18)
@@ -85,8 +85,8 @@ def test_what_does_not_fit_is_told(folder: ImageFolder, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="column 'label' holds no labels, whole numbers from 0"):
             HuggingFaceImages(root, "train")
     damaged = save(folder, tmp_path / "damaged", image=[{"bytes": b"x", "path": None}] * 17 + [None])
-    for row, told in ((3, "row 3: not an image"), (17, "row 17: no image")):
-        with pytest.raises(DataError, match=told):
+    for row, message in ((3, "row 3: not an image"), (17, "row 17: no image")):
+        with pytest.raises(DataError, match=message):
             HuggingFaceImages(damaged, "train").load(row)
 
 

@@ -48,9 +48,9 @@ def test_an_error_is_told_as_it_was_raised(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_sample_is_replaced_by_the_next(workers: int) -> None:
     damaged = loader(Numbers(3, 4, 7), on_error="replace", num_workers=workers)
-    found = list(damaged)
-    assert [loaded.batch.tolist() for loaded in found] == [[0, 1], [2, 5], [5, 5], [6, 0]]
-    assert [loaded.indices for loaded in found] == [[0, 1], [2, 5], [5, 5], [6, 0]]
+    actual = list(damaged)
+    assert [loaded.batch.tolist() for loaded in actual] == [[0, 1], [2, 5], [5, 5], [6, 0]]
+    assert [loaded.indices for loaded in actual] == [[0, 1], [2, 5], [5, 5], [6, 0]]
     assert list(damaged.skipped) == [f"number {index} is damaged" for index in (3, 4, 7)]
 
 
@@ -114,8 +114,8 @@ class Slow(Numbers):
 
 
 def test_a_slow_worker_is_waited_for() -> None:
-    found = [loaded.batch.tolist() for loaded in loader(Slow(), num_workers=1)]
-    assert found == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    actual = [loaded.batch.tolist() for loaded in loader(Slow(), num_workers=1)]
+    assert actual == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_hanging_worker_is_told_and_put_away() -> None:

@@ -280,8 +280,11 @@ def test_a_run_on_balanced_wide_images_that_are_split(tmp_path: Path) -> None:
     values = override_values(
         tiny_values(root),
         [
-            *("data.val_fraction=0.3", "data.sampling=balanced", "data.image_size=[32, 48]"),
-            *("schedule.epochs=1", "schedule.warmup_epochs=0"),
+            "data.val_fraction=0.3",
+            "data.sampling=balanced",
+            "data.image_size=[32, 48]",
+            "schedule.epochs=1",
+            "schedule.warmup_epochs=0",
         ],
     )
     recipe = check(ClassificationRecipe, values, "test")

@@ -130,21 +130,30 @@ def test_labels(tmp_path: Path) -> None:
         shard(
             path,
             {
-                **{"1.PNG": image, "1.cls": b"02\n", "1.txt": b"a caption", ".1.png": b"hidden"},
-                **{"a.b/2.png": image, "a.b/2.json": b'{"label": 1, "size": [20, 16]}'},
-                **{"3.png": image, "3.cls": b"3"},
-                **{"4.png": image, "4.cls": b"two"},
-                **{"5.png": image, "5.json": b'{"class": 1}'},
-                **{"6.png": image, "6.json": b"[1"},
-                **{"7.png": image[:99], "7.cls": b"0"},
+                "1.PNG": image,
+                "1.cls": b"02\n",
+                "1.txt": b"a caption",
+                ".1.png": b"hidden",
+                "a.b/2.png": image,
+                "a.b/2.json": b'{"label": 1, "size": [20, 16]}',
+                "3.png": image,
+                "3.cls": b"3",
+                "4.png": image,
+                "4.cls": b"two",
+                "5.png": image,
+                "5.json": b'{"class": 1}',
+                "6.png": image,
+                "6.json": b"[1",
+                "7.png": image[:99],
+                "7.cls": b"0",
             },
         ),
         NAMES,
     )
     assert [source.load(n)[1] for n in (0, 1)] == [2, 1]
-    for number, told in ((2, "got 3"), (3, "got 'two'"), (4, "got '{\"class\": 1}'"), (5, r"got '\[1'")):
+    for number, message in ((2, "got 3"), (3, "got 'two'"), (4, "got '{\"class\": 1}'"), (5, r"got '\[1'")):
         with pytest.raises(
-            DataError, match=rf"a\.tar/{number + 1}\.png: expected a label from 0 to 2, {told}"
+            DataError, match=rf"a\.tar/{number + 1}\.png: expected a label from 0 to 2, {message}"
         ):
             source.load(number)
     with pytest.raises(DataError, match=r"a\.tar/7\.png: not an image"):
@@ -152,7 +161,7 @@ def test_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (["1.png"], "sample 1 has no label"),
         (["x/1.cls"], "sample x/1 has no image"),
@@ -160,8 +169,8 @@ def test_labels(tmp_path: Path) -> None:
         (["1.txt"], "no samples"),
     ],
 )
-def test_incomplete_samples_are_told(files: list[str], told: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"a\.tar.*{told}"):
+def test_incomplete_samples_are_reported(files: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"a\.tar.*{message}"):
         Shards(shard(tmp_path / "a.tar", dict.fromkeys(files, b"0")), NAMES)
 
 
@@ -223,19 +232,19 @@ def test_processes_share_the_folder(bucket: str, fetched: list[str], tmp_path: P
     """Many readers at once, more than the folder holds: each sample is right, none is half of a file."""
     size = fsspec.filesystem("memory").info("/bucket/train-000000.tar")["size"]
     expected = samples(remote(bucket, tmp_path / "other"))
-    found: list[Any] = []
+    actual: list[Any] = []
 
     def read(first: int) -> None:
         source = remote(bucket, tmp_path, window=1, cache_gb=1.5 * size / 1e9)
         order = [(first + 5 * n) % 18 for n in range(18)]
-        found.append([source.load(index)[0].tobytes() == expected[index][0] for index in order])
+        actual.append([source.load(index)[0].tobytes() == expected[index][0] for index in order])
 
     threads = [threading.Thread(target=read, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [[True] * 18] * 4
+    assert actual == [[True] * 18] * 4
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
@@ -261,10 +270,10 @@ def test_a_damaged_shard_is_told_or_replaced(
     assert len(indices) == 18
     assert set(indices) == {0, 1, 2, 3, 8, 9, 10, 11, 16, 17}
     assert len(replacing.skipped) == 8  # samples, of two shards
-    told = "\n".join(replacing.skipped)
-    assert "train-000001.tar: sample 3: " in told
-    assert "unexpected end of data" in told
-    assert "train-000003.tar: sample 0: memory://bucket/train-000003.tar: cannot fetch the shard" in told
+    message = "\n".join(replacing.skipped)
+    assert "train-000001.tar: sample 3: " in message
+    assert "unexpected end of data" in message
+    assert "train-000003.tar: sample 0: memory://bucket/train-000003.tar: cannot fetch the shard" in message
 
 
 def test_a_shard_of_another_size_is_told(bucket: str, fetched: list[str], tmp_path: Path) -> None:
@@ -301,11 +310,11 @@ def test_a_short_download_is_tried_again(
 
 
 def test_storages_that_do_not_exist(tmp_path: Path) -> None:
-    for url, told in (
+    for url, message in (
         ("nowhere://a/b.tar", "no address that fsspec knows"),
         ("memory://a/b.tar", "cannot read"),
     ):
-        with pytest.raises(DataError, match=rf"b\.tar: {told}"):
+        with pytest.raises(DataError, match=rf"b\.tar: {message}"):
             RemoteShards([url], NAMES, cache_dir=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file: cannot make the folder"):
@@ -333,7 +342,7 @@ def test_a_recipe_trains_on_shards(packed: Path, bucket: str, tmp_path: Path) ->
 
 
 def test_the_recipe_says_what_a_source_needs(packed: Path) -> None:
-    for override, told in (
+    for override, message in (
         ("data.classes=null", "data: classes: missing"),
         ("data.classes=0", "data: classes: expected at least 1, got 0"),
         ("data.root=s3://bucket/folder", "data: cache_dir: missing; shards from s3://bucket/folder"),
@@ -341,7 +350,7 @@ def test_the_recipe_says_what_a_source_needs(packed: Path) -> None:
         ("data.cache_gb=0", "data.cache_gb: "),
         ("data.shuffle_shards=0", "data.shuffle_shards: "),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             recipe(packed, override)
     with pytest.raises(RecipeError, match=r"data\.classes: no such key"):
         recipe(packed, "data.source=folder", "data.val_split=val")

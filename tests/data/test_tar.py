@@ -1,4 +1,4 @@
-"""Images in tars: the same as unpacked, and what is damaged is told."""
+"""Images in tars: the same as unpacked, and damage is reported."""
 
 import multiprocessing
 import os

@@ -40,12 +40,12 @@ def micro(name: str) -> vmamba.VMamba:
 
 
 def numbers(name: str, prefix: str = "") -> dict[str, torch.Tensor]:
-    found = load_file(DATA / f"{name}.safetensors")
-    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    actual = load_file(DATA / f"{name}.safetensors")
+    return {key.removeprefix(prefix): value for key, value in actual.items() if key.startswith(prefix)}
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,16 +68,16 @@ def test_parity(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_model_moves_between_engines(name: str, backend: str) -> None:
+def test_a_model_moves_between_backends(name: str, backend: str) -> None:
     model = vmamba.load_official(micro(name), numbers(name, "param."))
     x = numbers(name)["input"]
-    found = []
-    for engine in ("chunked", backend):
-        with use_backend(engine):
+    results = []
+    for backend_name in ("chunked", backend):
+        with use_backend(backend_name):
             logits = model(x)
             gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
-        found.append((logits.detach(), gradients))
-    (expected, expected_gradients), (logits, gradients) = found
+        results.append((logits.detach(), gradients))
+    (expected, expected_gradients), (logits, gradients) = results
     assert error(logits, expected) < 1e-5
     for (key, _), gradient, other in zip(
         model.named_parameters(), gradients, expected_gradients, strict=True
@@ -87,12 +87,12 @@ def test_a_model_moves_between_engines(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_engines_agree_in_float64(name: str, backend: str) -> None:
+def test_backends_agree_in_float64(name: str, backend: str) -> None:
     model = vmamba.load_official(micro(name), numbers(name, "param.")).double()
     x = numbers(name)["input"].double()
     outputs = []
-    for engine in ("reference", backend):
-        with use_backend(engine):
+    for backend_name in ("reference", backend):
+        with use_backend(backend_name):
             outputs.append(model(x))
     assert error(*outputs) < 1e-12
 

@@ -47,12 +47,12 @@ def small(**kwargs) -> vmamba.VMamba:
 def test_parameters(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    found = sum(p.numel() for p in model.parameters())
+    actual = sum(p.numel() for p in model.parameters())
     variant = ALIASES.get(name, name)
     if variant in TABLE:
-        assert found == TABLE[variant][0]
+        assert actual == TABLE[variant][0]
     limit = {"vmamba_pico": 1_500_000, "vmamba_nano": 6_000_000}
-    assert found <= limit.get(variant, 200_000_000)
+    assert actual <= limit.get(variant, 200_000_000)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

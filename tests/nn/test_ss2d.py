@@ -239,7 +239,7 @@ def test_patch_stem_leaves_out_what_is_no_whole_patch() -> None:
     torch.testing.assert_close(stem(x), stem(x[..., :32, :36]))
 
 
-def test_engines_agree_through_a_layer() -> None:
+def test_backends_agree_through_a_layer() -> None:
     layer = SS2D(8, d_state=2).double()
     x = torch.randn(2, 6, 7, 8, dtype=torch.float64)
     with use_backend("reference"):

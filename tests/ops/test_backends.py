@@ -91,8 +91,8 @@ def test_float64_equals_the_reference(backend: str) -> None:
     call = operands(height=13, width=17, channels=6, n_state=3, batch=1 if interpreted() else 2)
     grad_y = torch.randn_like(call["x"])
     for name, expected in value_and_gradients(call, grad_y, backend="reference").items():
-        found = value_and_gradients(call, grad_y, backend=backend)[name]
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
+        actual = value_and_gradients(call, grad_y, backend=backend)[name]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,8 +173,8 @@ def test_turning_the_image_turns_the_result(backend: str) -> None:
     ):
         turned = {name: call[name][swap] for name in ("A", "D", "delta_bias", "delta_weight")}
         turned |= {name: turn(call[name])[:, :, :, swap] for name in ("delta", "B", "C")}
-        found = selective_scan_2d(turn(call["x"]), **turned, routes="cross", backend=backend)
-        torch.testing.assert_close(turn(found), y, rtol=1e-12, atol=1e-12)
+        actual = selective_scan_2d(turn(call["x"]), **turned, routes="cross", backend=backend)
+        torch.testing.assert_close(turn(actual), y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("elements", [1, 2**8, 2**12, 2**30])
@@ -183,8 +183,8 @@ def test_the_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch, elements: in
     grad_y = torch.randn_like(call["x"])
     expected = value_and_gradients(call, grad_y, backend="reference")
     monkeypatch.setattr(chunked, "CPU_CHUNK", elements)
-    for name, found in value_and_gradients(call, grad_y, backend="chunked").items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-11, atol=1e-11)
+    for name, actual in value_and_gradients(call, grad_y, backend="chunked").items():
+        torch.testing.assert_close(actual, expected[name], rtol=1e-11, atol=1e-11)
 
 
 def long_and_steep() -> dict:
@@ -203,9 +203,9 @@ def test_long_and_steep(backend: str) -> None:
     y = selective_scan_2d(**call, backend=backend)
     with torch.no_grad():
         true = selective_scan_2d(**cast(call, torch.float64), backend="reference")
-        own = selective_scan_2d(**call, backend="reference")
+        reference = selective_scan_2d(**call, backend="reference")
     largest = true.abs().max()
-    allowed = 2 * (own - true).abs().max() + 4 * torch.finfo(torch.float32).eps * largest
+    allowed = 2 * (reference - true).abs().max() + 4 * torch.finfo(torch.float32).eps * largest
     assert (y - true).abs().max() <= allowed
     y.square().sum().backward()
     assert all(t.grad.isfinite().all() for t in given(call).values())
@@ -224,11 +224,11 @@ def test_non_finite_values_stay_where_the_reference_has_them(backend: str, name:
     call = operands(1, 9, 9, 3, n_state=2, rank=None, routes=("row", "column"), requires_grad=False)
     call[name][0, 4, 4, ..., 1] = value
     call["delta_bias"] = None
-    found = selective_scan_2d(**call, backend=backend)
+    actual = selective_scan_2d(**call, backend=backend)
     expected = selective_scan_2d(**call, backend="reference")
-    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert torch.equal(actual.isfinite(), expected.isfinite())
     finite = expected.isfinite()
-    torch.testing.assert_close(found[finite], expected[finite], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -279,9 +279,9 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
     grad_y = torch.randn_like(call["x"])
     expected = value_and_gradients(call, grad_y, backend=backend)
     with torch.autocast("cpu", dtype):
-        found = value_and_gradients(call, grad_y, backend=backend)
+        actual = value_and_gradients(call, grad_y, backend=backend)
     for name in expected:
-        assert torch.equal(found[name], expected[name])
+        assert torch.equal(actual[name], expected[name])
 
 
 @pytest.mark.parametrize(("n_state", "size"), [(1, 48), (16, 48), (32, 56)])
@@ -300,13 +300,13 @@ def test_chunked_keeps_within_its_memory(n_state: int, size: int) -> None:
         y = selective_scan_2d(**call, backend="chunked")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
         y.backward(torch.ones_like(y))
-    for run, own in ((forward, outputs), (backward, outputs + gradients)):
+    for run, result_bytes in ((forward, outputs), (backward, outputs + gradients)):
         held = peak = 0
         for event in run.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 held += event.nbytes()
                 peak = max(peak, held)
-        assert 0 < peak - own <= limit
+        assert 0 < peak - result_bytes <= limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -108,9 +108,9 @@ def test_extreme_values_are_as_the_reference_has_them(name: str, value: float, s
         call["delta"][0, 1, 2, 0, 3] = abs(value)
     else:
         call[name][0, 1, 2].view(-1)[3 if name in ("x", "delta") else 1] = value
-    found = selective_scan_2d(**call, delta_softplus=softplus, backend="cpu")
+    actual = selective_scan_2d(**call, delta_softplus=softplus, backend="cpu")
     expected = selective_scan_2d(**call, delta_softplus=softplus, backend="reference")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_a_growing_state_among_shrinking_ones(growth: float, n_state: int) -> No
     )
     shrinking = selective_scan_2d(**call, backend="cpu")
     call["A"][:, 66] = growth
-    found, expected = (selective_scan_2d(**call, backend=backend) for backend in ("cpu", "reference"))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert found[..., 66].isfinite().all() == (growth < 1)
+    actual, expected = (selective_scan_2d(**call, backend=backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert actual[..., 66].isfinite().all() == (growth < 1)
     others = torch.arange(70) != 66
-    torch.testing.assert_close(found[..., others], shrinking[..., others])
+    torch.testing.assert_close(actual[..., others], shrinking[..., others])
 
 
 def test_calls_from_several_threads_at_once() -> None:

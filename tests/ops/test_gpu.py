@@ -39,11 +39,13 @@ def test_as_accurate_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype
     call = on_gpu(cast(exact, dtype))
     grad_y = torch.randn_like(true_call["x"]).to(dtype)
     true = value_and_gradients(true_call, grad_y.double(), backend="cpu")
-    own = value_and_gradients(call, grad_y.cuda(), backend="reference")
-    found = value_and_gradients(call, grad_y.cuda(), backend="triton")
+    same_types = value_and_gradients(call, grad_y.cuda(), backend="reference")
+    actual = value_and_gradients(call, grad_y.cuda(), backend="triton")
     for name, expected in true.items():
-        error, reference = ((t[name].double().cpu() - expected).abs().max().item() for t in (found, own))
-        allowed = 2 * reference + 4 * torch.finfo(found[name].dtype).eps * expected.abs().max().item()
+        error, reference = (
+            (t[name].double().cpu() - expected).abs().max().item() for t in (actual, same_types)
+        )
+        allowed = 2 * reference + 4 * torch.finfo(actual[name].dtype).eps * expected.abs().max().item()
         assert error <= allowed, f"{name}: error {error:.3g}, reference {reference:.3g}"
 
 
@@ -87,28 +89,28 @@ def step(layer: SS2D, x: torch.Tensor, call=None) -> list[torch.Tensor]:
 def test_compiles_without_a_break(layer: SS2D) -> None:
     x = torch.randn(2, 20, 20, 32, device="cuda", requires_grad=True)
     torch.compiler.reset()
-    for found, expected in zip(
+    for actual, expected in zip(
         step(layer, x, torch.compile(layer, fullgraph=True)), step(layer, x), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_under_checkpointing(layer: SS2D) -> None:
     x = torch.randn(2, 20, 20, 32, device="cuda", requires_grad=True)
     kept = step(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
-    for found, expected in zip(kept, step(layer, x), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(kept, step(layer, x), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(layer: SS2D, dtype: torch.dtype) -> None:
     x = torch.randn(2, 20, 20, 32, device="cuda", requires_grad=True)
     with torch.autocast("cuda", dtype):
-        found = step(layer, x)
+        actual = step(layer, x)
         with use_backend("chunked"):
             expected = layer(x)
-    assert all(t.isfinite().all() for t in found)
-    torch.testing.assert_close(found[0].float(), expected.float(), rtol=2e-2, atol=2e-2)
+    assert all(t.isfinite().all() for t in actual)
+    torch.testing.assert_close(actual[0].float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_captured_in_a_graph() -> None:

@@ -48,7 +48,11 @@ def test_opcheck(backend: str, rank: int | None) -> None:
             torch.randn_like(y),
             torch.randn_like(last),
             *(t if t is None else t.detach() for t in positional(call)[:8]),
-            *(True, [0, 1, 2, 3], None, states.detach(), backend),
+            True,
+            [0, 1, 2, 3],
+            None,
+            states.detach(),
+            backend,
         ),
     )
 
@@ -228,11 +232,11 @@ def test_backend_errors_are_the_users() -> None:
 
 
 def test_backends_lists_all() -> None:
-    found = {status.name: status for status in backends()}
-    assert list(found)[:4] == ["cpu", "triton", "chunked", "reference"]
-    assert found["chunked"].available
-    assert found["reference"].available
-    assert all(status.available == (status.reason is None) for status in found.values())
+    actual = {status.name: status for status in backends()}
+    assert list(actual)[:4] == ["cpu", "triton", "chunked", "reference"]
+    assert actual["chunked"].available
+    assert actual["reference"].available
+    assert all(status.available == (status.reason is None) for status in actual.values())
     with pytest.raises(ValueError, match="there is no 'magic'"), use_backend("magic"):
         pass
 
@@ -330,8 +334,8 @@ def test_a_split_sequence_with_carried_state_is_the_whole(backend: str, cut: int
     torch.testing.assert_close(end, last, rtol=1e-11, atol=1e-11)
     inputs = [call["u"], call["delta"]]
     expected = torch.autograd.grad(whole.sum() + last.square().sum(), inputs)
-    found = torch.autograd.grad(first.sum() + second.sum() + end.square().sum(), inputs)
-    for a, b in zip(found, expected, strict=True):
+    actual = torch.autograd.grad(first.sum() + second.sum() + end.square().sum(), inputs)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 

@@ -49,7 +49,7 @@ def test_a_new_line_of_the_table_is_one_route_more() -> None:
     assert changed.ROUTES[-1] == "line"
     assert changed.NAMED_ROUTES == routes_module.NAMED_ROUTES
     assert changed.ROUTES[:-1] == routes_module.ROUTES
-    assert changed.CROSS == tuple(VISITS)[:4]
+    assert tuple(VISITS)[:4] == changed.CROSS
     order = changed.cross_scan(IMAGE, ("line", "column"))[0, :, :, 0].tolist()
     assert order == [VISITS["row"], VISITS["column"]]
 
@@ -165,9 +165,9 @@ def test_a_permutation_of_a_built_in_route_is_that_route(backend: str) -> None:
         orders.tolist(),
         ["row", *orders[1:3], "column_reversed"],
     ):
-        found = value_and_gradients(call | {"routes": routes}, grad_y, backend=backend)
+        actual = value_and_gradients(call | {"routes": routes}, grad_y, backend=backend)
         for name, t in expected.items():
-            assert torch.equal(found[name], t)
+            assert torch.equal(actual[name], t)
     one = call_of(3, 5, ("column",), requires_grad=False)
     expected_of_one = selective_scan_2d(**one, backend=backend)
     assert torch.equal(selective_scan_2d(**one | {"routes": orders[1]}, backend=backend), expected_of_one)
@@ -191,9 +191,9 @@ def test_a_registered_route() -> None:
     given_order = call | {"routes": ("row", order)}
     grad_y = torch.randn_like(call["x"])
     for backend in ("reference", "chunked"):
-        found, expected = (value_and_gradients(c, grad_y, backend=backend) for c in (call, given_order))
+        actual, expected = (value_and_gradients(c, grad_y, backend=backend) for c in (call, given_order))
         for key, t in expected.items():
-            assert torch.equal(found[key], t)
+            assert torch.equal(actual[key], t)
     x = call["x"].detach()
     assert torch.equal(cross_scan(x, (name,)), cross_scan(x, (order,)))
     ys = torch.randn(2, 1, 15, 4)
@@ -242,8 +242,10 @@ def test_permutations_compile_without_a_break() -> None:
 def test_vmap_over_permutations() -> None:
     call = call_of(3, 5, ("row",), requires_grad=False)
     orders = torch.stack([torch.randperm(15) for _ in range(3)])
-    found = torch.vmap(lambda order: selective_scan_2d(**call | {"routes": order}, backend="chunked"))(orders)
-    for order, y in zip(orders, found, strict=True):
+    actual = torch.vmap(lambda order: selective_scan_2d(**call | {"routes": order}, backend="chunked"))(
+        orders
+    )
+    for order, y in zip(orders, actual, strict=True):
         assert torch.equal(y, selective_scan_2d(**call | {"routes": order}, backend="chunked"))
 
 

@@ -25,10 +25,10 @@ def test_trains_in_the_precision_claimed(precision: str, routes: str) -> None:
     draw = np.random.default_rng(0)
     images, labels = draw.integers(256, size=(16, 8, 8, 3), dtype=np.uint8), draw.integers(3, size=16)
     model = VMamba(num_classes=3, depths=(1, 1), dims=(8, 16), stem_stride=2, routes=routes)
-    found = stability.train(model, images, labels, precision, steps=5, batch=4)
-    assert {found["types"][f"operand {name}"] for name in ("x", "delta", "B", "C")} == {precision}
-    assert found["types"]["y"] == "float32"
-    assert found["extremes"]["delta"][0] > 0
+    actual = stability.train(model, images, labels, precision, steps=5, batch=4)
+    assert {actual["types"][f"operand {name}"] for name in ("x", "delta", "B", "C")} == {precision}
+    assert actual["types"]["y"] == "float32"
+    assert actual["extremes"]["delta"][0] > 0
 
 
 def test_another_precision_than_claimed_is_told() -> None:
@@ -122,13 +122,13 @@ def test_where_dividing_by_cumulated_decays_fails(backend: str) -> None:
     product = torch.exp(-delta).cumprod(0)
     naive = C * product * (delta * B * call["x"][0, 0] / product).cumsum(0)
     assert not naive[1100:].isfinite().any()
-    found = selective_scan_2d(**call, delta_softplus=False, backend=backend)
+    actual = selective_scan_2d(**call, delta_softplus=False, backend=backend)
     true = selective_scan_2d(
         **{n: t.double() if isinstance(t, torch.Tensor) else t for n, t in call.items()},
         delta_softplus=False,
         backend="reference",
     )
-    torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.double(), true, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

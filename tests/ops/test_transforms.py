@@ -67,10 +67,10 @@ def tangents() -> list[Tensor]:
     return [torch.randn_like(t) for t in values(1)]
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    found, expected = tree_leaves(found), tree_leaves(expected)
+def assert_same(actual: Any, expected: Any) -> None:
+    actual, expected = tree_leaves(actual), tree_leaves(expected)
     assert any(t.abs().max() > 0 for t in expected)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -78,11 +78,11 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_the_decomposition(backend: str) -> None:
     call = [t.requires_grad_() for t in values()]
     y, last_state = decomposition.scan(Operands(*call, True, [0, 1, 2, 3]))
-    found, last_found, _ = torch.ops.vmamba.selective_scan_2d(*call, True, [0, 1, 2, 3], None, None, backend)
-    assert_same((found, last_found), (y, last_state))
+    actual, last_found, _ = torch.ops.vmamba.selective_scan_2d(*call, True, [0, 1, 2, 3], None, None, backend)
+    assert_same((actual, last_found), (y, last_state))
     weights = torch.randn_like(y), torch.randn_like(last_state)
     assert_same(
-        torch.autograd.grad((found, last_found), call, weights),
+        torch.autograd.grad((actual, last_found), call, weights),
         torch.autograd.grad((y, last_state), call, weights),
     )
 
@@ -175,8 +175,8 @@ def test_is_as_in_plain_pytorch(name: str) -> None:
 @pytest.mark.parametrize("name", ["jvp", "vmap of grad", "backward of vmap", "is_grads_batched", "ensemble"])
 def test_on_each_backend(name: str, backend: str) -> None:
     with use_backend(backend):
-        found = TRANSFORMS[name](scan)
-    assert_same(found, TRANSFORMS[name](plain))
+        actual = TRANSFORMS[name](scan)
+    assert_same(actual, TRANSFORMS[name](plain))
 
 
 def test_jvp_of_a_linear_function_is_the_function() -> None:
@@ -243,11 +243,11 @@ def test_in_one_dimension() -> None:
         return y.square().sum() + last_state.square().sum()
 
     places = tuple(range(len(tensors)))
-    found = vmap(grad(total, places), in_dims)(*tensors)
+    actual = vmap(grad(total, places), in_dims)(*tensors)
     for i in range(2):
         samples = [t[i] if dim == 0 else t for t, dim in zip(tensors, in_dims, strict=True)]
         leaves = [t.clone().requires_grad_() for t in samples]
-        assert_same([t[i] for t in found], torch.autograd.grad(total(*leaves), leaves))
+        assert_same([t[i] for t in actual], torch.autograd.grad(total(*leaves), leaves))
 
 
 @pytest.mark.parametrize("kind", ["dual", "jvp"])
@@ -299,8 +299,8 @@ def test_a_transform_checks_the_call(name: str) -> None:
 def test_autocast_changes_nothing_under_a_transform(dtype: torch.dtype) -> None:
     expected = TRANSFORMS["grad"](scan)
     with torch.autocast("cpu", dtype):
-        found = TRANSFORMS["grad"](scan)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = TRANSFORMS["grad"](scan)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["jvp", "vmap of grad"])
@@ -347,8 +347,8 @@ def test_torchscript_fx_and_checkpointing() -> None:
         for a, b in zip(torch.autograd.grad(y.square().sum(), inputs), gradients, strict=True):
             assert torch.equal(a, b)
         if other is not scripted:
-            found, right = (jvp(f, tuple(inputs), tuple(inputs))[1] for f in (other, module))
-            assert_same(found, right)
+            actual, right = (jvp(f, tuple(inputs), tuple(inputs))[1] for f in (other, module))
+            assert_same(actual, right)
     with forward_ad.dual_level():
         y = scripted(forward_ad.make_dual(inputs[0].detach(), inputs[0].detach()), *inputs[1:])
         assert_same(forward_ad.unpack_dual(y).tangent, expected)

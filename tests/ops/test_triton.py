@@ -25,9 +25,9 @@ def test_any_tiles_and_blocks(height: int, width: int) -> None:
     call = operands(2, height, width, 20, n_state=2, rank=2)
     grad_y = torch.randn_like(call["x"])
     expected = value_and_gradients(call, grad_y, backend="reference")
-    for name, found in value_and_gradients(call, grad_y, backend="triton").items():
+    for name, actual in value_and_gradients(call, grad_y, backend="triton").items():
         largest = expected[name].abs().max().item()
-        torch.testing.assert_close(found, expected[name], rtol=1e-12, atol=1e-12 * largest)
+        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-12 * largest)
 
 
 def test_accurate_over_several_blocks() -> None:

@@ -118,7 +118,7 @@ def test_calls_by_measured_plans(
     kernels = {name.split(": ")[1].split(" of ")[0] for name in known}
     assert kernels == {"output", "summary", "adjoint summary", "gradient"}
     assert {plan["channels"] for plan in known.values()} == {8}
-    for name, found in first.items():
-        assert torch.equal(found, second[name])
+    for name, actual in first.items():
+        assert torch.equal(actual, second[name])
         largest = expected[name].abs().max().item()
-        torch.testing.assert_close(found, expected[name], rtol=1e-12, atol=1e-12 * largest)
+        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-12 * largest)

@@ -20,10 +20,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> ClassificationRecipe:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader(workers: int, recipe: ClassificationRecipe) -> None:
     """More batches than an epoch has."""
-    found = bench_loader(recipe, workers, batches=25)
-    assert found.workers == workers
-    assert 0 < found.low <= found.high
-    assert found.images_per_second > 0
+    actual = bench_loader(recipe, workers, batches=25)
+    assert actual.workers == workers
+    assert 0 < actual.low <= actual.high
+    assert actual.images_per_second > 0
 
 
 def test_the_step(recipe: ClassificationRecipe) -> None:

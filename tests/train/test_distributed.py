@@ -125,15 +125,15 @@ def test_the_second_process_gets_a_signal(
         time.sleep(0.05)
     (second,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     os.kill(int(second), number)
-    _, told = first.communicate(timeout=60)
-    assert first.returncode == status, told
-    assert message in told
-    assert f"to go on: vmamba train --resume {out}" in told.lower()
-    assert "Traceback" not in told
+    _, stderr = first.communicate(timeout=60)
+    assert first.returncode == status, stderr
+    assert message in stderr
+    assert f"to go on: vmamba resume {out}" in stderr.lower()
+    assert "Traceback" not in stderr
     assert torch.load(last, weights_only=True)["global_step"] >= 3
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -65,17 +65,17 @@ def test_the_papers_protocol(size: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_scores_are_those_computed_by_hand(weights: Any, folder: Path, averaged: Path) -> None:
-    found = evaluate(averaged, weights=weights)
+    actual = evaluate(averaged, weights=weights)
     session = open_session(averaged, weights=weights)
     logits, labels = logits_of(folder, session.model, session.task)
     right = logits.argmax(1) == labels
-    assert (found.weights, found.samples, found.skipped) == (weights, len(labels), [])
-    assert found.scores["top1"] == pytest.approx(right.float().mean().item())
-    assert found.scores["top5"] == 1  # of three classes
+    assert (actual.weights, actual.samples, actual.skipped) == (weights, len(labels), [])
+    assert actual.scores["top1"] == pytest.approx(right.float().mean().item())
+    assert actual.scores["top5"] == 1  # of three classes
     confusion = torch.zeros(3, 3, dtype=torch.int64)
     for true, predicted in zip(labels.tolist(), logits.argmax(1).tolist(), strict=True):
         confusion[true, predicted] += 1
-    assert torch.equal(found.tables["confusion"], confusion)
+    assert torch.equal(actual.tables["confusion"], confusion)
     confidence = logits.softmax(1).max(1).values
     error = 0.0
     for number in range(15):
@@ -83,7 +83,7 @@ def test_scores_are_those_computed_by_hand(weights: Any, folder: Path, averaged:
         if inside.any():
             gap = (confidence[inside].mean() - right[inside].float().mean()).abs().item()
             error += gap * inside.float().mean().item()
-    assert found.scores["calibration_error"] == pytest.approx(error, abs=1e-5)
+    assert actual.scores["calibration_error"] == pytest.approx(error, abs=1e-5)
 
 
 def test_the_average_is_taken_where_there_is_one(averaged: Path, folder: Path, tmp_path: Path) -> None:
@@ -105,12 +105,12 @@ def test_a_recipe_names_the_weights(folder: Path, averaged: Path, tmp_path: Path
     values["data"]["train_split"] = "not_here"  # there may be no training images
     path.write_text(yaml.safe_dump(values))
     best = averaged / "checkpoints" / "best.ckpt"
-    found = evaluate(path, [f"model.weights={best}"])
-    assert found.scores == evaluate(averaged).scores
+    actual = evaluate(path, [f"model.weights={best}"])
+    assert actual.scores == evaluate(averaged).scores
     for kind in ("raw", "ema"):
         named = evaluate(path, [f"model.weights={best}"], weights=kind)  # type: ignore[arg-type]
         assert (named.weights, named.scores) == (kind, evaluate(averaged, weights=kind).scores)  # type: ignore[arg-type]
-    assert found.weights == "ema"
+    assert actual.weights == "ema"
     with pytest.raises(RecipeError, match="names no weights to judge"):
         evaluate(path)
     with pytest.raises(RecipeError, match="no average of the pretrained weights"):
@@ -177,8 +177,8 @@ def test_averaged_views() -> None:
     larger = nn.functional.interpolate(images, (20, 20), mode="bicubic", antialias=True)
     views = [images, images.flip(3), larger, larger.flip(3)]
     expected = torch.stack([model(view).softmax(1) for view in views]).mean(0)
-    found = AveragedViews(model, flip=True, scales=[1.0, 1.25])(images)
-    torch.testing.assert_close(found.exp(), expected)
+    actual = AveragedViews(model, flip=True, scales=[1.0, 1.25])(images)
+    torch.testing.assert_close(actual.exp(), expected)
 
 
 def test_a_view_that_the_model_refuses() -> None:
@@ -193,28 +193,28 @@ def test_a_view_that_the_model_refuses() -> None:
 
 def test_averaging_in_an_evaluation(averaged: Path) -> None:
     plain = evaluate(averaged)
-    found = evaluate(averaged, flip=True, scales=(1.0, 1.25))
-    assert found.scores["calibration_error"] != plain.scores["calibration_error"]
-    assert found.samples == plain.samples
+    actual = evaluate(averaged, flip=True, scales=(1.0, 1.25))
+    assert actual.scores["calibration_error"] != plain.scores["calibration_error"]
+    assert actual.samples == plain.samples
     for scales in ((), (0.0,), (1.0, -1.0), (float("nan"),), (float("inf"),)):
         with pytest.raises(RecipeError, match="scales: expected numbers above 0"):
             evaluate(averaged, scales=scales)
 
 
 def test_files(averaged: Path, tmp_path: Path) -> None:
-    found = evaluate(averaged)
-    write_evaluation(found, tmp_path / "report")
+    actual = evaluate(averaged)
+    write_evaluation(actual, tmp_path / "report")
     values = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert values["scores"] == found.scores
+    assert values["scores"] == actual.scores
     with (tmp_path / "report" / "per_class.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == sorted(COLOURS)
     assert sum(int(row["samples"]) * float(row["accuracy"]) for row in rows) == pytest.approx(
-        found.scores["top1"] * found.samples
+        actual.scores["top1"] * actual.samples
     )
     with (tmp_path / "report" / "confusion.csv").open(newline="") as file:
         table = list(csv.reader(file))
-    assert [[int(value) for value in row[1:]] for row in table[1:]] == found.tables["confusion"].tolist()
+    assert [[int(value) for value in row[1:]] for row in table[1:]] == actual.tables["confusion"].tolist()
     assert (tmp_path / "report" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -234,11 +234,11 @@ def test_damaged_images_are_counted(averaged: Path, tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     bad = root / "val" / "red" / "2.png"
     bad.write_bytes(bad.read_bytes()[:100])
-    found: Evaluation = evaluate(averaged, [f"data.root={root}", "train.on_error=skip"])
-    assert found.samples == 17
-    assert len(found.skipped) == 1
-    assert str(bad) in found.skipped[0]
-    assert found.tables["confusion"].sum() == 17
+    actual: Evaluation = evaluate(averaged, [f"data.root={root}", "train.on_error=skip"])
+    assert actual.samples == 17
+    assert len(actual.skipped) == 1
+    assert str(bad) in actual.skipped[0]
+    assert actual.tables["confusion"].sum() == 17
 
 
 def test_data_without_one_good_image(averaged: Path, tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_a_dead_worker_ends_the_run(folder: Path, tmp_path: Path, monkeypatch: p
 
 def test_what_may_change_when_a_run_is_resumed(folder: Path, whole: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"override 'optim.lr=1.0': a resumed run keeps its recipe; .*train.workers"
+        RecipeError, match=r"override 'optim.lr=1.0': a resumed run keeps what it learns by; .*--extend"
     ):
         run.resume(whole, ["optim.lr=1.0"])
     with pytest.raises(

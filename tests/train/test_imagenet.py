@@ -41,16 +41,32 @@ def test_values_of_the_paper(name: str) -> None:
         "model": {"name": name, "args": {"drop_path_rate": DROP_PATH[name]}, "weights": None},
         "data": {"image_size": 224, "interpolation": "bicubic", "crop_pct": 224 / 256},
         "augment": {
-            **{"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "random_erasing": 0.25},
-            **{"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5},
-            **{"label_smoothing": 0.1, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5},
+            "auto_augment": "rand-m9-mstd0.5-inc1",
+            "color_jitter": 0.4,
+            "random_erasing": 0.25,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "mixup_prob": 1.0,
+            "mixup_switch_prob": 0.5,
+            "label_smoothing": 0.1,
+            "scale": (0.08, 1.0),
+            "ratio": (3 / 4, 4 / 3),
+            "hflip": 0.5,
         },
         "optim": {
-            **{"name": "adamw", "lr": 5e-4 * scale, "betas": (0.9, 0.999), "weight_decay": 0.05},
-            **{"decay": "paper", "clip_grad": 5.0, "layer_decay": None},
+            "name": "adamw",
+            "lr": 5e-4 * scale,
+            "betas": (0.9, 0.999),
+            "weight_decay": 0.05,
+            "decay": "paper",
+            "clip_grad": 5.0,
+            "layer_decay": None,
         },
         "schedule": {
-            **{"epochs": 300, "warmup_epochs": 20, "warmup_lr": 5e-7 * scale, "min_lr": 5e-6 * scale},
+            "epochs": 300,
+            "warmup_epochs": 20,
+            "warmup_lr": 5e-7 * scale,
+            "min_lr": 5e-6 * scale,
         },
         "train": {"batch_size": 1024, "precision": "16-mixed", "ema_decay": ema, "ema_warmup": False},
     }
@@ -74,7 +90,8 @@ FORMS = {
     "folder": [],
     "tar": ["data.source=tar", "data.train_split=train.tar", "data.val_split=val.tar"],
     "shards": [
-        *("data.source=webdataset", "data.train_split=train-{000000..000002}.tar"),
+        "data.source=webdataset",
+        "data.train_split=train-{000000..000002}.tar",
         "data.val_split=val-*.tar",
     ],
 }
@@ -83,8 +100,12 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_miniature(form: str, place: Path, tmp_path: Path) -> None:
     smaller = [
-        *("data.image_size=32", "train.batch_size=8", "train.micro_batch_size=4", "train.workers=1"),
-        *("schedule.epochs=2", "schedule.warmup_epochs=1"),
+        "data.image_size=32",
+        "train.batch_size=8",
+        "train.micro_batch_size=4",
+        "train.workers=1",
+        "schedule.epochs=2",
+        "schedule.warmup_epochs=1",
         "model.args={drop_path_rate: 0.2, depths: [1, 1], dims: [8, 16], stem_stride: 4}",
     ]
     where = [f"data.root={place / form}"]

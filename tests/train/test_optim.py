@@ -58,17 +58,17 @@ MODELS = {
 def test_the_scans_parameters_do_not_decay(name: str, decay: Any) -> None:
     free = SCAN if decay == "clean" else {"D"}
     model = MODELS[name]()
-    found = decays(model, OptimRecipe(weight_decay=0.1, decay=decay))
-    assert {key.rpartition(".")[2] for key in found} >= SCAN
+    actual = decays(model, OptimRecipe(weight_decay=0.1, decay=decay))
+    assert {key.rpartition(".")[2] for key in actual} >= SCAN
     for key, parameter in model.named_parameters():
         exempt = parameter.ndim == 1 or key.rpartition(".")[2] in free
-        assert found[key] == (0 if exempt else 0.1), key
+        assert actual[key] == (0 if exempt else 0.1), key
 
 
 def test_what_another_model_exempts_is_exempt_inside_a_wrapper() -> None:
-    found = decays(Wrapper(vit=timm.create_model("test_vit")), OptimRecipe(weight_decay=0.1))
-    assert found["inner.vit.pos_embed"] == found["inner.vit.cls_token"] == 0
-    assert found["inner.vit.patch_embed.proj.weight"] == found["neck.weight"] == 0.1
+    actual = decays(Wrapper(vit=timm.create_model("test_vit")), OptimRecipe(weight_decay=0.1))
+    assert actual["inner.vit.pos_embed"] == actual["inner.vit.cls_token"] == 0
+    assert actual["inner.vit.patch_embed.proj.weight"] == actual["neck.weight"] == 0.1
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
@@ -85,9 +85,9 @@ def test_a_plain_model_has_timms_groups(decay: Any, layer_decay: float | None) -
         expected = param_groups_layer_decay(
             model, weight_decay=0.1, no_weight_decay_list=free, layer_decay=layer_decay
         )
-    found = parameter_groups(model, optim)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
+    actual = parameter_groups(model, optim)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
         assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
         assert {k: v for k, v in one.items() if k != "params"} == {
             k: v for k, v in other.items() if k != "params"
@@ -124,11 +124,11 @@ def test_blocks_that_a_model_declares() -> None:
 def rates(schedule: ScheduleRecipe, steps_per_epoch: int, layer_decay: float | None = None) -> list[float]:
     optimizer = create_optimizer(vmamba(), OptimRecipe(lr=1e-2, layer_decay=layer_decay))
     scheduler = create_scheduler(optimizer, schedule, steps_per_epoch)
-    found = []
+    actual = []
     for step in range(total_steps(schedule, steps_per_epoch)):
         scheduler.step_update(step)
-        found.append(base_rate(optimizer))
-    return found
+        actual.append(base_rate(optimizer))
+    return actual
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(300, 20), (3, 1), (7, 0.5), (1, 0)])
@@ -154,11 +154,11 @@ def test_cosine_over_epochs(epochs: int, warmup: float) -> None:
 
 
 def test_polynomial_over_steps() -> None:
-    found = rates(
+    actual = rates(
         ScheduleRecipe(name="polynomial", steps=10, warmup_steps=4, warmup_lr=0.0, min_lr=0.0, power=2.0), 3
     )
     expected = [0.01 * t / 4 for t in range(4)] + [0.01 * (1 - t / 6) ** 2 for t in range(6)]
-    assert found == pytest.approx(expected)
+    assert actual == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

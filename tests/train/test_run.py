@@ -187,10 +187,10 @@ def test_predict(whole: Path, folder: Path) -> None:
     predictions = predict([Image.open(path) for path in images])
     assert len(predictions) == len(images)
     for prediction in predictions:
-        scores = [found.score for found in prediction.classes]
+        scores = [each.score for each in prediction.classes]
         assert scores == sorted(scores, reverse=True)
         assert sum(scores) == pytest.approx(1, abs=1e-5)
-        assert {found.label for found in prediction.classes} == set(COLOURS)
+        assert {each.label for each in prediction.classes} == set(COLOURS)
         assert prediction.text().startswith(f"{prediction.classes[0].label} {scores[0]:.1%}")
 
 
@@ -256,11 +256,11 @@ def test_a_half_precision_that_the_processor_lacks_is_told(
     supported: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    told = "this CPU has no instructions for"
+    warning = "this CPU has no instructions for"
     trainer_for(recipe(folder, "train.accelerator=cpu"), [])
-    assert told not in caplog.text
+    assert warning not in caplog.text
     trainer_for(recipe(folder, "train.accelerator=cpu", "train.precision=bf16-mixed"), [])
-    assert (f"{told} bf16-mixed" in caplog.text) is not supported
+    assert (f"{warning} bf16-mixed" in caplog.text) is not supported
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -214,20 +214,20 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_trained(whole: Path) -> None:
-    found = rows(whole)
-    assert [(row["epoch"], row["step"]) for row in found] == [("2", "4"), ("3", "8"), ("4", "10")]
+    actual = rows(whole)
+    assert [(row["epoch"], row["step"]) for row in actual] == [("2", "4"), ("3", "8"), ("4", "10")]
     expected = {"train/loss", "train/distance", "train/size"}
     expected |= {f"val/{kind}{name}" for kind in ("", "ema_") for name in ("loss", "error")}
-    assert found[0].keys() == {"epoch", "step", "lr"} | expected
+    assert actual[0].keys() == {"epoch", "step", "lr"} | expected
     # A straight line to the power of 0.9 behind the warm-up.
-    for row in found:
+    for row in actual:
         progress = (int(row["step"]) - 2) / (STEPS - 2)
         assert float(row["lr"]) == pytest.approx(5e-6 + (1e-3 - 5e-6) * (1 - progress) ** 0.9, rel=1e-4)
     (described,) = find_runs(whole)
-    errors = [float(row["val/ema_error"]) for row in found]
+    errors = [float(row["val/ema_error"]) for row in actual]
     assert (described.state, described.unit, described.of, described.step) == ("finished", "steps", 10, 10)
     assert described.best == min(errors)
-    assert described.best_epoch == int(found[errors.index(min(errors))]["epoch"])
+    assert described.best_epoch == int(actual[errors.index(min(errors))]["epoch"])
     assert load_recipe(whole / "recipe.yaml").data.side == 32  # type: ignore[attr-defined]
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (whole / "best.safetensors").exists()

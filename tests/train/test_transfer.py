@@ -111,15 +111,15 @@ def test_a_linear_probe_trains_the_classifier_alone(source: Path, two_classes: P
     run.train(changed, tmp_path)
     before = open_checkpoint(source).state_dict("ema")
     last = tmp_path / "checkpoints" / "last.ckpt"
-    found = read_checkpoint(last)
+    actual = read_checkpoint(last)
     after = open_checkpoint(last).state_dict()
     changed_names = {
         name for name in after if not name.startswith("head.fc") and not after[name].equal(before[name])
     }
     assert not changed_names
-    groups = found["optimizer_states"][0]["param_groups"]
+    groups = actual["optimizer_states"][0]["param_groups"]
     assert sum(len(group["params"]) for group in groups) == 2
-    assert any(state["exp_avg"].abs().sum() > 0 for state in found["optimizer_states"][0]["state"].values())
+    assert any(state["exp_avg"].abs().sum() > 0 for state in actual["optimizer_states"][0]["state"].values())
 
 
 def test_a_linear_probe_has_no_drop_path(source: Path, folder: Path) -> None:
@@ -188,10 +188,10 @@ def test_pretrained_weights_on_other_classes(
     assert not caplog.text
 
     changed = pretrained(two_classes, source, tmp_path)
-    found = ClassificationTask(changed).build_model(changed).state_dict()
+    actual = ClassificationTask(changed).build_model(changed).state_dict()
     assert "the pretrained classifier is for 3 classes, the model's for 2: it starts anew" in caplog.text
-    assert found["head.fc.weight"].shape[0] == 2
-    assert all(torch.equal(found[name], expected[name]) for name in found if not name.startswith("head."))
+    assert actual["head.fc.weight"].shape[0] == 2
+    assert all(torch.equal(actual[name], expected[name]) for name in actual if not name.startswith("head."))
 
     strict = pretrained(two_classes, source, tmp_path, "model.new_classifier=false")
     with pytest.raises(CheckpointError, match="is for 3 classes, the model's for 2"):
@@ -206,8 +206,8 @@ def test_the_authors_average(source: Path, folder: Path, tmp_path: Path) -> None
     torch.save({"model": raw, "model_ema": ema}, tmp_path / "authors.pth")
     for kind, expected in (("auto", raw), ("raw", raw), ("ema", ema)):
         changed = recipe(folder, f"model.weights={tmp_path / 'authors.pth'}", f"model.weights_kind={kind}")
-        found = ClassificationTask(changed).build_model(changed).state_dict()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        actual = ClassificationTask(changed).build_model(changed).state_dict()
+        assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 def test_layer_wise_rates(folder: Path) -> None:
@@ -222,8 +222,8 @@ def test_layer_wise_rates(folder: Path) -> None:
     # A stage's first block and the downsampling before it are one layer, the last block and the norm too.
     layers = ["stem.", "stages.0.", ("stages.1.", "norm.")]
     for number, layer in enumerate(layers):
-        found = {value for name, value in by_name.items() if name.startswith(layer)}
-        assert found == {0.5 ** (len(layers) - number)}, layer
+        actual = {value for name, value in by_name.items() if name.startswith(layer)}
+        assert actual == {0.5 ** (len(layers) - number)}, layer
     assert by_name["norm.weight"] == 0.5
 
 
@@ -242,10 +242,10 @@ def test_muon_in_float32(folder: Path) -> None:
     weight = model.get_parameter("stages.0.blocks.0.op.in_proj.weight")
     before = weight.detach().clone()
     module.optimizer_step(0, 0, optimizer, lambda: None)
-    found = before - weight.detach()
+    actual = before - weight.detach()
     gradient = cast(Tensor, weight.grad)
     coefficients = muon.resolve_ns_coefficients("quintic", muon._COEFFICIENTS)
     for dtype, within in ((torch.float32, True), (torch.bfloat16, False)):
         expected = muon.zeropower_via_newtonschulz(gradient, 5, coefficients, dtype=dtype).float()
-        distance = (found / found.norm() - expected / expected.norm()).norm()
+        distance = (actual / actual.norm() - expected / expected.norm()).norm()
         assert (distance < 1e-4) == within, dtype

@@ -1,1 +1,1 @@
-"""What a backbone costs and what it sees."""
+"""Analysis of a backbone: its cost, its activation maps and its receptive field."""

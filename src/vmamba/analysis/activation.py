@@ -1,4 +1,4 @@
-"""Activation maps (Figures 4-7): a scan seen as attention, from every position to every one before it.
+"""Activation maps (Figures 4-7): a scan as attention, from every position to all positions before it.
 
 Along a route, with Q = C, K = B and V = δx (equation 19), position i receives from position j ≤ i, in
 channel d,
@@ -25,11 +25,11 @@ from vmamba.ops.reference import softplus
 KINDS = ("CB", "CwBw", "ww")
 _VALUES_AT_ONCE = 2**23
 _STAGE_AND_BLOCK = re.compile(r"stages[._](\d+)\.(?:blocks\.)?(\d+)(?=\.|$)")
-"""In a module's name, as VMamba's blocks and those of timm's wrappers for features are called."""
+"""Matches stage and block in a module's name, in VMamba and in timm's wrappers for features."""
 
 
 class ActivationError(UserError, ValueError):
-    """The maps that were asked for do not exist."""
+    """The requested maps do not exist."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def activation_maps(
     Args:
         model: Any model that contains SS2Ds; it runs in evaluation mode.
         image: Normalised, (channels, height, width); the paper's is 512².
-        stage: Index of the stage, where the model's SS2Ds stand in `stages`.
+        stage: Index of the stage, for models whose SS2Ds are in `stages`.
         block: Index of the block in its stage.
         module: Name of the SS2D, or of a module with one SS2D in it, instead of stage and block.
         kind: "CB", "CwBw" or "ww".
@@ -145,7 +145,7 @@ def _by_index(names: list[str], stage: int, block: int) -> str:
 
 
 def _by_name(names: list[str], module: str) -> str:
-    """The name of the module that scans and has this name or stands alone inside a module of this name."""
+    """The scanning module of this name, or the only scanning module inside the module of this name."""
     matching = [name for name in names if name == module or name.startswith(f"{module}.") or not module]
     if len(matching) != 1:
         raise ActivationError(
@@ -187,7 +187,7 @@ def _map(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, kind: str, with_delta: 
     step = max(1, _VALUES_AT_ONCE // (length * channels))
     for start in range(0, length, step):
         rows, columns = slice(start, start + step), slice(0, start + step)
-        # Counted from the first row, so that float32 is precise wherever the decay is not 0.
+        # Relative to the first row, so that float32 is precise wherever the decay is not 0.
         since = (time[columns] - time[start]).float()
         span = (since[rows, None] - since).clamp_min_(0)  # (rows, columns, d)
         for n in range(A.shape[1]):
@@ -198,7 +198,7 @@ def _map(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, kind: str, with_delta: 
 
 
 def draw(maps: ActivationMaps, image: Tensor, query: tuple[float, float], path: str | Path) -> None:
-    """Write maps as a PNG: above, what a query patch receives from the image; below, the whole maps.
+    """Write maps as a PNG: above, what a query patch receives from the image; below, the full maps.
 
     Each picture has its own scale; positions that a route has not reached yet are blank.
 

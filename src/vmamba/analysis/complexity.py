@@ -25,9 +25,9 @@ class Complexity:
     """Counts of one forward pass.
 
     Attributes:
-        parameters: Of the model.
-        macs: Multiply-adds, a scan at 9·l·d·n for each route, as the authors' tables count it.
-        macs_for_loop: With a scan at 3.5·l·d·n for each route.
+        parameters: Parameters of the model.
+        macs: Multiply-adds, with 9·l·d·n for each route of a scan, as in the authors' tables.
+        macs_for_loop: The same with 3.5·l·d·n for each route of a scan.
     """
 
     parameters: int
@@ -39,7 +39,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read (height, width) from "384" or "512x2048" (height x width).
 
     Raises:
-        ModelError: The text is of neither form.
+        ModelError: The text has neither form.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
@@ -78,7 +78,7 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> Complexity:
 
 
 def feature_shapes(model: Any, input_size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes (C, H, W) of a timm model's feature maps, under the names of the modules they come from.
+    """The shapes (c, h, w) of a timm model's feature maps, by the name of the module that computes them.
 
     Args:
         model: From `create_on_meta`.

@@ -1,4 +1,4 @@
-"""The selective scans that a model runs: what goes into each, and what comes out.
+"""Record the selective scans that a model runs: the arguments and results of each.
 
 b batch, h height, w width, d channels, k routes, n state size, r rank of delta.
 """
@@ -74,7 +74,7 @@ _ARGUMENTS = [f.name for f in fields(Scan)][:-2]
 
 @dataclass(frozen=True)
 class ScanShape:
-    """The sizes of a model's scan for one image, and how often the model has it.
+    """The sizes of a model's scan for one image, and how often it occurs in the model.
 
     Attributes:
         height: h.
@@ -85,7 +85,7 @@ class ScanShape:
         routes: The name of each route.
         lines: How many images of this size the scan has for one image of the model: 1 for an SS2D. The
             cascade scans each line as an image of height 1.
-        times: How many scans of one forward pass are of this kind.
+        times: How many scans of one forward pass have this shape.
     """
 
     height: int
@@ -121,14 +121,14 @@ def watching_scans(model: nn.Module, callback: Callable[[str, Scan], None]) -> I
     """Call a function after every scan that the model runs inside the `with` block.
 
     The model may be any module, in any mode, with or without gradients; its parameters and modes stay as they
-    are. So do its outputs, except that layers take their plain path while something watches, which may round
-    differently from the fast one. A scan that runs outside of the model's modules is not reported, nor one
-    that a compiled or scripted model runs without Python.
+    are. So do its outputs, except that layers do not use their fused forms inside the block, which may round
+    differently. A scan that runs outside of the model's modules is not reported, nor one that a compiled or
+    scripted model runs without Python.
 
     Args:
-        model: That runs the scans.
-        callback: Is given the name of the innermost module that was running ("" for the model itself) and the
-            scan. What it raises ends the forward pass.
+        model: The model that runs the scans.
+        callback: Called with the name of the innermost running module ("" for the model itself) and the scan.
+            An exception that it raises ends the forward pass.
     """
     running: list[str] = []
 
@@ -169,8 +169,8 @@ def record_scans(model: nn.Module, images: Tensor) -> dict[str, list[Scan]]:
         images: As the model takes them, on its device.
 
     Returns:
-        By the name of the module that runs them, in the order in which modules first ran: one scan for an
-        SS2D, two (along rows, then along columns) for the cascade. Empty where the model has no scan.
+        The scans by the name of the module that runs them, in the order in which modules first ran: one for
+        an SS2D, two (along rows, then along columns) for the cascade. Empty if the model has no scan.
     """
     scans: dict[str, list[Scan]] = {}
     with evaluating(model), watching_scans(model, lambda name, scan: scans.setdefault(name, []).append(scan)):

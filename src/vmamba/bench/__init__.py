@@ -1,1 +1,1 @@
-"""What takes how long: models, the operator, a recipe's data."""
+"""Benchmarks of models and of the operator."""

@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """How models are run.
+    """The setting in which models are timed.
 
     Attributes:
         size: Side of the images in pixels.
@@ -35,7 +35,7 @@ class Setting:
         train: Forward and backward of a training step, instead of inference.
         autocast: None, "bf16" or "fp16".
         device: As PyTorch names it.
-        backend: Of the selective scan; None is the device's backend of choice.
+        backend: Backend of the selective scan; None for the device's default.
     """
 
     size: int
@@ -51,15 +51,15 @@ class Measurement:
     """One model at one setting.
 
     Attributes:
-        model: Its name.
+        model: The model's name.
         size: Side of the images in pixels.
         batch: Images at once.
-        images_per_second: By the median round.
-        ratio: How many times as fast the first model is.
-        seconds: Of one call, of each round.
+        images_per_second: From the median round.
+        ratio: Speed of the first model over this one's.
+        seconds: Seconds of one call, in each round.
         memory_format: "channels_last" or "contiguous", whichever was faster.
-        peak_memory: Bytes that a call needs beyond those in use before it, in a process of its own; None
-            if it was not asked for or the system does not tell.
+        peak_memory: Bytes that a call needs beyond those in use before it, measured in a separate process;
+            None if it was not requested or the system cannot measure it.
     """
 
     model: str
@@ -112,7 +112,7 @@ def _images(setting: Setting) -> Tensor:
 
 
 def check(model: nn.Module, name: str, setting: Setting) -> None:
-    """Refuse to time what is wrong: logits that are not finite, or backends that do not agree.
+    """Raise, instead of timing a wrong result, if logits are not finite or two backends disagree.
 
     A model with selective scans is compared, in float32 and on one image, with itself on another backend.
 
@@ -165,11 +165,11 @@ def bench_models(
     """Time models in turns, each in the memory format that is faster for it.
 
     Args:
-        names: Of timm's registry; ratios are to the first.
-        setting: Of all of them.
+        names: Models of timm's registry; ratios are relative to the first.
+        setting: The setting for all of them.
         rounds: At least 1.
-        memory: Measure the peak memory of each too.
-        log: Is given a line for each thing that begins.
+        memory: Also measure the peak memory of each.
+        log: Called with a line of text at the start of each measurement.
 
     Raises:
         BenchError: An argument is out of range, the backend is unknown or cannot run here, or a model cannot
@@ -232,12 +232,12 @@ def peak_memory(name: str, setting: Setting, memory_format: str) -> int | None:
     """Bytes that one call needs beyond those in use before it: activations, and gradients in training.
 
     Args:
-        name: Of the model.
-        setting: Of the call.
+        name: The model.
+        setting: The setting of the call.
         memory_format: "channels_last" or "contiguous".
 
     Returns:
-        None where the system does not tell: on other devices than CUDA's, and CPUs without Linux.
+        None where it cannot be measured: on devices other than CUDA and CPUs under Linux.
     """
     if setting.device.startswith("cuda"):
         with on_backend(setting.backend):
@@ -264,7 +264,7 @@ def _peak_memory_here(name: str, setting: Setting, memory_format: str, threads: 
 
     with on_backend(setting.backend):
         call = _formatted(create_for(name, setting), setting, memory_format)
-        # A first call of another model loads the libraries, so that they do not count.
+        # Call another model first: loading the libraries must not count.
         small = replace(setting, size=32, batch=1)
         _formatted(create_for("vmamba_pico", small), small, "contiguous")()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here

@@ -34,12 +34,12 @@ class ScanMeasurement:
     """One implementation at one shape.
 
     Attributes:
-        backend: Its name, `MAMBAPY`, `MAMBA_SSM`, or `BARE_LOOP`.
-        shape: Of the scan.
-        batch: Images of the model.
-        backward: Whether the gradients are in it.
-        nanoseconds: Of one (position, channel, route), by the median round.
-        ratio: How many times as fast the first implementation is.
+        backend: The backend's name, `MAMBAPY`, `MAMBA_SSM`, or `BARE_LOOP`.
+        shape: The scan's shape.
+        batch: Images in the model's batch.
+        backward: Whether the time includes the gradients.
+        nanoseconds: Time per (position, channel, route), from the median round.
+        ratio: Speed of the first implementation over this one's.
     """
 
     backend: str
@@ -77,7 +77,7 @@ def operands(shape: ScanShape, batch: int, device: str = "cpu") -> dict[str, Any
     """Keyword arguments of `selective_scan_2d`, distributed as a newly initialised SS2D has them.
 
     Args:
-        shape: Of the scan.
+        shape: The scan's shape.
         batch: b.
         device: As PyTorch names it.
     """
@@ -114,7 +114,7 @@ def _delta(call: dict[str, Any]) -> Tensor:
 
 
 def by_mambapy(call: dict[str, Any]) -> Tensor:
-    """The operator by mambapy's parallel scan, its operands formed as mambapy's own Mamba block does."""
+    """The operator by mambapy's parallel scan, with operands prepared as in mambapy's Mamba block."""
     from mambapy.pscan import pscan
 
     x, routes = call["x"], call["routes"]
@@ -130,7 +130,7 @@ def by_mambapy(call: dict[str, Any]) -> Tensor:
 
 
 def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
-    """The operator by mamba's CUDA kernel, every route materialised, as in the authors' code."""
+    """The operator by mamba's CUDA kernel, with a copy of x for every route, as in the authors' code."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     x, routes = call["x"], call["routes"]
@@ -152,7 +152,7 @@ def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
 
 
 def _implementations(shape: ScanShape, device: str) -> dict[str, Implementation]:
-    """The backends made for speed that serve such a scan, `chunked` last, and other packages installed."""
+    """The fast backends that can serve such a scan, `chunked` last, and other packages if installed."""
     trial = operands(ScanShape(1, 1, 1, shape.n_state, shape.rank, shape.routes), 1, device)
     implementations: dict[str, Implementation] = {}
     for status in sorted(backends(), key=lambda status: status.name == "chunked"):
@@ -197,7 +197,8 @@ def bench_operator(
 ) -> list[ScanMeasurement]:
     """Time the implementations in turns at one shape, after comparing each with `reference` on one image.
 
-    With a compiled kernel for CPUs, its exponentials and logarithm alone are timed too, on as many values.
+    If the compiled CPU kernel is available, a loop of its exponentials and logarithms alone over as many
+    values is timed too.
 
     Args:
         shape: From `shapes`.

@@ -1,7 +1,7 @@
 """Timing of functions against each other.
 
-A machine's speed drifts, and others share it: absolute times say little. What is compared runs in turns, in
-one process, and each round gives a ratio; the median of the ratios and their quartiles are the result.
+Absolute times are unreliable: a machine's speed drifts, and other processes share it. So functions run in
+turns in one process, and each round gives a ratio; the result is the median of the ratios, with quartiles.
 """
 
 import math
@@ -17,19 +17,19 @@ import torch
 from vmamba.errors import UserError
 
 SHORTEST = 0.2
-"""Seconds that one measurement lasts at least: a faster function is called several times."""
+"""Least seconds of one measurement: a faster function is called several times."""
 
 
 class BenchError(UserError, RuntimeError):
-    """What was to be measured cannot run, or computes something wrong."""
+    """The code to be measured cannot run, or computes a wrong result."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast the first of two is as the other, over the rounds.
+    """The speed of the first of two functions over that of the other, over the rounds.
 
     Attributes:
-        median: Half of the rounds are above.
+        median: The median.
         low: The first quartile.
         high: The third quartile.
     """
@@ -47,12 +47,12 @@ def interleaved(
     """Time functions in turns; every second round runs them in the opposite order.
 
     Args:
-        functions: By name. Each is called at least twice before the first round, to warm up.
+        functions: Functions by name. Each is called at least twice before the first round, to warm up.
         rounds: At least 1.
         synchronize: Waits until the device has finished.
 
     Returns:
-        By name, the seconds of one call in each round.
+        The seconds of one call in each round, by name.
     """
 
     def measure(name: str, times: int) -> float:
@@ -77,11 +77,11 @@ def interleaved(
 
 
 def ratio(first: Sequence[float], other: Sequence[float]) -> Ratio:
-    """How many times as fast the first is as the other.
+    """The speed of the first function over that of the other.
 
     Args:
-        first: Seconds of each round.
-        other: Seconds of the same rounds.
+        first: Seconds of the first in each round.
+        other: Seconds of the other in the same rounds.
     """
     ratios = [b / a for a, b in zip(first, other, strict=True)]
     if len(ratios) == 1:

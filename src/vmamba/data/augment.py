@@ -8,11 +8,11 @@ from PIL import Image, ImageOps
 def skip_posterize_to_zero_bits(transform: Any) -> Any:
     """Make the posterising of timm's policies leave at least one bit of each channel.
 
-    At the greatest magnitude timm asks for none, with the paper's policy for one image in 650. Older Pillow
-    made such an image black, newer Pillow raises.
+    At the greatest magnitude timm asks for zero bits, with the paper's policy in one image of 650. Older
+    Pillow made such an image black; newer Pillow raises.
 
     Args:
-        transform: From `timm.data.create_transform`; it is changed, and returned.
+        transform: From `timm.data.create_transform`; changed in place and returned.
     """
     for step in transform.transforms:
         policy = getattr(step, "policy", [getattr(step, "ops", [])])  # AutoAugment's, else RandAugment's

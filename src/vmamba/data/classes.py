@@ -1,4 +1,4 @@
-"""Names of classes that a dataset does not name itself."""
+"""Class names for datasets that do not contain them."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from vmamba.errors import DataError
 
 
 def read_classes(names: str | Path | int) -> list[str]:
-    """The classes of labels 0, 1, …: a number of them, or a text file with a name a line.
+    """The class names of labels 0, 1, …: "0", "1", … for a number, or the lines of a text file.
 
     Raises:
-        DataError: The file is missing, or a name is empty or stands twice.
+        DataError: The file is missing, or a name is empty or appears twice.
     """
     if isinstance(names, int):
         return [str(number) for number in range(names)]

@@ -26,7 +26,7 @@ class ImageDataset(Dataset[Any], Generic[Target]):
 
     Attributes:
         groups: Samples that should be read together.
-        balance: Of each sample its class, if training should see every class equally often.
+        balance: The class of each sample, if training should see every class equally often.
     """
 
     balance: NDArray[np.int64] | None = None
@@ -39,12 +39,12 @@ class ImageDataset(Dataset[Any], Generic[Target]):
         return len(self.source)
 
     def name(self, index: int) -> str:
-        """What to call a sample in a message."""
+        """A sample's name for messages."""
         return self.source.name(index)
 
     @abstractmethod
     def augment(self, image: DecodedImage, target: Target) -> Any:
-        """The sample that training or evaluation sees."""
+        """Turn a decoded image and its target into a sample."""
 
     def __getitem__(self, key: SampleKey) -> Any:
         epoch, index, repetition = SampleKey(*key)

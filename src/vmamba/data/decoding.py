@@ -1,4 +1,4 @@
-"""Image files as what a model is shown: upright, opaque, of the channels and the depth that were asked for.
+"""Decode image files for a model: upright, opaque, with the requested channels and bit depth.
 
 Letters in shapes: c channels, h height, w width.
 """
@@ -42,23 +42,23 @@ _UPRIGHT = {
 }
 _TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-"""Where Pillow keeps metadata that hold an orientation, but for TIFF."""
+"""Keys of `Image.info` whose metadata may hold an orientation; TIFF has it elsewhere."""
 _DEEP_MODES = ("I", "F")
-"""First letters of the modes with more than 8 bits a pixel."""
+"""First letters of Pillow's modes with more than 8 bits a pixel."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a file becomes an image.
+    """How to decode a file.
 
     Attributes:
         channels: 1 (gray), 3 (RGB), 4 (RGB and alpha as stored, or CMYK), or as many as the files have.
-        background: RGB from 0 to 255, which shows through transparent pixels. With 2 or 4 channels alpha is
-            a channel, and nothing is laid under it.
-        value_range: What becomes black and white of pixels deeper than 8 bits; what lies beyond is clipped.
-            None for 0 to 65535 of whole numbers and 0 to 1 of floats, beyond which nothing may lie.
-        float_images: Decode to float32 tensors, which keep all bits. Other numbers of channels than 1 and 3
-            always do; else the pixels are rounded to 8 bits, which timm's augmentation needs.
+        background: RGB from 0 to 255 behind transparent pixels. Not used with 2 or 4 channels, where alpha is
+            a channel.
+        value_range: The values of pixels deeper than 8 bits that become black and white; values outside are
+            clipped. None for 0 to 65535 (integers) and 0 to 1 (floats); there values outside are an error.
+        float_images: Decode to float32 tensors, which keep all bits, as is always done for channels other
+            than 1 and 3. Otherwise pixels are rounded to 8 bits, which timm's augmentation needs.
     """
 
     channels: int = 3
@@ -72,15 +72,15 @@ class Decoding:
         return self.float_images or self.channels not in (1, 3)
 
     def convert(self, image: DecodedImage, name: str = "image") -> DecodedImage:
-        """An image, as it was opened, in the form asked for; one that has it already keeps its pixels.
+        """Convert an opened image to this format; if it has the format already, its pixels do not change.
 
         Args:
-            image: Of any mode; of several frames the first, or each as further channels where the
-                number of channels asks for it.
-            name: What to call it in a message.
+            image: Of any mode. Of several frames only the first is used, unless `channels` is above 4 and
+                the number of channels of all frames together.
+            name: Its name for messages.
 
         Raises:
-            DataError: It has other channels than asked for, or values beyond the range of its kind.
+            DataError: It has the wrong number of channels, or values outside of the range of its type.
         """
         if isinstance(image, Tensor):
             if image.ndim != 3 or len(image) != self.channels:
@@ -98,7 +98,7 @@ RGB = Decoding()
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """The names of the formats that this Pillow decodes, those of most images first."""
+    """The names of the formats that this Pillow decodes, the most common ones first."""
     Image.init()
     names = []
     for name, (factory, _) in Image.OPEN.items():
@@ -112,18 +112,18 @@ def readable_formats() -> tuple[str, ...]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes, in lower case and with the dot, of the files that this Pillow decodes."""
-    readable = {*readable_formats(), "MPO"}  # the cameras' kind of JPEG, which Pillow opens as one
+    readable = {*readable_formats(), "MPO"}  # a JPEG of some cameras, which Pillow opens as "JPEG"
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
 
 
 def is_image_name(name: str, decoding: Decoding = RGB) -> bool:
-    """Whether a file's suffix is one of an image; ".npy" is where images are decoded to tensors."""
+    """Whether a file's suffix is that of an image; ".npy" counts if images are decoded to tensors."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix in image_suffixes() or (suffix == ".npy" and decoding.to_tensor)
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """A path for messages and for the names of classes: bytes that are not UTF-8 as `\\xff`."""
+    """A path for messages and class names, with bytes that are not UTF-8 escaped as `\\xff`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -132,17 +132,17 @@ def read_image(
 ) -> DecodedImage:
     """Decode an image in full.
 
-    It is turned upright by its EXIF orientation, and laid on a background where it is transparent. Where
-    images are decoded to tensors, arrays of NumPy, (h, w) or (h, w, c), are read too.
+    It is turned upright by its EXIF orientation, and gets a background where it is transparent. If images are
+    decoded to tensors, `.npy` files with arrays (h, w) or (h, w, c) are read too.
 
     Args:
-        file: Of any format in `readable_formats`; a path, or open.
-        decoding: What it should become.
-        name: What to call it in a message; default its path.
+        file: A path or an open file, of any format in `readable_formats`.
+        decoding: The format to decode to.
+        name: Its name for messages; default its path.
 
     Raises:
-        DataError: There is no such file, it is no image, a damaged one or one of more pixels than Pillow
-            allows, or it has other channels or values than `decoding` takes; the message names it.
+        DataError: The file is missing, not an image, damaged or has more pixels than Pillow allows, or its
+            channels or values do not fit `decoding`; the message names it.
     """
     name = printable(str(file)) if name is None else name
     try:
@@ -159,13 +159,13 @@ def read_image(
         raise DataError(
             f"{name}: too many pixels ({error}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
-    except Exception as error:  # the decoders of forty formats raise anything at damaged bytes
+    except Exception as error:  # on damaged bytes Pillow's decoders raise any exception
         raise DataError(f"{name}: not an image, or a damaged one ({error})") from error
 
 
 @contextmanager
 def _without_warnings(name: str) -> Iterator[None]:
-    """Keep Pillow's warnings, of damaged metadata or many pixels, to the log's debugging level."""
+    """Log Pillow's warnings about damaged metadata or many pixels at debug level instead of showing them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -174,19 +174,19 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # TIFF is turned by Pillow itself here, and has no orientation then
-    # Pillow takes longer to find no EXIF than to decode a small PNG.
+    image.load()  # this turns a TIFF upright and removes its orientation
+    # If there is no EXIF, Pillow takes longer to look for it than to decode a small PNG.
     if image.format in ("JPEG", "PNG", "WEBP", None) and image.info.keys().isdisjoint(_METADATA):
         return image
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata raise anything; the pixels are whole
+    except Exception:  # damaged metadata raise any exception, but the pixels are fine
         orientation = 1
     if orientation not in _UPRIGHT:
         return image
     turned = image.transpose(_UPRIGHT[orientation])
     for key in _METADATA:
-        turned.info.pop(key, None)  # else it would be turned again
+        turned.info.pop(key, None)  # otherwise the next reader would turn it again
     return turned
 
 
@@ -213,7 +213,7 @@ def _opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _deep_values(image: Image.Image, decoding: Decoding, name: str) -> NDArray[np.float64]:
-    """Pixels of more than 8 bits, (h, w), scaled to 0 … 1; the background where one is transparent."""
+    """Pixels of more than 8 bits, (h, w), scaled to [0, 1]; transparent ones get the background."""
     pixels = np.asarray(image)
     values = _scaled(pixels, decoding.value_range, name)
     transparent = image.info.get("transparency")

@@ -1,4 +1,4 @@
-"""Which files of a folder or tar are samples, and what is left out."""
+"""Find the samples among the files of a folder or tar, and count the files left out."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class LeftOut:
-    """Counts what is left out of a dataset, by reason."""
+    """Counts the files left out of a dataset, by reason."""
 
     HIDDEN = "hidden files or folders"
     NO_IMAGE = "files that are no images by their suffix"
@@ -63,7 +63,7 @@ def find_images(folder: str, left_out: LeftOut, decoding: Decoding = RGB) -> lis
     Args:
         folder: The path of a folder.
         left_out: Counts what is left out.
-        decoding: Decides which suffixes are those of images.
+        decoding: Decides which suffixes count as images.
 
     Raises:
         DataError: A folder cannot be read.
@@ -71,7 +71,7 @@ def find_images(folder: str, left_out: LeftOut, decoding: Decoding = RGB) -> lis
     images: list[str] = []
     visited: set[tuple[int, int]] = set()
     pending: list[str] = [""]
-    linked: list[str] = []  # behind real folders first: what they hold is called by its real path
+    linked: list[str] = []  # searched after all real folders, so that images get their real paths
     while pending or linked:
         inside = pending.pop() if pending else linked.pop(0)
         status = _status(os.path.join(folder, inside))
@@ -112,10 +112,10 @@ def class_folders(folder: str, left_out: LeftOut) -> list[str]:
 
 
 def class_names(folders: list[str], where: str) -> list[str]:
-    """Names that can be printed and stored, of class folders whose names may be no UTF-8.
+    """Printable class names of class folders, whose names may not be UTF-8.
 
     Raises:
-        DataError: Two would be the same.
+        DataError: Two names become equal.
     """
     names = [printable(folder) for folder in folders]
     if len(set(names)) < len(names):

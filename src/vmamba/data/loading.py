@@ -1,4 +1,4 @@
-"""A data loader that can resume in the middle of an epoch, and that raises errors of the data as they are."""
+"""A data loader that can resume in the middle of an epoch, and that raises data errors unchanged."""
 
 import atexit
 import signal
@@ -20,15 +20,15 @@ from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.errors import CheckpointError, DataError
 
 MAX_DAMAGED_IN_A_ROW = 100
-"""With so many damaged samples one behind the other something else is wrong than a few files."""
+"""Damaged samples in a row after which loading fails: more are not just a few bad files."""
 
 
 class ShardError(DataError):
     """A file that holds many samples cannot be read.
 
     Args:
-        message: Names it.
-        samples: How many it holds: so many samples behind one of it comes one of another file.
+        message: Names the file.
+        samples: How many samples it holds. "replace" skips that many, to reach a sample of another file.
     """
 
     def __init__(self, message: str, samples: int = 1) -> None:
@@ -44,9 +44,9 @@ class LoadedBatch(NamedTuple):
     """A batch, and where it comes from.
 
     Attributes:
-        batch: Of collated samples.
-        keys: Of the samples in it, in order.
-        skipped: What was wrong with those left out.
+        batch: The collated samples.
+        keys: Their keys, in order.
+        skipped: For each sample left out, what was wrong with it.
     """
 
     batch: Any
@@ -55,16 +55,16 @@ class LoadedBatch(NamedTuple):
 
     @property
     def indices(self) -> list[int]:
-        """Of the samples in the dataset, in order."""
+        """The samples' indices in the dataset, in order."""
         return [key.index for key in self.keys]
 
 
 class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` over an `EpochSampler`, with a state; it yields `LoadedBatch`.
 
-    A `DataError` comes out of it as it was raised, also from a worker, where PyTorch would put a traceback
-    into its message. A worker that died or hangs raises `WorkerError`. Workers ignore signals: the process
-    that runs the steps decides when to stop.
+    A `DataError` in a worker is raised unchanged, where PyTorch would put a traceback into its message. If a
+    worker died or hangs, `WorkerError` is raised. Workers ignore signals: the process that runs the steps
+    decides when to stop.
 
     Args:
         dataset: Indexed by `SampleKey`.
@@ -76,9 +76,9 @@ class ResumableLoader(DataLoader[Any]):
         kwargs: `DataLoader`'s.
 
     Attributes:
-        consumed: Samples of the epoch, over all ranks, whose step is done. Whoever runs the steps sets it:
-            the loader itself has read ahead.
-        skipped: What was wrong with the samples left out so far, each once.
+        consumed: Samples of the epoch, over all ranks, whose step is done. The training loop sets it, since
+            the loader has read ahead.
+        skipped: What was wrong with the samples left out so far, each message once.
     """
 
     sampler: EpochSampler
@@ -114,21 +114,21 @@ class ResumableLoader(DataLoader[Any]):
         _all_workers.update(workers)
         while (loaded := self._next(batches, workers)) is not None:
             if isinstance(loaded, DataError):
-                # Now: the garbage collector would wait seconds for each of them.
+                # Not left to the garbage collector, which would wait seconds for each worker.
                 end_loader_workers(self, batches)
                 raise loaded
             self.skipped.update(dict.fromkeys(loaded.skipped))
-            if loaded.keys:  # else all of it was dropped
+            if loaded.keys:  # otherwise all samples of the batch were dropped
                 yield loaded
 
     def _next(self, batches: Iterator[Any], workers: Sequence[Any]) -> Any:
-        """The next batch, or None behind the last; PyTorch waits for it a second at a time."""
+        """The next batch, or None after the last; PyTorch's timeout of one second is retried."""
         start = time.monotonic()
         while True:
             try:
                 return next(batches, None)
-            except Exception as error:  # the death of a worker shows as any of a dozen
-                if isinstance(error, (OSError, EOFError)):  # a pipe breaks a moment before its process ends
+            except Exception as error:  # a worker's death can raise any of a dozen types
+                if isinstance(error, (OSError, EOFError)):  # a pipe breaks shortly before its process ends
                     for worker in workers:
                         worker.join(0.1)
                 ended = [worker for worker in workers if worker.exitcode]
@@ -141,13 +141,13 @@ class ResumableLoader(DataLoader[Any]):
                 raise WorkerError(_explain_silence(ended, self.patience)) from error
 
     def read_again(self, keys: Sequence[SampleKey]) -> Any:
-        """The batch of these samples, read by this process; for what a step's batch held."""
+        """Read these samples again, in this process, and collate them to a batch."""
         dataset: Any = self.dataset
         collate: Any = self.collate_fn
         return collate.collate([dataset.dataset[key] for key in keys])
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, samples consumed, and samples of a round: all that a resumed epoch depends on."""
+        """Epoch, samples consumed, and samples per round: all that a resumed epoch depends on."""
         return {"epoch": self.sampler.epoch, "consumed": self.consumed, "part": self._round}
 
     @property
@@ -156,11 +156,11 @@ class ResumableLoader(DataLoader[Any]):
         return (self.batch_size or 1) * self.sampler.world_size
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the last step of `state`.
+        """Continue after the last step of `state`.
 
         Raises:
-            CheckpointError: It lies within an epoch, and a round had another number of samples: Lightning
-                counts rounds.
+            CheckpointError: It is within an epoch, and a round had another number of samples, which would
+                break Lightning's count of rounds.
         """
         if 0 < state["consumed"] < self.sampler.total and state["part"] != self._round:
             raise CheckpointError(
@@ -226,7 +226,7 @@ class _Collate:
 
 
 def _ignore_signals(worker: int) -> None:
-    """The process that runs the steps decides when to stop, though its whole process group got the signal."""
+    """Ignore signals, which reach the whole process group: the main process decides when to stop."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks the last two
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -238,5 +238,5 @@ _all_workers: WeakSet[Any] = WeakSet()
 
 @atexit.register
 def _kill_all_workers() -> None:
-    """Python's own end would send workers a signal that they ignore, and wait for them."""
+    """Kill workers at exit: Python would send them a signal that they ignore, and wait for their end."""
     kill([worker for worker in _all_workers if worker.is_alive()])

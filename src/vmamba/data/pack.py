@@ -1,4 +1,4 @@
-"""From an image folder to one tar, or to WebDataset shards; the same input gives the same bytes."""
+"""Pack an image folder into one tar or into WebDataset shards; the same input gives the same bytes."""
 
 import json
 import tarfile
@@ -21,10 +21,10 @@ def write_tar(folder: str | Path, path: str | Path) -> int:
     """Pack `folder/<class>/…/<image>` for `TarImages`.
 
     Returns:
-        Images in it.
+        The number of images in it.
 
     Raises:
-        DataError: The folder is none of images, or the tar cannot be written; then there is none.
+        DataError: The folder is not an image folder, or the tar cannot be written; no `path` is left then.
     """
     source = ImageFolder(folder)
     with _writing(Path(path)) as tar:
@@ -36,22 +36,23 @@ def write_tar(folder: str | Path, path: str | Path) -> int:
 def write_shards(
     folder: str | Path, out: str | Path, split: str = "train", samples: int = 1000, seed: int = 0
 ) -> int:
-    """Pack an image folder into `out/<split>-000000.tar` …, in a shuffled order, with sizes and class names.
+    """Pack an image folder into `out/<split>-000000.tar` …, shuffled, with `sizes.json` and `classes.txt`.
 
-    Shuffled, since an epoch mixes the samples of some shards, and each should hold all classes.
+    Shuffled, because training mixes samples within a few shards at a time, so each should hold all classes.
 
     Args:
         folder: `folder/<class>/…/<image>`.
-        out: A folder; its `sizes.json` keeps the entries of other splits, `classes.txt` holds a name a line.
-        split: What the shards are called.
-        samples: In each but the last.
-        seed: Of the order.
+        out: A folder. Its `sizes.json` keeps the entries of other splits; `classes.txt` has a name per line.
+        split: Prefix of the shards' names.
+        samples: Samples in each shard but the last.
+        seed: Seed of the order.
 
     Returns:
-        Shards written.
+        The number of shards.
 
     Raises:
-        DataError: The folder is none of images, another split has other classes, or a file cannot be written.
+        DataError: The folder is not an image folder, another split has other classes, or a file cannot be
+            written.
     """
     source, out = ImageFolder(folder), Path(out)
     try:

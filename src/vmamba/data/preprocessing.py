@@ -1,4 +1,4 @@
-"""What a model is shown of an image: from a file to a tensor, in evaluation and prediction."""
+"""From an image file to a model's input, in evaluation and prediction."""
 
 import dataclasses
 import math
@@ -27,20 +27,20 @@ class Preprocessing:
     """How an image becomes a model's input.
 
     Attributes:
-        channels: Of the input.
+        channels: Channels of the input.
         size: Height and width of the input, in pixels.
-        mean: A value for each channel, subtracted from pixels from 0 to 1; one value is for all.
-        std: A value for each channel, by which the result is divided; one value is for all.
-        interpolation: Of resizing; one of `INTERPOLATIONS`.
+        mean: Subtracted from pixels in [0, 1]: a value for each channel, or one for all.
+        std: Divides the result: a value for each channel, or one for all.
+        interpolation: For resizing; one of `INTERPOLATIONS`.
         crop_pct: Side of the crop as a fraction of the resized image's; above 1 the image gets a border.
-        crop_mode: "center" keeps the ratio of the sides and crops, "squash" gives the ratio up, "border"
-            pads; as timm has them.
-        background: RGB from 0 to 255, which shows through transparent pixels.
+        crop_mode: As in timm: "center" keeps the aspect ratio and crops, "squash" changes the ratio, "border"
+            pads.
+        background: RGB from 0 to 255 behind transparent pixels.
         value_range: See `Decoding`.
         float_images: See `Decoding`.
 
     Raises:
-        ValueError: A value is out of range, or not of as many channels.
+        ValueError: A value is out of range, or `mean` or `std` does not fit the channels.
     """
 
     channels: int = 3
@@ -86,15 +86,15 @@ class Preprocessing:
 
     @classmethod
     def of_model(cls, model_or_cfg: Any, **changes: Any) -> "Preprocessing":
-        """That of a model's pretrained configuration, as `timm.data.resolve_model_data_config` reads it.
+        """The preprocessing of a model's pretrained configuration, as `timm.data.resolve_model_data_config`.
 
-        A model with other channels than its configuration has the mean and std of all channels for one, and
-        takes the configuration's in turn for more: as timm converts the weights of the first convolution.
+        If the model has other channels than its configuration, one channel gets the average of mean and std,
+        and more channels repeat them in turn, just as timm converts the weights of the first convolution.
 
         Args:
             model_or_cfg: A model of timm's registry, or its pretrained configuration (a mapping, or timm's
                 object).
-            changes: Fields that differ from the model's; None leaves one to the model.
+            changes: Fields that differ from the model's; those that are None are left to the model.
         """
         cfg = _configuration(model_or_cfg)
         _, height, width = cfg.get("input_size") or (3, 224, 224)
@@ -115,7 +115,7 @@ class Preprocessing:
 
     @property
     def decoding(self) -> Decoding:
-        """How its images are decoded."""
+        """How images are decoded for it."""
         return Decoding(self.channels, self.background, self.value_range, self.float_images)
 
     def read(self, file: str | Path | BinaryIO, name: str | None = None) -> DecodedImage:
@@ -131,7 +131,7 @@ class Preprocessing:
         return create_transform(**self.timm_arguments(), crop_pct=self.crop_pct, crop_mode=self.crop_mode)
 
     def timm_arguments(self) -> dict[str, Any]:
-        """What timm's evaluation and training transforms have in common, as keyword arguments."""
+        """The keyword arguments that timm's evaluation and training transforms share."""
         return {
             "input_size": (self.channels, *self.size),
             "interpolation": self.interpolation,
@@ -160,7 +160,7 @@ class Preprocessing:
         return cls(**fields)
 
     def to_pretrained_cfg(self) -> dict[str, Any]:
-        """The keys of a pretrained configuration of timm's that say the same."""
+        """The same settings as keys of timm's pretrained configuration."""
         return {
             "input_size": (self.channels, *self.size),
             "mean": self.mean,
@@ -186,18 +186,19 @@ def _configuration(model_or_cfg: Any) -> Mapping[str, Any]:
 
 
 def _input_channels(model_or_cfg: Any, cfg: Mapping[str, Any]) -> int:
-    """Those of a model's first convolution; else of the configuration, which is that of the weights."""
+    """Input channels of a model's first convolution, or else those in its pretrained configuration."""
     names = cfg.get("first_conv")
     if isinstance(model_or_cfg, nn.Module) and names:
         modules = dict(model_or_cfg.named_modules())
-        first = modules.get(names if isinstance(names, str) else names[0])
-        weight = getattr(first, "weight", None)
+        first_conv = modules.get(names if isinstance(names, str) else names[0])
+        weight = getattr(first_conv, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 4:
             return weight.shape[1]
     return int((cfg.get("input_size") or (3,))[0])
 
 
 def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Mean or std for another number of channels: the average for one, repeated in turn for more."""
     if len(values) == channels:
         return values
     if channels == 1:

@@ -13,17 +13,17 @@ from vmamba.data.seeding import draw_seed
 
 
 class SampleKey(NamedTuple):
-    """What a dataset is asked for.
+    """The key of a sample, which also determines its augmentation.
 
     Attributes:
-        epoch: Decides, with the rest, how the sample is augmented.
-        index: Of the sample in the dataset.
-        repetition: Tells apart the times that balanced sampling draws a sample in one epoch, so that each is
-            augmented in its own way.
+        epoch: The epoch.
+        index: Index of the sample in the dataset.
+        repetition: Counts how often balanced sampling has drawn the sample in this epoch, so that each draw
+            is augmented differently.
     """
 
     epoch: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which a key has no use for
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not needed here
     repetition: int = 0
 
 
@@ -31,8 +31,8 @@ class SampleGroups(NamedTuple):
     """Samples that should be read together, such as those of a shard.
 
     Attributes:
-        sizes: Of groups of consecutive samples.
-        window: Groups whose samples an epoch mixes.
+        sizes: The number of samples in each group; the samples of a group are consecutive.
+        window: How many groups are shuffled together.
     """
 
     sizes: list[int]
@@ -52,13 +52,13 @@ class EpochSampler(Sampler[SampleKey]):
         rank: This process.
         world_size: Processes.
         chunk: Consecutive samples that go to the same rank.
-        step: Samples of a step over all ranks, a multiple of `chunk * world_size`: those at the end that fill
-            none are left out (training). Without it none is, and ranks may differ by a chunk (evaluation).
-        groups: If any, the groups are shuffled, and the samples within each window of them.
+        step: Samples of a step over all ranks, a multiple of `chunk * world_size`; an incomplete step at the
+            end is dropped (training). With 1 none is, and ranks may differ by a chunk (evaluation).
+        groups: If given, the groups are shuffled, and then the samples within each window of groups.
 
     Attributes:
         epoch: The epoch that an iteration reads.
-        done: An epoch, and the samples of it, over all ranks, that were read before and are left out.
+        done: An epoch, and how many of its samples, over all ranks, to skip because they were read before.
 
     Raises:
         ValueError: The arguments do not fit each other.
@@ -89,11 +89,11 @@ class EpochSampler(Sampler[SampleKey]):
         self.done = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch; Lightning calls it, in a resumed run with other epochs first."""
+        """Go to an epoch. In a resumed run Lightning calls it with other epochs first."""
         self.epoch = epoch
 
     def _positions(self) -> Iterator[int]:
-        """Of this rank, in the epoch's order."""
+        """This rank's positions in the epoch's order."""
         for start in range(self.rank * self.chunk, self.total, self.world_size * self.chunk):
             yield from range(start, min(start + self.chunk, self.total))
 
@@ -102,7 +102,7 @@ class EpochSampler(Sampler[SampleKey]):
         return rounds * self.chunk + min(max(rest - self.rank * self.chunk, 0), self.chunk)
 
     def _order(self) -> list[tuple[int, ...]]:
-        """Index, and repetition if any, of each sample in the epoch's order."""
+        """(index,) or (index, repetition) of each sample, in the epoch's order."""
         return [(index,) for index in self._indices().tolist()]
 
     def _indices(self) -> Tensor:
@@ -129,11 +129,11 @@ class EpochSampler(Sampler[SampleKey]):
 class BalancedSampler(EpochSampler):
     """Every class equally often, in an epoch as long as that of `EpochSampler`.
 
-    Samples of small classes come several times an epoch, those of large ones take turns over the epochs: each
-    class walks through endless permutations of its samples.
+    Samples of small classes are drawn several times an epoch, those of large ones in some epochs only: each
+    class runs through its samples in one random permutation after another, without end.
 
     Args:
-        classes: Of each sample, the number of its class.
+        classes: The class of each sample.
         options: As `EpochSampler`, but for `shuffle` and `groups`.
     """
 
@@ -155,7 +155,7 @@ class BalancedSampler(EpochSampler):
         return [(i, n) for i, n in drawn[torch.randperm(len(drawn), generator=generator)].tolist()]
 
     def _walk(self, number: int, start: int, stop: int) -> Tensor:
-        """Steps `start` to `stop` of a class, (steps, 2): index, and permutations since the first step."""
+        """Draws `start` to `stop` of a class, (draws, 2): index, and the number of the permutation."""
         members = self._members[number]
         first, last = start // len(members), (stop - 1) // len(members)
         pairs = [torch.empty(0, 2, dtype=torch.int64)]
@@ -172,7 +172,7 @@ def sampler_for(dataset: Any, training: bool, **options: Any) -> EpochSampler:
     """The order of a dataset's samples: shuffled for training, balanced or in groups as the dataset says.
 
     Args:
-        dataset: Its `balance` and `groups`, if it has them, are followed; see `ImageDataset`.
+        dataset: May have the attributes `balance` and `groups` of `ImageDataset`.
         training: Whether to shuffle.
         options: `seed`, `rank`, `world_size`, `chunk` and `step` of `EpochSampler`.
     """

@@ -1,4 +1,4 @@
-"""The section `data` of a recipe: what every source of images has in common."""
+"""The section `data` of a recipe: the keys that all sources of images share."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ from vmamba.errors import DataError, RecipeError
 Split = Literal["train", "val"]
 
 _OF_THE_MODEL = ("channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""Keys, beside `image_size`, that are a model's where a recipe does not name them."""
+"""Keys, besides `image_size`, whose default is the model's value."""
 
 
 class DataSection(Section):
-    """Where images come from, and what a model sees of them; a source adds its keys, and how it is opened."""
+    """Where images come from, and how they are preprocessed; a source adds its keys and `open`."""
 
     source: str
     root: str | None = Field(default=None, description="the folder that holds the splits")
@@ -94,7 +94,7 @@ class DataSection(Section):
         return self
 
     def preprocessing(self, model_or_cfg: Any) -> Preprocessing:
-        """That of a model, with what the recipe says otherwise.
+        """The preprocessing of a model, with the recipe's values in place of the model's.
 
         Args:
             model_or_cfg: As `Preprocessing.of_model`.
@@ -121,7 +121,7 @@ class DataSection(Section):
             raise RecipeError(f"data: {error}") from None
 
     def resolved(self, model_or_cfg: Any) -> Self:
-        """The section with the values written out that it leaves to a model; see `preprocessing`."""
+        """The section with the values that it leaves to the model filled in; see `preprocessing`."""
         values = self.preprocessing(model_or_cfg)
         height, width = values.size
         changes = {name: getattr(values, name) for name in _OF_THE_MODEL}
@@ -150,7 +150,7 @@ class DataSection(Section):
 
 
 class ClassificationSection(DataSection):
-    """Images of one class each. A source implements `open_split`, and `open_all` for what can be split."""
+    """Images of one class each. A source implements `open_split`, and `open_all` if it can be split."""
 
     val_fraction: float | None = Field(
         default=None,
@@ -179,10 +179,10 @@ class ClassificationSection(DataSection):
 
     @abstractmethod
     def open_split(self, split: Split, decoding: Decoding) -> ClassifiedImages:
-        """The images of a split that is stored as one."""
+        """The images of a split that is stored as such."""
 
     def open_all(self, decoding: Decoding) -> ClassifiedImages:
-        """All images that an automatic split divides."""
+        """The images that `val_fraction` divides into training and validation."""
         return self.open_split("train", decoding)
 
     def open(self, split: Split, decoding: Decoding = RGB) -> ClassifiedImages:
@@ -191,7 +191,7 @@ class ClassificationSection(DataSection):
         return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
 
     def without_training_split(self) -> Self:
-        """For where only the validation split is there: the classes are read from that."""
+        """The section for a machine with only the validation split, from which the classes are read then."""
         if self.val_fraction is not None:
             return self
         return self.model_copy(update={"train_split": self.val_split})
@@ -224,13 +224,13 @@ S = TypeVar("S", bound=DataSection)
 
 
 def union_of_sources(base: type[S], default: str) -> Any:
-    """The type of a recipe's section `data`: any section that derives from a base, by `source`.
+    """The type of a recipe's section `data`: a union of a base's subclasses, chosen by `source`.
 
-    Keys of other sources are dropped where they hold those sources' defaults: recipes that earlier versions
-    wrote out name the keys of all sources.
+    Keys of other sources are dropped if they have those sources' defaults, because recipes written by earlier
+    versions contain the keys of all sources.
 
     Args:
-        base: Of the sections; its subclasses with a literal `source` have to be imported.
+        base: The base class; its subclasses with a literal `source` must have been imported.
         default: The source of a section that names none.
     """
     kinds: dict[str, type[S]] = {}

@@ -1,6 +1,7 @@
-"""Counter-based randomness: what is drawn is a function of numbers that say where one is.
+"""Counter-based randomness: every draw is a function of counters such as (seed, epoch, sample).
 
-No random state has to be kept, handed to workers or saved: the number of workers and a resume change nothing.
+No random state has to be kept, passed to workers or saved: neither the number of workers nor a resume changes
+a draw.
 """
 
 import hashlib
@@ -17,22 +18,22 @@ def draw_seed(purpose: str, *counters: int) -> int:
     """A seed of 63 bits, well mixed from counters such as (seed, epoch, sample).
 
     Args:
-        purpose: What is drawn, so that equal counters elsewhere do not draw the same.
-        counters: Where one is.
+        purpose: A name for what is drawn; equal counters give different seeds for different purposes.
+        counters: Numbers that identify the draw.
     """
     digest = hashlib.blake2b(repr((purpose, *counters)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 _idle_generators: list[np.random.MT19937] = []
-"""NumPy's, which no block uses at the time; blocks within blocks need one each."""
+"""NumPy generators that no `seeded` block uses at the moment; each of nested blocks needs one."""
 
 
 @contextmanager
 def seeded(purpose: str, *counters: int) -> Iterator[None]:
-    """Run a block with Python's, NumPy's and PyTorch's CPU generators seeded; then as before."""
+    """Seed Python's, NumPy's and PyTorch's CPU generators inside a block, and restore them after it."""
     states = random.getstate(), torch.get_rng_state()
-    # To copy NumPy's state takes 0.1 ms, as long as to decode a small image: swap its generator.
+    # Swap NumPy's generator: copying its state takes 0.1 ms, as long as decoding a small image.
     numpy_generator = get_bit_generator()
     generator = _idle_generators.pop() if _idle_generators else np.random.MT19937(0)
     seed = draw_seed(purpose, *counters)

@@ -1,7 +1,7 @@
-"""What every source of images has in common, whatever its targets are.
+"""Base classes of all sources of images, whatever their targets are.
 
-A source of images with other targets than classes (boxes, masks) subclasses `ImageSource`: it says where an
-encoded image lies (`open`) and what its target is. Decoding, order, and errors are shared.
+A source of images with targets other than classes (boxes, masks) subclasses `ImageSource` and implements
+`open` (the encoded image) and `target`. Decoding, order, and errors are shared.
 """
 
 import logging
@@ -25,30 +25,30 @@ Target = TypeVar("Target")
 
 
 class ImageSource(ABC, Generic[Target]):
-    """Images and their targets, by number; `str` of one says where it is, for messages."""
+    """Images and their targets, by index; `str` of a source gives its place, for messages."""
 
     decoding: Decoding = RGB
     groups: SampleGroups | None = None
-    """Where samples should be read together."""
+    """Samples that should be read together, if any."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def open(self, index: int) -> str | Path | BinaryIO:
-        """Where the encoded image lies: a path, or a file that is open."""
+        """The encoded image: a path, or an open file."""
 
     @abstractmethod
     def target(self, index: int) -> Target:
-        """What belongs to the image, without decoding it."""
+        """The image's target, without decoding the image."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the image in a message; it can be printed, whatever bytes are in a path."""
+        """The image's name for messages; printable whatever bytes its path contains."""
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """What the image is called in its dataset, wherever that lies and whatever is added to it."""
+        """The image's name in its dataset, which does not change if the dataset is moved or extended."""
 
     def image(self, index: int) -> DecodedImage:
         """The decoded image.
@@ -66,19 +66,19 @@ class ImageSource(ABC, Generic[Target]):
 class ClassifiedImages(ImageSource[int]):
     """A source of images of one class each.
 
-    A subclass sets `classes` and says the number in `classes` of each image (`label`, and `read_labels` for
-    all at once).
+    A subclass sets `classes` and implements `label`, an image's index in `classes`, and `read_labels` for all
+    images at once.
     """
 
     classes: list[str]
     labels_at_hand = True
-    """Whether `read_labels` gives what is in memory, instead of reading a file for each."""
+    """Whether the labels are in memory, so that `read_labels` need not read a file for each."""
     _numbers: list[int] | None = None
-    """Of each class of the source, its number among the model's; None where they are the same."""
+    """For each class of the source, its number among the model's; None if they are the same."""
 
     @abstractmethod
     def label(self, index: int) -> int:
-        """The number of the image's class in the source itself."""
+        """The image's class, as an index into the source's own classes."""
 
     @abstractmethod
     def read_labels(self) -> NDArray[np.int64]:
@@ -102,11 +102,11 @@ class ClassifiedImages(ImageSource[int]):
         return labels if self._numbers is None else np.asarray(self._numbers, dtype=np.int64)[labels]
 
     def use_classes(self, classes: Sequence[str], whose: str = "the model") -> None:
-        """Number the classes as a model does, some of which may have no samples here.
+        """Renumber the classes as a model does; some of the model's may have no samples here.
 
         Args:
-            classes: The model's.
-            whose: Whose they are, for the message: a model's, or those of the training split.
+            classes: The model's classes.
+            whose: Whose classes they are, for the message, such as "the model".
 
         Raises:
             DataError: The source has samples of other classes.
@@ -127,7 +127,7 @@ class ClassifiedImages(ImageSource[int]):
         self.classes = classes
 
     def report_empty_classes(self) -> None:
-        """Log which classes have no samples; nothing where that is not known without reading files."""
+        """Log which classes have no samples, unless finding that out would read a file for each label."""
         if not self.labels_at_hand:
             return
         counts = np.bincount(self.labels(), minlength=len(self.classes))
@@ -139,11 +139,11 @@ class ClassifiedImages(ImageSource[int]):
 
 
 def class_weights(labels: NDArray[np.int64], number: int) -> Tensor:
-    """Weights by which the classes of a loss count the same: inverse to their frequency, 1 on average.
+    """Weights that make the classes count the same in a loss: inverse to their frequency, 1 on average.
 
     Args:
-        labels: Of all training samples.
-        number: Of classes; those without samples get 1.
+        labels: The labels of all training samples.
+        number: The number of classes; those without samples get weight 1.
 
     Returns:
         (number,), float32.

@@ -1,4 +1,4 @@
-"""Samples held back from training data that come without a validation split."""
+"""Split off validation samples from training data that have no validation split."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,16 +18,19 @@ from vmamba.errors import DataError
 def choose_held_back(
     keys: Sequence[str], labels: NDArray[np.int64], fraction: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Which samples are held back: of each class those with the smallest hashes of seed and key.
+    """Choose the validation samples: in each class those with the smallest hashes of seed and key.
 
-    It depends neither on the order nor on where the dataset lies. A sample that is added to a class moves at
-    most one of the others from one side to the other.
+    The choice depends neither on the order of the samples nor on where the dataset is stored. Adding a sample
+    to a class moves at most one other sample from one side to the other.
 
     Args:
-        keys: Of the samples; see `ImageSource.key`.
-        labels: Of the samples.
-        fraction: Of each class, rounded; at least one sample is on either side, if the class has two.
-        seed: Another one holds back others.
+        keys: The samples' keys; see `ImageSource.key`.
+        labels: The samples' labels.
+        fraction: Fraction of each class, rounded; if the class has two samples, each side gets at least one.
+        seed: Seed of the hashes; another seed chooses other samples.
+
+    Returns:
+        A mask, true for the validation samples.
     """
     members: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for index, (key, label) in enumerate(zip(keys, labels.tolist(), strict=True)):
@@ -46,9 +49,9 @@ class SplitImages(ClassifiedImages):
 
     Args:
         source: All samples.
-        split: "train", or "val" for those that are held back.
-        fraction: Of each class, held back.
-        seed: Of the choice.
+        split: "train", or "val" for the samples that are held back.
+        fraction: Fraction of each class to hold back.
+        seed: See `choose_held_back`.
 
     Raises:
         DataError: The labels cannot be read without fetching the images, or the side is empty.

@@ -1,4 +1,4 @@
-"""Object storage, through fsspec; ours is that a download is whole or not there, and is tried again."""
+"""Object storage through fsspec, with downloads that are retried and never leave a partial file."""
 
 import os
 import time
@@ -12,14 +12,14 @@ _RETRY_WAITS = (1.0, 4.0)
 
 
 def is_url(root: str) -> bool:
-    """Whether it is an address, and no path."""
+    """Whether `root` is an address rather than a path."""
     return "://" in root
 
 
 def file_system(url: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it.
 
-    It is made anew in each call: one that was made before a fork does not work behind it.
+    It is created in each call, because one that was created before a fork does not work after it.
 
     Raises:
         DataError: fsspec does not know the address, or is not installed.
@@ -35,7 +35,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch a file: all of it, or nothing at `path`; only one process at a time.
+    """Fetch a file; if that fails there is nothing at `path`. Only one process at a time may call this.
 
     Raises:
         DataError: It cannot be fetched.
@@ -53,7 +53,7 @@ def download(url: str, path: Path) -> None:
             return
         except DataError:
             raise
-        except Exception as error:  # every storage raises its own
+        except Exception as error:  # every storage raises its own types
             partial.unlink(missing_ok=True)
             if wait is None or isinstance(error, FileNotFoundError):
                 raise DataError(f"{url}: cannot fetch the shard ({error!r})") from error

@@ -1,4 +1,4 @@
-"""Many strings in little memory."""
+"""A compact sequence of many strings."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ class PackedStrings(Sequence[str]):
     """Strings in one block of bytes: a million of them are two arrays, which forked workers share.
 
     Args:
-        text: The bytes of all strings, one behind the other; UTF-8, or what the file system holds instead.
+        text: The bytes of all strings, concatenated; UTF-8, or whatever bytes the file system has.
         ends: Where each ends, in bytes.
     """
 

@@ -1,7 +1,7 @@
-"""Files inside uncompressed tars, read at random where they lie.
+"""Random access to the files inside uncompressed tars, without unpacking.
 
-Ours, since `tarfile` keeps a kilobyte of Python objects a file and takes a damaged header for the end, and
-neither it nor fsspec's tar can be handed to forked workers.
+Not `tarfile` alone, because that keeps a kilobyte of Python objects per file and mistakes a damaged header
+for the end; and neither it nor fsspec's tar can be shared with forked workers.
 """
 
 import os
@@ -24,7 +24,7 @@ from vmamba.data.strings import PackedStrings
 from vmamba.errors import DataError
 
 CACHED_FROM = 100_000
-"""Files from which on an index is kept beside its tars: that of fewer is read anew in seconds."""
+"""Fewest files for which the index is cached beside the tars; with fewer it is rebuilt in seconds."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_OPEN_TARS = 128
@@ -33,15 +33,15 @@ _CACHE_FORMAT = 1
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the regular files in one or more tars lie, in the order of the tars and in them.
+    """Positions of the regular files in one or more tars, in the tars' order.
 
     Attributes:
-        tars: Their paths.
-        tar: Of each file, the number of its tar.
-        offsets: Of each file, its first byte in the tar.
-        sizes: Of each file, in bytes.
-        names: Of each file, its path in the tar, without a leading "./".
-        stamps: Of each tar, its size in bytes and its time of change in ns: (tars, 2).
+        tars: The tars' paths.
+        tar: For each file, the number of its tar.
+        offsets: For each file, its first byte in the tar.
+        sizes: For each file, its size in bytes.
+        names: For each file, its path in the tar, without a leading "./".
+        stamps: For each tar, its size in bytes and its modification time in ns: (tars, 2).
     """
 
     tars: Sequence[str]
@@ -55,8 +55,8 @@ class TarIndex:
 def index_tars(paths: Sequence[str | Path]) -> TarIndex:
     """Find the files in tars by reading their headers once; nothing is unpacked.
 
-    The index of `CACHED_FROM` files or more is kept beside the first tar, where its folder can be written to,
-    and is valid as long as no tar changes its size or time.
+    The index of `CACHED_FROM` files or more is cached beside the first tar, if its folder is writable, and is
+    valid as long as no tar's size or modification time changes.
 
     Raises:
         DataError: A tar is missing, compressed, cut short, damaged, or holds links or sparse files.
@@ -88,7 +88,7 @@ def index_tars(paths: Sequence[str | Path]) -> TarIndex:
 def _members(path: str) -> list[tuple[str, int, int]]:
     """Name, first byte and size of each regular file.
 
-    `tarfile` takes a damaged header behind the first for the end; here only the mark of the end is one.
+    `tarfile` mistakes a damaged header after the first for the end; here only the end-of-archive mark is one.
 
     Raises:
         DataError: See `index_tars`.
@@ -126,7 +126,7 @@ def _refuse_compression(head: bytes, shown: str) -> None:
 def _regular_files(tar: tarfile.TarFile, shown: str) -> list[tuple[str, int, int]]:
     files = []
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte a file
+        tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps a kilobyte per file
         if member.issym() or member.islnk() or member.issparse():
             raise DataError(
                 f"{shown}: {printable(member.name)} is a link or a sparse file; make the tar anew with "
@@ -145,7 +145,7 @@ def _read_cache(path: Path, tars: list[str], stamps: NDArray[np.int64]) -> TarIn
             names = PackedStrings(saved["text"], saved["ends"])
             return TarIndex(tars, saved["tar"], saved["offsets"], saved["sizes"], names, stamps)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # there is none, or a damaged one: it is made anew
+        return None  # missing or damaged: the caller reads the headers again
 
 
 def _write_cache(path: Path, index: TarIndex) -> None:
@@ -168,21 +168,21 @@ def _write_cache(path: Path, index: TarIndex) -> None:
                 os.unlink(file.name)
                 raise
     except OSError:
-        pass  # the folder cannot be written to, or is full: the next run reads the headers again
+        pass  # the folder is not writable, or the disk full: the next run reads the headers again
 
 
 class TarReader:
-    """Reads files of an index; it may be copied to other processes, forked or spawned.
+    """Reads files of an index; it may be shared with other processes, forked or spawned.
 
-    A descriptor that was open before a fork serves the child too, since a read at an offset moves nothing.
+    A descriptor opened before a fork works in the child too, since `pread` does not use the shared position.
 
     Args:
-        index: Of the tars.
+        index: The index of the tars.
     """
 
     def __init__(self, index: TarIndex) -> None:
         self.index = index
-        self._open: OrderedDict[int, int] = OrderedDict()  # tar → descriptor, the latest used last
+        self._open: OrderedDict[int, int] = OrderedDict()  # tar → descriptor, the most recently used last
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class TarReader:
         return content
 
     def name(self, number: int) -> str:
-        """Tar and path in it, as they can be printed."""
+        """The tar and the path in it, printable."""
         return printable(f"{self.index.tars[self.index.tar[number]]}/{self.index.names[number]}")
 
     def _descriptor(self, tar: int) -> int:

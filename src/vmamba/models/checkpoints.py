@@ -117,13 +117,13 @@ def _hint(path: Path) -> str:
 
 
 def _address(place: Place) -> str | None:
-    """The address in a string, also one that went through `Path` and lost a slash; None for a path."""
+    """The http(s) address in a string, even if passing it through `Path` removed a slash; None for a path."""
     match = re.match(r"^(https?):/+(?=[^/])", text := fsdecode(fspath(place)))
     return f"{match[1]}://{text[match.end() :]}" if match else None
 
 
 def _download(address: str) -> Path:
-    """Fetch a file once; its name in the cache tells files of one name from different hosts apart."""
+    """Fetch a file once; a digest of the address in the cached name keeps equal names of two hosts apart."""
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name or "checkpoint"
     folder = Path(torch.hub.get_dir()) / "checkpoints" / "vmamba"
     path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name}"
@@ -144,8 +144,8 @@ def checksum_path(path: Place) -> Path:
 def state_digest(values: Any) -> str:
     """A SHA-256 over nested dicts, sequences, tensors and plain values: names, types, shapes and bytes.
 
-    The order of a dict's keys does not matter. A checkpoint keeps it inside, so that a damaged value is
-    noticed without a file beside.
+    The order of a dict's keys does not matter. It is stored inside a checkpoint, so that damage is noticed
+    without the `.sha256` file beside it.
     """
     digest = hashlib.sha256()
     _digest_into(digest, values)
@@ -167,7 +167,7 @@ def _digest_into(digest: Any, value: Any) -> None:
             _digest_into(digest, item)
     elif isinstance(value, bool | int | float | str | bytes | None):
         digest.update(f"{value!r};".encode("utf-8", "surrogatepass"))
-    else:  # its repr might be another one after it was read
+    else:  # only the type: the repr may change by a save and a load
         digest.update(f"{type(value).__name__};".encode())
 
 
@@ -179,7 +179,7 @@ def seal(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Inert:
-    """Stands in for a class or function that other people's checkpoints refer to; it does nothing."""
+    """Placeholder for a class or function that other libraries' checkpoints refer to; it does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
@@ -195,7 +195,7 @@ _DICTS = (
     "mmcv.utils.config.ConfigDict",
     "addict.addict.Dict",
 )
-"""Their pickles fill a dict item by item, which the safe reader does for OrderedDict alone."""
+"""Dict types whose pickles set items one by one, which the safe reader allows for OrderedDict alone."""
 
 _IGNORED = (
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -214,11 +214,11 @@ _IGNORED = (
     "numpy.ndarray",
     "numpy.dtype",
 )
-"""Records of a training run beside the weights, which nobody here reads."""
+"""Classes of training records that are stored beside the weights; this library ignores them."""
 
 
 def safe_globals() -> AbstractContextManager[None]:
-    """Let `weights_only=True` read what other libraries keep beside the weights, without these libraries."""
+    """Let `weights_only=True` read records of other libraries beside the weights, without these libraries."""
     stand_ins: list[Any] = [(collections.OrderedDict, name) for name in _DICTS]
     stand_ins += [(_Inert, name) for name in _IGNORED]
     return torch.serialization.safe_globals(stand_ins)
@@ -263,7 +263,7 @@ def _digest_holds(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> Any:
-    with path.open("rb") as file:  # an OSError of the file itself goes to the caller
+    with path.open("rb") as file:  # outside the try below: an OSError of the file propagates unchanged
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
@@ -271,7 +271,7 @@ def _read(path: Path) -> Any:
         with safe_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's message goes on with how to run the code after all.
+        # Not PyTorch's whole message: it goes on to explain how to run the code in the file anyway.
         match = re.search(
             r"(Unsupported|Trying to load unsupported|Can only|Trying to call) [^\n]*", str(error)
         )
@@ -279,7 +279,7 @@ def _read(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
         ) from error
-    except Exception as error:  # a damaged file can set off any
+    except Exception as error:  # a damaged file can raise any exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({reason}); get it again") from error
 
@@ -339,7 +339,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Place | Mapping[str, Any]) -> Checkpoint:
-    """Read a file of weights and tell what is in it.
+    """Read a file of weights and find out what it holds.
 
     Args:
         source: As `resolve_checkpoint` takes it, or what `torch.load` gave.

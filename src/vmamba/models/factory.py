@@ -1,4 +1,4 @@
-"""The one factory of models: by name, and what cannot work is refused in plain words."""
+"""The one factory of models, by name; it explains why a model or an argument cannot work."""
 
 import difflib
 import inspect
@@ -34,8 +34,8 @@ def create_model(
 ) -> Any:
     """A model (`nn.Module`) of timm's registry, ours among them.
 
-    Where `args`, `image_size` or `logits` are given, one forward pass is tried without memory for weights or
-    images before the model is made, so that what breaks the model is said at once.
+    If `args`, `image_size` or `logits` are given, one forward pass runs on the meta device before the model
+    is made, so that a combination that cannot work raises at once.
 
     Args:
         name: With or without a tag of pretrained weights: "vmamba_tiny", "vmamba_tiny.authors_in1k".
@@ -112,7 +112,7 @@ def check_name(name: str) -> None:
 
 
 def _check_args(name: str, args: Mapping[str, Any]) -> None:
-    """Refuse by name what no trial would notice: rates out of range only scale values, or divide by 0."""
+    """Refuse arguments whose errors a forward pass would not show, such as a rate out of range."""
     for key, value in args.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in _REFUSED:
@@ -128,7 +128,7 @@ def _check_args(name: str, args: Mapping[str, Any]) -> None:
 
 
 def _check_types(model: nn.Module, name: str, args: Mapping[str, Any]) -> None:
-    """Refuse text for a number and other things for a bool: `gate="maybe"` would just be true."""
+    """Refuse text for a number, and anything but a bool for a bool: `gate="maybe"` would count as true."""
     for key, parameter in inspect.signature(type(model)).parameters.items():
         kind = getattr(parameter.annotation, "__name__", parameter.annotation)
         value = args.get(key)
@@ -157,7 +157,7 @@ def _try(name: str, args: Mapping[str, Any], image_size: tuple[int, int] | None,
     try:
         with torch.no_grad():
             output = model(images)
-    except NotImplementedError:  # an operator without a meta kernel: nothing can be said
+    except NotImplementedError:  # an operator without a meta kernel: this cannot be checked
         return
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         listed = "".join(f", {key}={value!r}" for key, value in args.items())

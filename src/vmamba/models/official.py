@@ -43,9 +43,9 @@ def convert_names(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size
     """Weights under the authors' names and shapes → under ours; others pass as they are.
 
     Args:
-        state_dict: Under either names.
-        shapes: Of the model's weights. Names such as `patch_embed.*` are not the authors' where the model
-            has them itself, as timm's Swin and ViT do.
+        state_dict: Under the authors' names or ours.
+        shapes: Of the model's weights. If the model itself has names such as `patch_embed.*`, as timm's Swin
+            and ViT do, they are not converted.
     """
     if not _authors(state_dict) or _authors(shapes):
         return dict(state_dict)
@@ -83,7 +83,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
 def load_official(model: nn.Module, source: str | PathLike[str] | Mapping[str, Any]) -> nn.Module:
     """Load a checkpoint of VMamba's authors into a model of the same settings: everything must match.
 
-    `vmamba.load_weights` takes other classifiers, channels and depths, where it is told that it may.
+    For another classifier, other channels or depths use `vmamba.load_weights`, which has options for them.
 
     Args:
         model: A `VMamba` of the same settings, on any device and of any type.

@@ -48,7 +48,7 @@ class VSSStage(nn.Module):
 
 @dataclass(frozen=True)
 class VMambaConfig:
-    """The settings of a `VMamba` but those of its input and classifier, named as its arguments are.
+    """The settings of a `VMamba` except those of its input and classifier, named like its arguments.
 
     Raises:
         ValueError: A value is out of range or unknown.
@@ -86,10 +86,10 @@ class VMambaConfig:
         return arguments
 
     def stages(self) -> Iterator[tuple[int, int, int]]:
-        """Of each stage: stride of its downsampling, dilation of the downsampling, dilation of its blocks.
+        """For each stage: the stride and the dilation of its downsampling, and the dilation of its blocks.
 
-        A downsampling that would exceed `output_stride` keeps the size. The convolutions that follow it look
-        at pixels twice as far apart instead, so that they see as much of the image as before.
+        A downsampling that would exceed `output_stride` keeps the size. The dilation of the convolutions
+        after it is doubled instead, so that their receptive fields stay the same.
         """
         total, dilation = self.stem_stride, 1
         yield 1, 1, 1
@@ -110,7 +110,7 @@ class VMambaConfig:
 class VMamba(nn.Module):
     """VMamba: stem, four stages of VSS blocks, norm, head; (b, in_chans, h, w) → (b, num_classes).
 
-    Any input size from 32×32 is taken, odd and non-square ones too.
+    Any input size from 32×32 on works, odd and non-square ones too.
 
     Args:
         in_chans: Channels of the image.
@@ -140,7 +140,7 @@ class VMamba(nn.Module):
         dtype: Of the parameters.
 
     Attributes:
-        config: The settings, but those of input and classifier.
+        config: The settings, except those of input and classifier.
 
     Raises:
         ValueError: An argument is out of range or unknown.
@@ -245,7 +245,7 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for backward, and compute each block again there."""
+        """Keep only the blocks' inputs for backward, and recompute each block there."""
         for module in self.modules():
             if isinstance(module, VSSBlock):
                 module.grad_checkpointing = enable
@@ -300,19 +300,19 @@ class VMamba(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
         last = len(self.stages) - 1
-        taken, last_taken = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates: list[Tensor] = []
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
-            if stop_early and i > last_taken:
+            if stop_early and i > max_index:
                 break
             x = stage(x)
-            if i in taken:
+            if i in take_indices:
                 feature = self.norm(x) if norm and i == last else x
                 intermediates.append(feature.permute(0, 3, 1, 2) if output_fmt == "NCHW" else feature)
         if intermediates_only:
             return intermediates
-        if not stop_early or last_taken == last:
+        if not stop_early or max_index == last:
             x = self.norm(x)
         return x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x, intermediates
 
@@ -320,16 +320,16 @@ class VMamba(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what `forward_intermediates` does not need for these indices; returns them, resolved."""
-        taken, last_taken = feature_take_indices(len(self.stages), indices)
-        shortened = last_taken < len(self.stages) - 1
-        self.stages = self.stages[: last_taken + 1]
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
         if shortened:
-            self.num_features = self.feature_info[last_taken]["num_chs"]
+            self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_norm or shortened:
             self.norm = nn.Identity()  # type: ignore[assignment]  # it is sized for the last stage
         if prune_head or shortened:
             self.reset_classifier(0, "")
-        return taken
+        return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(b, in_chans, h, w) → the last feature map, normed, (b, c, h, w)."""
@@ -363,7 +363,7 @@ def _stages(config: VMambaConfig, **dd: Any) -> Iterator[VSSStage]:
 
 
 def _init_weights(module: nn.Module, draw: Callable[[Tensor], Any] = _WEIGHT_INITS["normal"]) -> None:
-    """Linear layers' weights as `draw` does, their biases 0; all else as its layer draws it."""
+    """Initialise a linear layer's weight by `draw` and its bias to 0; other layers initialise themselves."""
     if isinstance(module, nn.Linear):
         draw(module.weight)
         if module.bias is not None:
@@ -426,7 +426,7 @@ default_cfgs = generate_default_cfgs(
 class FeatureMaps(FeatureGetterNet):
     """What `features_only=True` gives: the model, returning the stages' feature maps.
 
-    timm's own wrapper passes neither gradient checkpointing nor the parameters without weight decay on.
+    timm's own wrapper forwards neither `set_grad_checkpointing` nor `no_weight_decay`.
     """
 
     model: VMamba

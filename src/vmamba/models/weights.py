@@ -1,7 +1,7 @@
 """Loading weights into a model that may differ from the one they were trained in, where that is permitted.
 
-Nothing is left out, left as it was or converted in silence: what was not permitted raises before the model is
-touched, and what was done is reported.
+No weight is skipped, kept or converted in silence: a difference that was not permitted raises before the
+model is changed, and the others are listed in the report.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from vmamba.models.checkpoints import Checkpoint, Weights, open_checkpoint
 from vmamba.models.official import convert_names
 
 _WRAPPERS = {"module", "model", "backbone", "ema", "_orig_mod"}
-"""What DDP, Lightning, mmengine, detectors, averages and torch.compile put before a model's names."""
+"""Prefixes by which DDP, Lightning, mmengine, detectors, averages and torch.compile wrap a model's names."""
 
 _BEHIND_THE_STAGES = ("norm.", "fc_norm.", "outnorm")
 """Names of the norms between a backbone and what uses it, beside the classifier's own module."""
@@ -34,13 +34,13 @@ class LoadReport:
     Attributes:
         source: The file.
         weights: "raw" or "ema".
-        prefix: What stood before the names in the file, such as "backbone.".
+        prefix: The prefix of the names in the file, such as "backbone.".
         taken: Names in the model of the weights that were loaded, converted ones among them.
         converted: How weights were changed, by their names in the model.
         left_out: Names in the file, without the prefix, of what the model has no place for.
-        elsewhere: Names in the file outside the prefix: a detector's neck and heads.
+        elsewhere: Names in the file without the prefix, such as a detector's neck and heads.
         missing: Names in the model of what the file does not have; they keep the values that they had.
-        notes: What else there is to say, in sentences.
+        notes: Further remarks, in sentences.
     """
 
     source: str
@@ -80,8 +80,8 @@ class _Target:
     """The model that is loaded into.
 
     Attributes:
-        model: It.
-        prefix: Of a wrapper in all of its names ("model." of timm's `features_only`).
+        model: The model.
+        prefix: A wrapper's prefix in all of its names ("model." of timm's `features_only`).
         tensors: Its state dict, without the prefix.
         classifiers: Names of its classifiers, or of those that it would have.
         first_convs: Names of the convolutions that take the image.
@@ -141,9 +141,9 @@ def load_weights(
     patterns = ["*"] if partial is True else [partial] if isinstance(partial, str) else list(partial or ())
     target = _target(model)
     kind = checkpoint.kind(weights)
-    prefix, found = _strip_wrappers(checkpoint.weights[kind], target)
+    prefix, file_weights = _strip_wrappers(checkpoint.weights[kind], target)
     outside = [name for name in checkpoint.weights[kind] if not name.startswith(prefix)]
-    plan = _Plan(target, found)
+    plan = _Plan(target, file_weights)
     plan.match(classifier, in_chans == "convert", patterns)
     if classifier == "keep":
         unmatched = (name for name in outside if not any(fnmatchcase(name, each) for each in patterns))
@@ -200,7 +200,7 @@ def _meta_problem(target: _Target) -> list[str]:
 
 
 class _Plan:
-    """Which weight of a file goes where in a model, and what is in the way.
+    """Which weight of a file goes where in a model, and the differences that forbid the load.
 
     Args:
         target: The model.
@@ -217,7 +217,7 @@ class _Plan:
         self.problems: list[str] = []
 
     def match(self, classifier: str, convert_channels: bool, partial: Sequence[str]) -> None:
-        """Fill the lists above."""
+        """Fill `loaded`, `problems` and the other lists."""
         target = self.target
 
         def permitted(name: str) -> bool:
@@ -267,14 +267,14 @@ class _Plan:
         self.problems.append(f"shape: {name} expected {tuple(shape)}, got {tuple(weight.shape)}")
 
     def _other_channels(self, name: str, weight: Tensor) -> bool:
-        """Whether a weight is that of a convolution of the image, and differs in its channels alone."""
+        """Whether a weight belongs to a convolution of the image and differs only in its input channels."""
         shape = self.target.tensors[name].shape
         is_first = name.rpartition(".")[0] in self.target.first_convs
         alike = weight.ndim == 4 and (*shape[:1], *shape[2:]) == (*weight.shape[:1], *weight.shape[2:])
         return is_first and alike
 
     def hints(self, classifier: str, in_chans: str) -> list[str]:
-        """How to permit what is in the way."""
+        """How to permit each kind of problem."""
         target, hints = self.target, []
         wrong = [problem.split(": ", 1)[1].split(" ")[0] for problem in self.problems if ": " in problem]
         if any(name.startswith("outnorm") for name in wrong):
@@ -314,7 +314,7 @@ def _stages(names: Iterable[str], plan: _Plan) -> list[str]:
 
 
 def _adapt(weight: Tensor, channels: int) -> Tensor:
-    """timm's conversion of the first convolution; before 1.0.23 it knows three channels alone."""
+    """timm's conversion of the first convolution, which before 1.0.23 supports only three channels."""
     try:
         if weight.shape[1] == 3:
             return adapt_input_conv(channels, weight)
@@ -360,7 +360,7 @@ def _first_convs(model: nn.Module) -> list[str]:
 
 
 def _strip_wrappers(state_dict: Mapping[str, Any], target: _Target) -> tuple[str, dict[str, Any]]:
-    """The prefix of the file's names behind which most of the model's are, and the weights without it."""
+    """The prefix that makes most of the file's names match the model's, and the weights without it."""
     prefixes = {""}
     for name in state_dict:
         parts = name.split(".")
@@ -391,7 +391,7 @@ def _flattened(weights: dict[str, Any], shapes: Mapping[str, torch.Size]) -> dic
 
 
 def _abridged(names: Sequence[str]) -> list[str]:
-    """Names by the modules that they are in, where these are many."""
+    """The names; if there are many, the modules that they are in."""
 
     def module(name: str) -> str:
         return ".".join(name.split(".")[: 4 if ".blocks." in name else 2][:-1]) or name

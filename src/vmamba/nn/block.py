@@ -1,6 +1,6 @@
 """The VSS block (arXiv 2401.10166, section 4.3): SS2D and an MLP, each behind a norm, with residuals."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath
@@ -31,9 +31,14 @@ class VSSBlock(Layer):
         grad_checkpointing: Keep only the block's input for backward, and compute the block again there.
 
     Raises:
-        TypeError: `changes` names what is no setting.
+        TypeError: `changes` names an unknown setting.
         ValueError: A setting is out of range or unknown.
     """
+
+    if TYPE_CHECKING:  # all None without an MLP; at run time TorchScript would read the annotations
+        norm2: Any
+        mlp: Any
+        drop_path2: Any
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class VSSBlock(Layer):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.op(self.norm1(x)))
         if self.mlp is not None:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))  # type: ignore[misc]  # all three or none
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +75,7 @@ class VSSBlock(Layer):
         return self._checkpointed(*args, **kwargs)
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
-        """The call, again in backward. Both times by the same calls, whoever watches one of them alone."""
+        """The call, recomputed in backward in the form (fused or plain) that the forward had."""
         form = None
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
             form = fused_form(self, args[0])

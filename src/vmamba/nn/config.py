@@ -21,7 +21,7 @@ class SS2DConfig:
         ssm_conv_dilation: Dilation of that convolution; above 1 where an `output_stride` keeps a stage large.
         ssm_init: "mamba": A = -(1 … n), and softplus(dt_bias) log-uniform in [1e-3, 0.1]; "rand": A_log
             normal; "zero": A_log zero (both with delta's weight and bias drawn small).
-        gate: Multiply the normed output by SiLU(z), z a second half of the input projection.
+        gate: Multiply the normed output by SiLU(z), where z is the second half of the input projection.
         routes: As for `vmamba.ops.selective_scan_2d`, or "cascade" (Table 5), which only `VSSBlock` and
             `CascadeSS2D` take.
 
@@ -72,7 +72,7 @@ def configured(config: SS2DConfig | None, changes: dict[str, Any]) -> SS2DConfig
     """The config (None: the defaults) with some settings changed.
 
     Raises:
-        TypeError: `config` is something else, or `changes` names what is no setting.
+        TypeError: `config` is not an SS2DConfig, or `changes` names an unknown setting.
         ValueError: A value is out of range or unknown.
     """
     if config is None:

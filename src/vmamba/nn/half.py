@@ -28,5 +28,5 @@ def call_in_type_of(y: Tensor, layer: nn.Module) -> Tensor:
         weight, bias = (None if t is None else t.to(y.dtype) for t in (layer.weight, layer.bias))
         return F.layer_norm(y, layer.normalized_shape, weight, bias, layer.eps)
     widened = {name: p.to(y.dtype) for name, p in layer.named_parameters() if p.dtype in HALF}
-    with _LOCK:  # while the call lasts, every thread sees the widened parameters in the layer
+    with _LOCK:  # functional_call swaps the layer's parameters during the call, for every thread
         return functional_call(layer, widened, (y,))

@@ -1,4 +1,4 @@
-"""The base of our layers: a call goes to a faster form of the same layer where nobody could tell."""
+"""The base of our layers: a call runs the layer's fused form where the difference cannot be observed."""
 
 from typing import Any
 

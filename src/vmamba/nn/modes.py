@@ -1,6 +1,6 @@
-"""The modes of a module: evaluation for the length of a block.
+"""Evaluation mode inside a `with` block.
 
-It stands on the lowest floor that has modules, so that every floor that runs a model can import it.
+It is in `vmamba.nn`, the lowest layer with modules, so that every package that runs a model can import it.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if modes[0][1]:
-            model.train()  # a module may do more than set its flag, such as taking merged weights apart
+            model.train()  # not only the flags: a module's train() may do more, such as split merged weights
         for module, training in modes:
             module.training = training

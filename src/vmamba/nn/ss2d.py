@@ -31,7 +31,7 @@ torch.fx.wrap("at_least_float32")
 class SS2D(Layer):
     """Project, scan along k routes, finish; (b, h, w, c) → (b, h, w, c).
 
-    The forward is `finish(scan(project(x)))`, so that what the scan takes can be had without running it.
+    The forward is `finish(scan(project(x)))`, so that the scan's operands can be computed without running it.
 
     Args:
         dim: c.
@@ -45,7 +45,7 @@ class SS2D(Layer):
         routes: The code of each route, as the operator takes them.
 
     Raises:
-        TypeError: `changes` names what is no setting.
+        TypeError: `changes` names an unknown setting.
         ValueError: A setting is out of range or unknown.
     """
 
@@ -101,7 +101,8 @@ class SS2D(Layer):
     def reset_parameters(self) -> None:
         """Draw the parameters of the scan; the submodules draw their own."""
         _, inner, rank = self.dt_weight.shape
-        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # Linear's default, a route each
+        # The default of nn.Linear, for each route.
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         self.D.fill_(1.0)
         if self.config.ssm_init == "mamba":
             nn.init.uniform_(self.dt_weight, -(rank**-0.5), rank**-0.5)
@@ -124,7 +125,7 @@ class SS2D(Layer):
         return {"A_log", "D", "dt_bias"}
 
     def A(self) -> Tensor:  # noqa: N802
-        """A = -exp(A_log), (k, d, n), in float32 at least, also in a model put to half."""
+        """A = -exp(A_log), (k, d, n), in float32 at least, even if the model is in half precision."""
         return -torch.exp(at_least_float32(self.A_log))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -192,14 +193,14 @@ class SS2D(Layer):
         return y.to(self.x_proj_weight.dtype)
 
     def _norm(self, y: Tensor) -> Tensor:
-        """out_norm(y), in y's type also in a model put to half, whose weights are narrower than y."""
+        """out_norm(y) in y's type, even if the model is in half precision and its weights narrower than y."""
         if torch.jit.is_scripting():
             return self._scripted_norm(y)
         else:  # noqa: RET505  (TorchScript compiles what follows an `if`, but not its `else`)
             return call_in_type_of(y, self.out_norm) if is_half(self.out_norm) else self.out_norm(y)
 
     def _scripted_norm(self, y: Tensor) -> Tensor:
-        """`_norm` in TorchScript, which asks for the attributes when it compiles."""
+        """`_norm` in TorchScript, which evaluates the `hasattr` calls when it compiles."""
         if hasattr(self.out_norm, "normalized_shape"):  # noqa: SIM102
             if hasattr(self.out_norm, "bias"):  # noqa: SIM102
                 if self.out_norm.bias is not None:
@@ -215,10 +216,10 @@ class SS2D(Layer):
 class CascadeSS2D(SS2D):
     """SS2D with the cascade scan of Table 5: along every row, then along every column.
 
-    Each row is a sequence of its own, read left to right (route 0) plus right to left (route 1) from
-    u = LayerNorm(x); then each column likewise, down (route 2) plus up (route 3), from v = LayerNorm of what
-    the rows gave, whose projections are made anew. Neither norm has weights. Arguments as for `SS2D`; the
-    setting `routes` is "cascade", whatever is given.
+    Each row of u = LayerNorm(x) is a separate sequence, scanned left to right (route 0) and right to left
+    (route 1), and the two are added. v = LayerNorm of the result is projected again, and each of its columns
+    is scanned likewise, down (route 2) and up (route 3). Neither norm has weights. Arguments as for `SS2D`;
+    the setting `routes` is always "cascade".
     """
 
     def __init__(
@@ -230,14 +231,14 @@ class CascadeSS2D(SS2D):
         dtype: torch.dtype | None = None,
         **changes: Any,
     ) -> None:
-        # Weights for four routes, of which each scan takes two.
+        # Weights for four routes; each of the two scans uses two of them.
         four = replace(configured(config, changes), routes="cross")
         super().__init__(dim, four, device=device, dtype=dtype)
         self.config = replace(four, routes="cascade")
         self.routes = route_codes(("row", "row_reversed"))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """As `SS2D.project`, for the rows: delta, B and C are of routes 0 and 1."""
+        """As `SS2D.project`, for the scan of the rows: delta, B and C have routes 0 and 1 only."""
         x, z = self._expand(x)
         x = F.layer_norm(x, [x.shape[-1]])
         delta, B, C = self._scan_inputs(x, self.x_proj_weight[:2])
@@ -251,7 +252,7 @@ class CascadeSS2D(SS2D):
         return self._scan_lines(v, delta, B, C, 2).transpose(1, 2)
 
     def _scan_lines(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, first: int) -> Tensor:
-        """Routes `first` and `first + 1` along every line: dimension 1 counts lines, dimension 2 is one."""
+        """Routes `first` and `first + 1` along each line x[:, i], a row (or a column, where transposed)."""
         routes = slice(first, first + 2)
         batch, lines = x.shape[0], x.shape[1]
         y = self._operator(

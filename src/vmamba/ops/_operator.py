@@ -4,8 +4,9 @@ Modules call the operator and not a Python function, so that TorchScript, FX and
 Validation and the choice of backend happen inside. It has no autocast rule: mixed types are legal, and the
 backends compute in the state's type whatever autocast says.
 
-Under `torch.func.grad`, `vjp`, `jvp`, what is built of them, and for tensors with a tangent the operator is
-`vmamba.ops.decomposition`, plain PyTorch, which can be differentiated in every way and any number of times.
+Under `torch.func.grad`, `vjp`, `jvp` and the transforms built on them, and for tensors with a forward-mode
+tangent, the operator runs as `vmamba.ops.decomposition`: plain PyTorch, differentiable in every mode and any
+number of times.
 
 Sizes: b batch, h height, w width, d channels, k routes, n state size.
 """
@@ -58,7 +59,7 @@ def _unpack_backward(
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # The context takes longer than all else that surrounds the kernel.
+    # Entering the context costs more than all else around the kernel: only where it changes something.
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -106,7 +107,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _no_gradient(x: Tensor) -> Tensor:
-    """Stands for the gradient of an operand that was not given: an operator's outputs can't be None."""
+    """An empty tensor for the gradient of an omitted operand: an operator's outputs can't be None."""
     return x.new_empty(0)
 
 
@@ -115,7 +116,7 @@ def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
 
 
 def _autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator above autograd."""
+    """The operator's kernel for the Autograd dispatch key."""
     if is_transformed(arguments):
         return _decomposed(*_unpack(arguments))
     if _needs_gradient(arguments):
@@ -188,7 +189,7 @@ def _differentiable_gradients(grad_y: Tensor, grad_last_state: Tensor | None, ca
 
 
 def _autograd_of_backward(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradient above autograd: it has no derivative, and says so instead of dropping one."""
+    """The backward operator's kernel for the Autograd key: its derivative raises instead of being dropped."""
     if is_transformed(arguments):
         raise RuntimeError(
             "selective_scan_2d: its gradient is differentiated by torch.func or by forward mode, but the "
@@ -216,12 +217,12 @@ class _Gradient(torch.autograd.Function):
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """`torch.vmap`: more images where only what belongs to an image is batched, else a scan each."""
-    of_images = (0, 1, 3, 4, 10)  # x, delta, B, C, initial_state
-    if any(isinstance(dim, int) for place, dim in enumerate(in_dims) if place not in of_images):
+    """`torch.vmap`: folds the mapped dimension into the images if no parameter has it, else loops over it."""
+    per_image = (0, 1, 3, 4, 10)  # x, delta, B, C, initial_state
+    if any(isinstance(dim, int) for place, dim in enumerate(in_dims) if place not in per_image):
         return _one_by_one(_SCAN, info.batch_size, in_dims, arguments)
     folded = list(arguments)
-    for place in of_images:
+    for place in per_image:
         t, dim = arguments[place], in_dims[place]
         if t is not None:
             t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -231,7 +232,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, An
 
 
 def _vmap_of_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """One by one: the gradients of parameters are sums over the images of each."""
+    """Loops: gradients of parameters sum over images, so folding would add up the mapped elements."""
     return _one_by_one(_SCAN_BACKWARD, info.batch_size, in_dims, arguments)
 
 

@@ -1,4 +1,4 @@
-"""The backends there are, and which one serves a call."""
+"""The registered backends, and the choice of the one that serves a call."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from vmamba.ops.backend import Backend, no_data_call
 from vmamba.ops.operands import Operands
 
 BY_PREFERENCE = ("cpu", "triton", "chunked", "reference")
-"""Modules of this folder, each with a `BACKEND`. A call that names none is served by the first of those
-preferred on its device that can."""
+"""Modules of this folder, each with a `BACKEND`, in order of preference. A call that names no backend gets
+the first one that is preferred on its device and can serve it."""
 
 FALLBACK = "chunked"
 """The backend that serves any call on any device."""

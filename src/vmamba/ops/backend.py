@@ -17,7 +17,7 @@ from vmamba.ops.routes import CROSS, names_of
 Gradients = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
-"""Of x, delta, A, B, C, D, delta_bias, delta_weight and initial_state."""
+"""Gradients of x, delta, A, B, C, D, delta_bias, delta_weight and initial_state."""
 
 
 def state_stride(n_state: int) -> int:
@@ -29,13 +29,13 @@ def state_stride(n_state: int) -> int:
 
 
 def saved_every_stride(call: Operands) -> int:
-    """How many states a route saves: those before the first of each `state_stride` positions."""
+    """How many states a route saves: one before every `state_stride` positions."""
     return -(-call.length // state_stride(call.n_state))
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the operator. All it computes is of the state's type, or of the operand's.
+    """One implementation of the operator. Its results are in the state's type or in the operand's.
 
     Attributes:
         name: As given to `backend=` and `use_backend`.
@@ -45,8 +45,8 @@ class Backend:
         backward: The gradients of y and of the last state (or None), the call, the saved states → a gradient
             for each operand that is not None.
         why_not_here: Why it cannot run on this machine and how to make it run, or None if it can.
-        why_not: Why it cannot serve a call, or None if it can. It sees shapes, types, device and routes, also
-            of tensors without data, and must not look at values.
+        why_not: Why it cannot serve a call, or None if it can. It may use shapes, types, device and routes
+            but not values: the tensors may be fake.
         preferred_on: Device types on which it serves the calls that name no backend.
         n_saved: How many states of a route forward saves.
     """
@@ -74,6 +74,6 @@ def why_not_kernel(call: Operands, device_types: tuple[str, ...], most_states: i
 
 
 def no_data_call(device: torch.device, n_state: int = 1) -> Operands:
-    """The smallest call on a device, to ask `why_not` of it where there is no call yet."""
+    """The smallest call on a device, for asking `why_not` before there is a real call."""
     x, row = torch.empty(1, 1, 1, 1, device=device), torch.empty(1, 1, 1, 1, n_state, device=device)
     return Operands(x, row[..., :1], row[0, 0], row, row, None, None, None, True, [0])

@@ -7,7 +7,7 @@ All k routes advance together, a chunk of t positions at a time; what a chunk ne
 position by the routes' order, so that nothing of size (b, k, l, …) is ever stored. Within a chunk, each pair
 (a, b) of h ↦ a·h + b is combined with its neighbour as (a₂a₁, a₂b₁ + b₂), in place, up and down a binary
 tree: 3·log₂ t launches, 3·t combinations, and neither a division nor a difference of cumulated sums. The
-backward starts each chunk from a saved state and computes it again.
+backward recomputes each chunk from a saved state.
 
 Memory beyond inputs and outputs: about a dozen values for each element of a chunk, which is at most
 an eighth of the batch's positions, plus the saved states. It does not grow with n.
@@ -151,7 +151,7 @@ def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Sums:
-    """The gradients, filled chunk by chunk."""
+    """The gradients, summed chunk by chunk; an attribute with an operand's name holds its gradient."""
 
     def __init__(self, call: Operands) -> None:
         x, dtype = call.x, call.state_dtype
@@ -170,11 +170,12 @@ class _Sums:
         self.D = x.new_zeros(d, dtype=dtype)  # the same for every route
         self.bias = x.new_zeros((k, d), dtype=dtype)
         self.W = None if self.W_values is None else torch.zeros_like(self.W_values)
-        # The gradient of the state before the chunk in hand, coming from what follows.
+        # What the chunks processed so far, which come later on the route, add to the gradient of the state
+        # at the end of the next one; after the first chunk of the route it is the initial state's gradient.
         self.carry = x.new_zeros((b, k, n, d), dtype=dtype)
 
     def add(self, i: slice, order: Tensor, dy: Tensor, before: Tensor) -> None:
-        """Add one chunk of images i.
+        """Add the gradients of one chunk of images i.
 
         Args:
             i: The images.

@@ -3,7 +3,7 @@
 Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 
 The library lies beside this file. It is built against neither Python nor PyTorch; on Linux it shares the
-OpenMP threads of PyTorch, which must be loaded first, and is told their number with each call.
+OpenMP threads of PyTorch, which must be loaded first, and gets their number with each call.
 """
 
 import ctypes
@@ -85,13 +85,13 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next call instead of giving it back to the system.
+    """Make glibc keep freed memory for the next call instead of returning it to the system.
 
-    glibc gives every block above a threshold back when it is freed. Models whose activations lie above it
-    have all of their pages mapped and zeroed anew in each call, which at batch 1 takes as long as the rest of
-    the forward. The threshold rises to the size of the largest block freed so far, up to 32 MiB: so free one
-    of that size once. An explicit MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_, or another allocator, is
-    left as it is.
+    glibc returns every freed block above a threshold. If a model's activations are larger, all of their pages
+    are mapped and zeroed again in each call, which at batch 1 takes as long as the rest of the forward. The
+    threshold rises to the size of the largest block freed so far, up to 32 MiB, so this frees one of that
+    size once. It has no effect where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set, or with another
+    allocator.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
@@ -122,9 +122,9 @@ def _widened(t: Tensor) -> Tensor:
 
 
 def _scan(call: Operands) -> tuple[_Scan, list[object]]:
-    """A call as the kernel takes it, and what must live as long."""
+    """The call as the kernel's struct, and the objects that own the memory it points to."""
     dtype, k, n = call.state_dtype, call.n_routes, call.n_state
-    # The rows of few values for each position are read faster where nothing is left to convert.
+    # The kernel reads the short rows (B, C, low-rank delta) faster when it need not convert them.
     delta = call.delta if call.delta_weight is None else _widened(call.delta)
     images, holders = zip(
         *(_image(t) for t in (call.x, delta, _widened(call.B), _widened(call.C))), strict=True
@@ -142,7 +142,7 @@ def _scan(call: Operands) -> tuple[_Scan, list[object]]:
         call.delta_softplus,
         state_stride(n),
         _TYPES[dtype],
-        # The result is the same bits for any number of threads.
+        # The number of threads does not change a bit of the result.
         max(1, min(torch.get_num_threads(), call.x.numel() * k * n // GRAIN)),
         ctypes.cast(codes, ctypes.c_void_p),
         *images,

@@ -2,9 +2,9 @@
 
 Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 
-It serves symbolic sizes, so the number of operations may not depend on l. Blocks of `BLOCK` neighbours, a
-fixed number, are combined up and down a tree; from block to block the carry is found by doubling: step s
-takes in 2^s blocks more.
+It serves symbolic sizes, so the number of operations may not depend on l. Within a block of `BLOCK`
+positions, a fixed number, pairs are combined up and down a tree; the carry from block to block is computed by
+doubling: step s combines each block with the one 2^s before it.
 """
 
 from contextlib import nullcontext
@@ -25,13 +25,13 @@ MAX_LENGTH = (2**DOUBLINGS - 1) * BLOCK
 def recurrence(a: Tensor, b: Tensor) -> Tensor:
     """h_t = a_t h_{t-1} + b_t along dimension -2 from h = 0; all (…, l, d), l up to `MAX_LENGTH`."""
     length = b.shape[-2]
-    # No symbolic size may be 1, for export would guard on it: hence a block more than is needed.
+    # One block more than needed: export would guard on a symbolic size that may be 1.
     blocks = length // BLOCK + 2
     padding = (0, 0, 0, blocks * BLOCK - length)
     h = _recurrence_in_blocks(
         F.pad(a, padding).unflatten(-2, (blocks, BLOCK)), F.pad(b, padding).unflatten(-2, (blocks, BLOCK))
     )
-    # A copy in plain layout: whether the slice is contiguous depends on l, and export would guard on it.
+    # A contiguous copy: whether the slice is contiguous depends on l, and export would guard on it.
     return h.flatten(-3, -2)[..., :length, :].clone(memory_format=torch.contiguous_format)
 
 
@@ -59,7 +59,7 @@ def scan(call: Operands, out_dtype: torch.dtype | None = None) -> tuple[Tensor, 
 
     Raises:
         TypeError: As the operator.
-        ValueError: As the operator; also for more than `MAX_LENGTH` positions, where l is known.
+        ValueError: As the operator; also for more than `MAX_LENGTH` positions, unless l is symbolic.
     """
     call.validate(out_dtype)
     if isinstance(call.length, int) and call.length > MAX_LENGTH:
@@ -85,7 +85,7 @@ def scan(call: Operands, out_dtype: torch.dtype | None = None) -> tuple[Tensor, 
 def _visited(t: Tensor, order: Tensor) -> Tensor:
     """(b, h, w, k, ·) in the order of each route, (b, k, l, ·).
 
-    By index_select, for the gradient of indexing with a tensor writes in place, which vmap refuses.
+    By index_select: the gradient of indexing with a tensor writes in place, which vmap refuses.
     """
     t = t.flatten(1, 2)
     return torch.stack([t[:, :, k].index_select(1, order[k]) for k in range(order.shape[0])], 1)

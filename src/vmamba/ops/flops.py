@@ -56,5 +56,5 @@ def _backward_flops(
     grad_y: Any, grad_last_state: Any, x: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any,
     delta_weight: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """The states again, their gradients, and the products with each operand: three times the forward."""
+    """Recomputed states, their gradients, and the products with each operand: three times the forward."""
     return 3 * _forward_flops(x, delta, A, B, C, D, delta_bias, delta_weight)

@@ -1,4 +1,4 @@
-"""The operands of one call of the operator, and what the contract says of them.
+"""The operands of one call of the operator, and their validation.
 
 Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 """
@@ -14,7 +14,7 @@ FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Operands(NamedTuple):
-    """One call of the operator, as its schema lists it; nothing here reads a tensor's values.
+    """The operator's arguments, named as in its schema; nothing here reads a tensor's values.
 
     Attributes:
         x: (b, h, w, d).
@@ -46,7 +46,7 @@ class Operands(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The nine that have gradients, in the order of `Gradients`."""
+        """The nine operands that have gradients, in the order of `Gradients`."""
         return (*self[:8], self.initial_state)
 
     @property

@@ -48,7 +48,7 @@ def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _preactivation(call: Operands, k: int) -> Tensor:
-    """What softplus takes on route k at every position of the image, (b, l, d)."""
+    """The argument of softplus on route k at every position of the image, (b, l, d)."""
     dtype = call.state_dtype
     z = call.delta[..., k, :].to(dtype).flatten(1, 2)
     if call.delta_weight is not None:

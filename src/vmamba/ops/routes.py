@@ -3,7 +3,7 @@
 Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes.
 
 A new route is a line of `_TABLE`, or a call of `register_route` from outside of the library. The backends
-`reference` and `chunked`, export and torch.func serve it at once; a kernel where its `why_not` says so.
+`reference` and `chunked`, export and torch.func serve it at once; a kernel once its `why_not` admits it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from vmamba._torch_private import is_transformed
 Order = Callable[[int, int], Tensor | Sequence[int]]
 """(height, width) → the flat image positions (row·w + column) in the order of the route, each once."""
 Routes = str | Sequence[str | Tensor | Sequence[int]] | Tensor
-"""What `routes=` takes, see `vmamba.ops.selective_scan_2d`."""
+"""The type of a `routes=` argument, see `vmamba.ops.selective_scan_2d`."""
 
 _OnDevice = Callable[[int, int, torch.device | None], Tensor]
 
@@ -46,7 +46,7 @@ CROSS = ("row", "column", "row_reversed", "column_reversed")
 """The first of the table, those of the paper's Cross-Scan Module: all whose codes the kernels know."""
 
 GIVEN = -1
-"""The code of a route that comes as a permutation, in a row of the operator's `orders`."""
+"""The code of a route that is given as a permutation: the next row of the operator's `orders`."""
 
 NAMED_ROUTES = {
     "cross": CROSS,
@@ -79,14 +79,14 @@ def register_route(name: str, order: Order) -> None:
 
     def of_size(height: int, width: int) -> Tensor:
         positions = torch.as_tensor(order(height, width))
-        if not torch.compiler.is_compiling():  # where sizes may be symbolic, and values are not known
+        if not torch.compiler.is_compiling():  # there sizes may be symbolic and tensors have no values
             _check_permutation(f"route {name!r} at {height} x {width}", positions, height * width)
         return positions.long()
 
     kept = lru_cache(maxsize=32)(of_size)
 
     def on_device(height: int, width: int, device: torch.device | None) -> Tensor:
-        # What a transform wraps, or a trace records, must not be kept beyond it.
+        # A tensor made inside a transform or a trace must not be cached: it is only valid there.
         traced = torch.compiler.is_compiling() or is_transformed(())
         return (of_size if traced else kept)(height, width).to(device)
 
@@ -102,7 +102,7 @@ def _check_permutation(what: str, positions: Tensor, length: int) -> None:
 
 
 def check_orders(orders: Tensor, what: str = "routes") -> None:
-    """Raise ValueError if a row of (k, l) is no permutation of 0 … l - 1. On a GPU this waits for it."""
+    """Raise ValueError if a row of (k, l) is not a permutation of 0 … l - 1. This synchronises with a GPU."""
     expected = torch.arange(orders.shape[1], device=orders.device)
     wrong = (orders.sort(1).values != expected).any(1)
     if wrong.any():
@@ -146,7 +146,7 @@ def route_codes(routes: str | Sequence[str]) -> list[int]:
 
 
 def parse_routes(routes: Routes, device: torch.device) -> tuple[list[int], Tensor | None]:
-    """What `routes=` takes, as the operator's schema has it.
+    """Convert a `routes=` argument to the `routes` and `orders` of the operator's schema.
 
     Returns:
         A code for each route, and the permutations among them, (their number, l) int64 on `device`, or None.
@@ -192,7 +192,7 @@ def check_codes(codes: Sequence[int]) -> None:
 
 
 def names_of(codes: Sequence[int]) -> tuple[str, ...]:
-    """What routes are called, by their codes."""
+    """The names of routes, by their codes."""
     return tuple("a permutation" if code == GIVEN else tuple(_TABLE)[code] for code in codes)
 
 
@@ -234,7 +234,8 @@ def cross_scan(x: Tensor, routes: Routes = "cross") -> Tensor:
 
     Raises:
         TypeError: A permutation does not hold integers.
-        ValueError: x has not four dimensions, a route is unknown, or a permutation is none of l positions.
+        ValueError: x has not four dimensions, a route is unknown, or a permutation does not hold each of the
+            l positions once.
     """
     if x.ndim != 4:
         raise ValueError(f"x: expected (b, h, w, d), got shape {tuple(x.shape)}")
@@ -255,7 +256,7 @@ def cross_merge(ys: Tensor, size: tuple[int, int], routes: Routes = "cross") -> 
     Raises:
         TypeError: A permutation does not hold integers.
         ValueError: The shape of ys does not fit `size` and `routes`, a route is unknown, or a permutation
-            is none of l positions.
+            does not hold each of the l positions once.
     """
     order = _order_of(routes, *size, ys.device)
     if ys.ndim != 4 or ys.shape[1:3] != order.shape:

@@ -59,7 +59,7 @@ def selective_scan_2d(
         routes: "cross", "unidirectional", "bidirectional", or a sequence of k routes. Each is "row",
             "column", "row_reversed", "column_reversed", a name of `register_route`, or a permutation: the
             h·w positions row·w + column, each once, in the order of the route. A tensor (h·w,) or (k, h·w)
-            of permutations will do too. On a GPU a call with permutations waits for it, to check them.
+            of permutations will do too. Checking permutations synchronises with the GPU.
         out_dtype: Type of y, rounded to once; default x's.
         backend: Name of the backend; default the preferred one of the device, see `backends`.
 
@@ -68,8 +68,8 @@ def selective_scan_2d(
 
     Raises:
         TypeError: An operand's type is not supported.
-        ValueError: A shape or device does not fit, a route or backend is unknown, or what is given as a
-            permutation is none.
+        ValueError: A shape or device does not fit, a route or backend is unknown, or a permutation does not
+            hold each position once.
         BackendError: The backend named cannot serve the call (a RuntimeError).
     """
     codes, orders = parse_routes(routes, x.device)
@@ -181,7 +181,7 @@ class _Sequence(NamedTuple):
                     f"{name}: expected (b, g, n, l), (b, n, l), or constant (g·d, n), got {tuple(t.shape)}"
                 )
         batch, width, length = self.u.shape
-        # Where one of A, B and C disagrees with the others, it is the wrong one.
+        # n is what at least two of A, B and C agree on, so that the message names the one that differs.
         _, n_state, _ = sorted(t.shape[2 if t.ndim == 4 else 1] for t in (self.A, self.B, self.C))
         groups = self.groups
         of_B, of_C = (
@@ -239,9 +239,9 @@ def _scan_groups(call: _Sequence) -> tuple[Tensor, Tensor]:
 
 
 def _scan_each_state(call: _Sequence) -> tuple[Tensor, Tensor]:
-    """As `_scan_groups`, where B or C is constant: a factor of each channel, before or after the scan.
+    """As `_scan_groups`, where B or C is constant: it scales each channel before (B) or after (C) the scan.
 
-    The operator has one B and C for all channels of a group, so each of the n states is a scan of its own.
+    The operator has one B and C for all channels of a group, so each of the n states takes one scan.
     """
     u = call.u.to(torch.float64 if call.u.dtype == torch.float64 else torch.float32)
     ones = u.new_ones(1).expand(u.shape[0], call.groups, 1, u.shape[2])

@@ -14,12 +14,12 @@ class AveragedViews(nn.Module):
     """A classifier's probabilities averaged over views of the same crop: test-time augmentation.
 
     Args:
-        model: From images (B, C, H, W) to logits (B, classes).
-        flip: Look at each view and at its mirror image.
-        scales: Sides of the views over the crop's.
+        model: From images (b, c, h, w) to logits (b, classes).
+        flip: Use each view and its mirror image.
+        scales: Sizes of the views relative to the crop's.
 
     Returns:
-        The logarithm of the mean probability, (B, classes), in the place of logits.
+        The logarithm of the mean probability, (b, classes), in place of logits.
 
     Raises:
         RecipeError: The model does not take a view of that size.
@@ -41,12 +41,12 @@ class AveragedViews(nn.Module):
                 yield view.flip(-1)
 
     def forward(self, images: Tensor) -> Tensor:
-        found = torch.stack([self._judged(view) for view in self._views(images)])
-        return found.logsumexp(0) - math.log(len(found))
+        log_probs = torch.stack([self._log_probs(view) for view in self._views(images)])
+        return log_probs.logsumexp(0) - math.log(len(log_probs))
 
-    def _judged(self, view: Tensor) -> Tensor:
+    def _log_probs(self, view: Tensor) -> Tensor:
         try:
             return self.model(view).float().log_softmax(-1)
-        except (AssertionError, ValueError, RuntimeError) as error:  # models refuse a size with any of these
+        except (AssertionError, ValueError, RuntimeError) as error:  # by which models refuse a size
             size = "×".join(map(str, view.shape[-2:]))
             raise RecipeError(f"scales: the model does not take a view of {size}: {error}") from error

@@ -20,7 +20,7 @@ def describe_model(task: Task, model: nn.Module) -> dict[str, Any]:
     cfg = timm.get_pretrained_cfg(section.name) if timm.is_model(section.name) else None
     if cfg is not None and cfg.fixed_input_size and tuple(cfg.input_size[1:]) != size:
         arguments.setdefault("img_size", list(size))
-    whole = task.name != ClassificationPredictor.task  # timm cannot make such a model, the task can
+    whole = task.name != ClassificationPredictor.task  # timm cannot build other tasks' models, the task can
     return model_config(
         model,
         task.preprocessing,
@@ -35,9 +35,9 @@ def write_best(checkpoint: Path, config: dict[str, Any], model: nn.Module, folde
     """Write best.safetensors and config.json.
 
     Args:
-        checkpoint: Of the run; its averaged weights are taken where it has them.
+        checkpoint: Of the run; its averaged weights are used if it has them.
         config: From `describe_model`.
-        model: That the weights are for.
+        model: The model that the weights are for.
         folder: Of the run.
 
     Raises:

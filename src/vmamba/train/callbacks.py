@@ -23,22 +23,22 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Writes `last.ckpt` and `best.ckpt`.
 
-    Those that were the last before are kept under their step's number: one may be damaged. Lightning's own
-    callback writes the last one only together with the best.
+    Earlier ones are kept under their step's number, in case the newest is damaged. Lightning's own callback
+    writes the last one only together with the best.
 
     Args:
         folder: Of the run.
-        keep: Newest to keep.
-        resumed_from: The checkpoint of the folder that the run goes on from.
+        keep: How many of the newest to keep.
+        resumed_from: The checkpoint in the folder that the run is resumed from.
     """
 
     def __init__(self, folder: Path, keep: int, resumed_from: Path | None = None) -> None:
         self.run, self.folder, self.keep = folder, folder / "checkpoints", keep
         self.resumed_from = resumed_from
-        self._last_step: int | None = None  # of last.ckpt, if it is whole
+        self._last_step: int | None = None  # of last.ckpt, if that is complete
 
     def started(self, trainer: lightning.Trainer) -> None:
-        """Take note of the step that the run goes on from."""
+        """Remember the step that the run is resumed at."""
         if self.resumed_from == self.folder / "last.ckpt":
             self._last_step = trainer.global_step
 
@@ -63,7 +63,7 @@ class Checkpoints:
 
 
 class Milestones(Callback):
-    """At every epoch's end, or every so many steps, and at the last step: evaluate and keep what was reached.
+    """After every epoch or every `eval_every_steps`, and after the last step: evaluate and write checkpoints.
 
     Args:
         folder: Of the run.
@@ -72,10 +72,10 @@ class Milestones(Callback):
         progress: The line on the terminal.
 
     Attributes:
-        scores: Of the last evaluation, be it before the run was resumed.
+        scores: Of the last evaluation, even if that was before the run was resumed.
         best: The best score so far, by the task's monitor; None before the first evaluation.
-        best_step: After which step that was.
-        stale: Evaluations since then.
+        best_step: The step of the best score.
+        stale: Evaluations since the best score.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Milestones(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.checkpoints.started(trainer)
-        if trainer.is_global_zero:  # they are of all processes together
+        if trainer.is_global_zero:  # the restored means are those of all processes together
             pl_module.means.restore(self._restored_means)
         self._stop_if_done(trainer, pl_module)
         self._since = time.perf_counter()
@@ -113,11 +113,11 @@ class Milestones(Callback):
         if at_step(trainer):
             if trainer.global_step % pl_module.recipe.train.log_every == 0:
                 self._log(trainer, {f"train/{n}_step": v.item() for n, v in pl_module.losses.items()})
-            if not trainer.is_last_batch:  # else once the epoch is over
+            if not trainer.is_last_batch:  # after the last batch `on_train_epoch_end` does it
                 self._after_step(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if trainer.is_last_batch:  # else the run has stopped within an epoch
+        if trainer.is_last_batch:  # otherwise the run was stopped within the epoch
             self._after_step(trainer, pl_module)
 
     def _after_step(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -193,7 +193,7 @@ class Milestones(Callback):
         if trainer.is_global_zero and path.exists():
             try:
                 draw_curves(read_metrics(path), self.folder / "curves.png")
-            except OSError as error:  # such as a full disk, which something more important has told of
+            except OSError as error:  # such as a full disk; a picture must not hide why the run ended
                 log.warning("curves.png could not be written: %s", error)
 
     def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:

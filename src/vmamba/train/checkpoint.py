@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all."""
+"""Checkpoints of a run, written completely or not at all."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(path) as temporary:
                 torch.save(seal(checkpoint), temporary)
                 line = f"{sha256(temporary)}  {path.name}\n"
-                # Until the rename the old one stands, after it the new: a crash leaves a line for either.
+                # A crash leaves the old checkpoint or the new one, so the checksum file lists both.
                 old = sums.read_text() if path.exists() and sums.exists() else ""
                 write_atomically(sums, old + line)
             write_atomically(sums, line)
@@ -66,7 +66,7 @@ def step_path(last: Path, step: int) -> Path:
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Give a checkpoint a second name, which stays when the first is written anew."""
+    """Give a checkpoint a second name, which keeps its content when the first is overwritten."""
     for old, new in ((checksum_path(path), checksum_path(name)), (path, name)):
         if old.exists():
             with replacing(new) as temporary:
@@ -77,12 +77,12 @@ def keep_as(path: Path, name: Path) -> None:
 
 
 def earlier_checkpoints(folder: Path) -> list[Path]:
-    """Those kept under their step's number, the newest first."""
+    """The checkpoints kept under their step's number, the newest first."""
     return sorted(folder.glob("step-*.ckpt"), reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint in a run's `checkpoints`, and what it holds.
+    """The newest undamaged checkpoint in a run's `checkpoints`, and its content.
 
     Damaged ones are passed over, with a warning.
 

@@ -1,4 +1,4 @@
-"""Tables and a picture of which class is taken for which."""
+"""Tables and a picture of which class is predicted as which."""
 
 import csv
 import io
@@ -15,23 +15,23 @@ from torch.nn import functional as F
 from vmamba.files import replacing, write_atomically
 
 LABELLED = 30
-"""So many classes have room for their names."""
+"""Most classes for which the picture has room for names."""
 
 CELLS = 250
-"""So many cells a side can be told apart in the picture."""
+"""Most cells along a side that can be distinguished in the picture."""
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How the samples of a class were judged.
+    """How the samples of one class were classified.
 
     Attributes:
-        name: Of the class.
-        samples: Of it.
-        accuracy: Share of them that was taken for it; None without samples.
-        precision: Share that it is of what was taken for it; None if nothing was.
-        taken_for: The class that it was taken for most often by mistake; "" without mistakes.
-        taken_for_share: How often, of its samples.
+        name: The class.
+        samples: How many samples it has.
+        accuracy: Share of its samples predicted as this class (recall); None without samples.
+        precision: Share of the samples predicted as this class that belong to it; None if there are none.
+        taken_for: The wrong class most often predicted for its samples; "" without mistakes.
+        taken_for_share: Share of its samples with that prediction.
     """
 
     name: str
@@ -82,7 +82,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """Shares of each true class in percent as a PNG: a row for each, with names and numbers if they fit.
 
-    Of many classes a cell shows the largest share in a block of neighbours, so that no mistake gets lost.
+    With many classes a cell shows the largest share in a block of neighbours, so that no mistake is hidden.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ def check_metrics(path: Path) -> None:
 
 
 def add_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row; those of the same step and of later ones, which a resumed run repeats, go.
+    """Add a row and remove those of the same and later steps, which a resumed run repeats.
 
     Args:
         path: Of `metrics.csv`.
@@ -59,7 +59,7 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
-    """Losses above, scores below, over the epochs or, where several rows are of one epoch, steps; a PNG."""
+    """Draw a PNG, losses above and scores below, over epochs, or over steps if an epoch has several rows."""
     from matplotlib.figure import Figure
 
     unit = "epoch" if len({row["epoch"] for row in rows}) == len(rows) else "step"

@@ -1,4 +1,4 @@
-"""Judge weights by a task's whole protocol."""
+"""Evaluate weights by a task's full protocol."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class _Judge(lightning.LightningModule):
-    """Runs a task's whole set of metrics over the batches of an evaluation."""
+    """Computes all of a task's metrics over the batches of an evaluation."""
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class _Judge(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         loader: Any = self.trainer.val_dataloaders
-        of_processes = gather((self.samples, list(loader.skipped)))
-        self.samples = sum(samples for samples, _ in of_processes)
-        self.skipped = [message for _, messages in of_processes for message in messages]
+        per_process = gather((self.samples, list(loader.skipped)))
+        self.samples = sum(samples for samples, _ in per_process)
+        self.skipped = [message for _, messages in per_process for message in messages]
         if not self.samples:
             raise DataError(f"not one sample can be read, the first: {self.skipped[0]}")
         means = self.means.means()
@@ -60,17 +60,17 @@ class _Judge(lightning.LightningModule):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation gave.
+    """The results of an evaluation.
 
     Attributes:
         source: The checkpoint or recipe.
-        task: Of it.
+        task: The task of `source`.
         weights: "raw" or "ema".
-        flip: Whether mirror images were looked at too.
-        scales: Sizes of the crop that were looked at.
-        samples: Looked at.
-        skipped: What was wrong with those left out.
-        results: Of the task's metrics and losses, by name: single numbers and tables.
+        flip: Whether predictions were averaged over mirror images too.
+        scales: Sizes of the crop that predictions were averaged over.
+        samples: How many samples were evaluated.
+        skipped: For each skipped sample, what was wrong with it.
+        results: The task's metrics and losses by name: single numbers and tables.
     """
 
     source: str
@@ -106,10 +106,10 @@ def evaluate(
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
 ) -> Evaluation:
-    """Judge weights on the "val" split of their recipe's data.
+    """Evaluate weights on the "val" split of their recipe's data.
 
     Args:
-        what: A run, a checkpoint of it, or a recipe whose `model.weights` are judged; see `open_session`.
+        what: A run, a checkpoint of it, or a recipe whose `model.weights` to evaluate; see `open_session`.
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
@@ -126,7 +126,7 @@ def evaluate(
         raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
     session = open_session(what, overrides, weights)
     recipe, model = session.recipe, session.model
-    # Nothing is learnt: each process has the whole model.
+    # Without training nothing needs sharding: each process holds the whole model.
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"strategy": "ddp"})})
     if flip or tuple(scales) != (1.0,):
         model = session.task.averaged(model, flip, scales)
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def check_folder(folder: str | Path) -> None:
-    """Make a folder for results, before the work whose results they are.
+    """Make the folder for results, before the evaluation, so that a failure costs no work.
 
     Raises:
         OutputError: It cannot be made or written to.

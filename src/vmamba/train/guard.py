@@ -1,4 +1,4 @@
-"""Where a number that is not finite comes from."""
+"""Find the layer in which the first NaN or infinity arises."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ def first_nonfinite(module: nn.Module, batch: Any, loss: Callable[[], Tensor]) -
     """Name the first thing in a forward and backward pass that is not finite.
 
     Args:
-        module: Whose weights and submodules are looked at.
-        batch: What goes in.
+        module: The module whose weights and submodules are checked.
+        batch: Its input.
         loss: Runs the forward pass of `module` on `batch`, as in the step in question. Gradients are left as
             they were.
 
@@ -34,17 +34,17 @@ def first_nonfinite(module: nn.Module, batch: Any, loss: Callable[[], Tensor]) -
     for name, parameter in module.named_parameters():
         if not _finite(parameter):
             return f"the weight {name}, before the step"
-    found: list[str] = []
+    nonfinite: list[str] = []
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with _watching(module, found):
+    with _watching(module, nonfinite):
         value = loss()
-        if found:
-            return found[0]
+        if nonfinite:
+            return nonfinite[0]
         if not _finite(value):
             return "the loss itself, of a finite output"
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-    if found:
-        return found[0]
+    if nonfinite:
+        return nonfinite[0]
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and not _finite(gradient):
@@ -57,12 +57,12 @@ def _finite(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _watching(module: nn.Module, found: list[str]) -> Iterator[None]:
-    """Note the outputs that are not finite, and the gradients that come back to them, as they arise."""
+def _watching(module: nn.Module, nonfinite: list[str]) -> Iterator[None]:
+    """Append each output that is not finite, and each such gradient of an output, in the order they arise."""
 
     def note(tensor: Tensor, what: str) -> None:
         if not _finite(tensor):
-            found.append(what)
+            nonfinite.append(what)
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, inputs: Any, outputs: Any) -> None:

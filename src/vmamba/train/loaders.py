@@ -1,4 +1,4 @@
-"""The batches that a process reads."""
+"""The data loaders of a process."""
 
 from typing import Any, Literal
 
@@ -12,10 +12,10 @@ from vmamba.train.task import Task
 
 
 def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """Samples of one pass through the model in one process, and passes of a step.
+    """Samples of a forward pass in one process, and passes per step (gradient accumulation).
 
     Raises:
-        RecipeError: The batch size does not divide so.
+        RecipeError: The batch size is not divisible by the processes and the micro batch size.
     """
     train = recipe.train
     share, rest = divmod(train.batch_size, processes)

@@ -15,10 +15,10 @@ NAME = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from running in a folder for the length of a block.
+    """Lock a folder against other runs inside a `with` block.
 
-    The system lets go of the lock when the process ends, however it ends; the file stays. Its data workers do
-    not hold it.
+    The operating system releases the lock when the process ends, however it ends; the file stays. The run's
+    data workers do not hold it.
 
     Raises:
         RecipeError: Another process runs there.
@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether the lock is ours now."""
+    """Try to take the lock; False if another process has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -53,7 +53,7 @@ def _lock(file: IO[str]) -> bool:
         else:
             import fcntl
 
-            # Not flock: a process that was forked from this one, as a data worker, would hold that too.
+            # Not flock: processes forked from this one, such as data workers, would hold that too.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""What a run tells: on the terminal and in log.txt alike."""
+"""The log of a run, on the terminal and in log.txt."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ _LOGGER = logging.getLogger("vmamba")
 
 
 class _Terminal(logging.Handler):
-    """Writes to whatever stderr is at the time: a progress line puts itself in its place."""
+    """Writes to the current `sys.stderr`, which a progress line replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -21,7 +21,7 @@ class _Terminal(logging.Handler):
 
 
 class _File(logging.Handler):
-    """Keeps what is told until the folder of the run may be written to, then writes it to log.txt."""
+    """Buffers log lines until the run's folder may be written to, then writes them to log.txt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,23 +58,23 @@ class RunLog:
     """The log of one run.
 
     Args:
-        file: Where log records go beside the terminal.
+        file: The handler that writes log.txt.
     """
 
     def __init__(self, file: _File) -> None:
         self._file = file
 
     def open(self, folder: Path) -> None:
-        """From now on, and with all that was told before, write to log.txt in a folder."""
+        """Write the lines logged so far, and from now on every line, to log.txt in a folder."""
         self._file.open(folder / "log.txt")
 
 
 @contextmanager
 def run_log(speaks: bool) -> Iterator[RunLog]:
-    """Tell what this library logs within a block on the terminal, and keep it for log.txt.
+    """Show what this library logs inside a `with` block on the terminal, and keep it for log.txt.
 
     Args:
-        speaks: Whether it is this process' turn to speak for all of a run.
+        speaks: Whether this process logs; of a run's processes only the first one does.
     """
     file = _File()
     if not speaks:

@@ -1,4 +1,4 @@
-"""Where curves go beside metrics.csv."""
+"""Loggers of the training curves besides metrics.csv."""
 
 import logging
 from collections.abc import Callable
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class _Events(TensorBoardLogger):
-    """TensorBoard's events. Where they cannot be written, as on a full disk, the run goes on without them."""
+    """TensorBoard's events. If they cannot be written, as on a full disk, the run continues without them."""
 
     _failed = False
 

@@ -18,14 +18,14 @@ def gather(value: Any) -> list[Any]:
 
 
 class RunningMeans:
-    """Weighted means by name. Nothing is read from the device before they are asked for."""
+    """Weighted means by name, summed on the device: only `totals` and `means` synchronise with it."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
-        """Take a batch's means in; `weight` is its number of samples."""
+        """Add a batch's means; `weight` is its number of samples."""
         for name, value in values.items():
             wide = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
             share = value.detach().to(wide) * weight
@@ -44,7 +44,7 @@ class RunningMeans:
         return totals
 
     def means(self) -> dict[str, float]:
-        """By name, over all processes, each of which must call this."""
+        """The means by name, over all processes, each of which must call this."""
         return {name: value / weight for name, (value, weight) in self.totals().items()}
 
     def reset(self) -> None:
@@ -52,6 +52,6 @@ class RunningMeans:
         self._sums, self._weights = {}, {}
 
     def restore(self, totals: Mapping[str, tuple[float, float]]) -> None:
-        """Go on from `totals`; one process alone may do so, the others are reset."""
+        """Continue from `totals`, which are of all processes: restore one of them and reset the others."""
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, (value, _) in totals.items()}
         self._weights = {name: weight for name, (_, weight) in totals.items()}

@@ -8,14 +8,14 @@ from vmamba.train.guard import NonFiniteError
 
 
 class CalibrationError(MulticlassCalibrationError):
-    """torchmetrics' expected calibration error, of logits.
+    """torchmetrics' expected calibration error, computed from logits.
 
     Raises:
         NonFiniteError: Logits are NaN or infinite.
     """
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        probabilities = preds.softmax(1)  # torchmetrics takes logits between 0 and 1 for probabilities
+        probabilities = preds.softmax(1)  # torchmetrics mistakes logits in [0, 1] for probabilities
         if probabilities.isnan().any():
             raise NonFiniteError("the model's outputs are not finite; judge it with train.precision=32-true")
         # A confidence of exactly 1 would fall into a bin beyond the last.

@@ -23,7 +23,7 @@ _NOT_ARGS = {
     "device": "set train.accelerator",
     "dtype": "set train.precision",
 }
-"""Arguments of a model that another key of the recipe is for."""
+"""Arguments of a model that are set by another key of the recipe, and by which."""
 
 
 def require_model(name: str) -> None:

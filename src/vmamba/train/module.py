@@ -31,10 +31,10 @@ from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task, scores
 
 MOST_SKIPPED = 10
-"""So many steps in a row without a finite gradient are not an accident any more."""
+"""Steps in a row without a finite gradient after which the run ends: more are no accident."""
 
 MOST_SCALED = 40
-"""The same where a loss scaler looks for its scale, halving it each time."""
+"""The same with a loss scaler, which halves its scale after each such step until gradients are finite."""
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ class TaskModule(lightning.LightningModule):
         model: From the task.
         steps_per_epoch: For the schedule. Lightning's own estimate would set up the data before the
             checkpoint is read, and leave the loader's state in it unread.
-        contents: What checkpoints keep beside recipe and classes.
+        contents: What checkpoints hold besides recipe and classes.
 
     Attributes:
         ema: The average of the model's weights, where the recipe asks for one.
         losses: Of the last batch, by name.
         means: Of the losses since the last row of metrics.csv.
-        skipped_steps: Of this process' run, those left out for a gradient that was not finite.
+        skipped_steps: Steps since the start or resume that were skipped for a gradient that was not finite.
     """
 
     def __init__(
@@ -89,19 +89,19 @@ class TaskModule(lightning.LightningModule):
         self._group_settings: list[dict[str, Any]] = []
 
     def configure_model(self) -> None:
-        """Shard the model, block by block, and the average alike, where the strategy is FSDP."""
+        """With FSDP, shard the model and its average, block by block."""
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
         for model in [self.model] if self.ema is None else [self.model, self.ema.module]:
             for block in sharding_units(model):
                 fully_shard(block, mesh=mesh)
-            if not isinstance(model, FSDPModule):  # it may be a single block
+            if not isinstance(model, FSDPModule):  # unless the model is itself a block, and so sharded above
                 fully_shard(model, mesh=mesh)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Hold shards as a whole model while it is judged: processes may have another number of batches."""
+        """Gather all shards for an evaluation: processes with fewer batches would not join later gathers."""
         sharded = [module for module in self.modules() if isinstance(module, FSDPModule)]
         for module in sharded:
             module.set_reshard_after_forward(False, recurse=False)
@@ -114,14 +114,14 @@ class TaskModule(lightning.LightningModule):
                 module.reshard()
 
     def train(self, mode: bool = True) -> "TaskModule":
-        """Set the mode; a frozen model keeps that of evaluation: its features stay the same at every step."""
+        """Set the mode; a frozen model stays in evaluation mode, so that its features never change."""
         super().train(mode)
         if self.recipe.model.freeze is not None:
             self.model.eval()
         return self
 
     def training_step(self, loaded: LoadedBatch, batch_idx: int) -> Tensor:
-        # A checkpoint is taken between steps: there, what this step reads is done.
+        # A checkpoint is written between steps, so the samples of this step count as consumed.
         loader: Any = self.trainer.train_dataloader
         loader.consumed = (batch_idx + 1) * loader.batch_size * self.trainer.world_size
         self._step_batches.append((batch_idx, loaded.keys))
@@ -155,7 +155,7 @@ class TaskModule(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip the gradient's norm; a step without a finite one is left out, or ends the run."""
+        """Clip the gradient's norm; without a finite norm skip the step, or end the run."""
         parameters = [
             parameter
             for group in optimizer.param_groups
@@ -177,7 +177,7 @@ class TaskModule(lightning.LightningModule):
             self._skipped_in_a_row = 0 if gradient_finite else self._skipped_in_a_row + 1
             self.skipped_steps += not gradient_finite
         else:
-            optimizer.zero_grad()  # before the diagnosis, which needs the memory; without gradients no step
+            optimizer.zero_grad()  # so that the step does nothing; and the diagnosis needs the memory
             self._report_nonfinite("gradient" if loss_finite else "loss")
             self._skipped_in_a_row += 1
             self.skipped_steps += 1
@@ -189,7 +189,7 @@ class TaskModule(lightning.LightningModule):
             )
 
     def _report_nonfinite(self, what: str) -> None:
-        """Look for the layer in the step's samples, which are read again: nothing was kept of them."""
+        """Read the step's samples again, which were not kept, and look for the layer that fails."""
         loader: Any = self.trainer.train_dataloader
         data = loader.dataset.dataset
         source, names = "", []
@@ -222,7 +222,7 @@ class TaskModule(lightning.LightningModule):
             super().optimizer_step(*args, **kwargs)
         self._step_batches, self._finite = [], None
         if self.ema is not None:
-            # Given the step, timm starts with a copy of the weights behind the first one.
+            # Given the step, timm starts the average as a copy of the weights after the first one.
             self.ema.update(self.model, step=self.global_step if self.recipe.train.ema_warmup else None)
 
     def evaluate(self, loader: Any, after_batch: Callable[[], None]) -> dict[str, float]:
@@ -230,7 +230,7 @@ class TaskModule(lightning.LightningModule):
 
         Args:
             loader: Of the split "val".
-            after_batch: Is called after each.
+            after_batch: Called after each batch.
 
         Returns:
             By name: val/<score> and val/ema_<score>.
@@ -241,53 +241,57 @@ class TaskModule(lightning.LightningModule):
                 `train.on_nonfinite` says to stop.
         """
         self._broadcast_buffers()
-        judged = {"raw": self.model} if self.ema is None else {"raw": self.model, "ema": self.ema.module}
-        means = {weights: RunningMeans() for weights in judged}
-        seen_here: list[int] = []
-        seen: list[tuple[list[int], Tensor]] = []  # samples of each batch, and whether its losses are finite
+        models = {"raw": self.model} if self.ema is None else {"raw": self.model, "ema": self.ema.module}
+        means = {weights: RunningMeans() for weights in models}
+        n_samples = 0  # in this process
+        finite_losses: list[tuple[list[int], Tensor]] = []  # a batch's samples, whether its losses are finite
         with self._whole(), evaluation_mode(self), torch.no_grad():
             for loaded in loader:
-                seen_here += loaded.indices
+                n_samples += len(loaded.indices)
                 batch = self.trainer.strategy.batch_to_device(loaded.batch)
                 finite = []
-                for weights, model in judged.items():
+                for weights, model in models.items():
                     with self.trainer.precision_plugin.val_step_context():
                         losses = self.task.validation_step(model, batch, self.val_metrics[weights])
                     means[weights].add(losses or {}, len(loaded.indices))
                     finite += [value.isfinite().all() for value in (losses or {}).values()]
                 if finite:
-                    seen.append((loaded.indices, torch.stack(finite).all()))
+                    finite_losses.append((loaded.indices, torch.stack(finite).all()))
                 after_batch()
-            if not sum(gather(len(seen_here))):
+            if not sum(gather(n_samples)):
                 raise DataError(
                     f"not one sample can be read, the first: {next(iter(loader.skipped), 'none')}"
                 )
-            found: dict[str, float] = {}
+            results: dict[str, float] = {}
             for weights, metrics in self.val_metrics.items():
                 prefix = "val/" if weights == "raw" else f"val/{weights}_"
                 for name, value in {**means[weights].means(), **scores(metrics.compute())}.items():
-                    found[f"{prefix}{name}"] = value
+                    results[f"{prefix}{name}"] = value
                 metrics.reset()
-        self._check_evaluation(found, seen, loader.dataset.dataset)
-        return found
+        self._check_evaluation(results, finite_losses, loader.dataset.dataset)
+        return results
 
     def _broadcast_buffers(self) -> None:
-        """Give each process the first one's buffers, such as BatchNorm's running means."""
+        """Copy the first process' buffers, such as BatchNorm's running means, to all others."""
         if self.trainer.world_size > 1 and not isinstance(self.model, FSDPModule):
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def _check_evaluation(
-        self, found: Mapping[str, float], seen: Sequence[tuple[list[int], Tensor]], dataset: Any
+        self,
+        results: Mapping[str, float],
+        finite_losses: Sequence[tuple[list[int], Tensor]],
+        dataset: Any,
     ) -> None:
-        if self.monitor not in found:
-            expected = ", ".join(sorted(found))
+        if self.monitor not in results:
+            expected = ", ".join(sorted(results))
             raise DataError(f"the evaluation gave no {self.monitor}, only {expected or 'nothing'}")
-        good = bool(torch.stack([finite for _, finite in seen]).all()) if seen else True
-        good = good and torch.tensor(found[self.monitor]).isfinite().item() is True
+        good = bool(torch.stack([finite for _, finite in finite_losses]).all()) if finite_losses else True
+        good = good and torch.tensor(results[self.monitor]).isfinite().item() is True
         if self.trainer.strategy.reduce_boolean_decision(good, all=True):
             return
-        names = [dataset.name(index) for indices, finite in seen if not finite for index in indices][:3]
+        bad = [index for indices, finite in finite_losses if not finite for index in indices]
+        names = [dataset.name(index) for index in bad[:3]]
         where = f", first for {', '.join(names)}" if names else ""
         message = (
             f"the evaluation after step {self.global_step} is not finite{where}: the model's outputs are NaN "
@@ -299,7 +303,7 @@ class TaskModule(lightning.LightningModule):
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return total_steps(self.recipe.schedule, self.steps_per_epoch)
 
     @property
@@ -321,18 +325,18 @@ class TaskModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the schedule out: it is a function of the recipe, which may have been extended."""
+        """Drop the schedule's state: it follows from the recipe, which may have been extended."""
         checkpoint["lr_schedulers"] = []
 
     def on_train_start(self) -> None:
-        # The optimiser's state was restored with the settings of the groups; they too may be others now.
+        # The optimiser's state was restored with the old settings of its groups; the recipe's may be new.
         optimizer: Any = self.trainer.optimizers[0]
         for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
             group.update(settings)
         self._scheduler.step_update(self.global_step)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        scheduler.step_update(self.global_step)  # timm's count updates, not calls
+        scheduler.step_update(self.global_step)  # timm's schedulers take the number of updates
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONTENTS] = {
@@ -350,7 +354,7 @@ def monitored(task: Task | type[Task], recipe: Recipe) -> str:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and each of its submodules back into its own afterwards."""
+    """Put a module into evaluation mode, and afterwards restore the mode of each submodule."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:

@@ -1,7 +1,7 @@
-"""Parameter groups, optimiser and schedule, for a model that may stand anywhere inside a wrapper.
+"""Parameter groups, optimiser and schedule, for a model that may be nested in a wrapper.
 
-What a model says of its parameters (`no_weight_decay`, `group_matcher`, `set_grad_checkpointing`, blocks) is
-asked of the submodule that says it, and its names are prefixed with the submodule's.
+The methods by which a model describes its parameters (`no_weight_decay`, `group_matcher`, …) are called on
+the submodule that defines them, and the names they return are prefixed with that submodule's.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ Groups = list[dict[str, Any]]
 
 
 def outermost(model: nn.Module, attribute: str) -> Iterator[tuple[str, nn.Module]]:
-    """The submodules with a method of that name, but for those inside another one; and their names."""
+    """Names and submodules with a method of that name, except those nested in another such submodule."""
     if callable(getattr(model, attribute, None)):
         yield "", model
         return
@@ -33,7 +33,7 @@ def outermost(model: nn.Module, attribute: str) -> Iterator[tuple[str, nn.Module
 
 
 def names_free_of_decay(model: nn.Module, decay: str) -> set[str]:
-    """Names, or patterns of names, of parameters without weight decay, beside biases and other vectors.
+    """Names, or patterns of names, of parameters without weight decay, besides biases and other vectors.
 
     Args:
         model: Of any kind.
@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> Groups:
     """The optimiser's groups, with `weight_decay` and, where rates differ by layer, `lr_scale`.
 
     Raises:
-        RecipeError: The recipe asks for rates by layer, and several submodules say what theirs are.
+        RecipeError: The recipe asks for rates by layer, and several submodules have a `group_matcher`.
     """
     free = names_free_of_decay(model, recipe.decay)
     if recipe.layer_decay is None:
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> Groups:
     within = {name.removeprefix(f"{prefix}.") for name in free if name.startswith(f"{prefix}.")}
     inner: Groups = groups(backbone, no_weight_decay_list=within)
     for group in inner:
-        group["lr_scale"] *= recipe.layer_decay  # what stands around the backbone is one layer more
+        group["lr_scale"] *= recipe.layer_decay  # what surrounds the backbone is one layer more
     return inner + _rest(model, backbone, free, recipe.weight_decay)
 
 
@@ -156,10 +156,10 @@ def create_scheduler(
     }
     if schedule.name == "multistep":
         unit = 1 if schedule.epochs is None else steps_per_epoch
-        # timm lets the rate fall one update early: its milestones are compared with t + 1.
+        # timm compares milestones with t + 1, so the rate would fall one update early.
         milestones = [round(milestone * unit) + 1 for milestone in schedule.milestones]
         return MultiStepLRScheduler(optimizer, milestones, schedule.gamma, warmup_prefix=False, **common)
-    # The curve begins behind the warm-up.
+    # The curve begins after the warm-up.
     curve: dict[str, Any] = {"t_initial": steps - warmup, "lr_min": schedule.min_lr, "warmup_prefix": True}
     if schedule.name == "polynomial":
         return PolyLRScheduler(optimizer, power=schedule.power, **curve, **common)
@@ -167,10 +167,10 @@ def create_scheduler(
 
 
 def enable_grad_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass, in each submodule that knows how.
+    """Recompute activations in the backward pass, in each submodule that supports it.
 
     Raises:
-        RecipeError: None does.
+        RecipeError: No submodule supports it.
     """
     able = list(outermost(model, "set_grad_checkpointing"))
     if not able:
@@ -192,7 +192,7 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def muon_in_float32() -> Iterator[None]:
-    """timm's Muon forms its updates in bfloat16 and takes no other type; most CPUs only emulate that."""
+    """Make timm's Muon compute updates in float32: it is fixed to bfloat16, which most CPUs only emulate."""
     original = muon.zeropower_via_newtonschulz
     muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32)
     try:

@@ -11,13 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 SECONDS_BETWEEN = 0.2
-"""Between two looks at a loss, each of which waits for a GPU."""
+"""Seconds between two updates of the losses, each of which waits for a GPU."""
 
 
 class ProgressLine(Callback):
     """One line on a terminal for the run: epoch or step, time left, losses, scores, images/s.
 
-    Where stderr is no terminal there is none; the log has a line for each evaluation.
+    It is not shown if stderr is not a terminal; the log has a line for each evaluation.
 
     Attributes:
         scores: To show beside the losses, by name.

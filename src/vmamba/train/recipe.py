@@ -1,6 +1,6 @@
 """Recipes: a training run as checked YAML.
 
-What every task has in common stands here; a task adds its own `data` and `augment` (see `vmamba.train.task`).
+Sections that all tasks share are here; a task adds its own `data` and `augment` (see `vmamba.train.task`).
 """
 
 import copy
@@ -44,7 +44,7 @@ class ModelRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _frozen_is_learnt(self) -> "ModelRecipe":
+    def _frozen_has_weights(self) -> "ModelRecipe":
         if self.freeze is not None and self.weights is None:
             raise ValueError("freeze: without weights a frozen backbone stays random; set model.weights")
         return self
@@ -230,7 +230,7 @@ class TrainRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _warmup_of_what(self) -> "TrainRecipe":
+    def _warmup_needs_average(self) -> "TrainRecipe":
         if self.ema_warmup and self.ema_decay is None:
             raise ValueError("ema_warmup: there is no average without ema_decay")
         return self
@@ -254,7 +254,7 @@ R = TypeVar("R", bound=Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string and lets a key stand twice; here one is a number, one an error."""
+    """As YAML 1.1, but 1e-3 is a number instead of a string, and a duplicate key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -281,7 +281,7 @@ def read_values(source: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         Its values, and the line of each dotted key.
 
     Raises:
-        RecipeError: The file is missing or no YAML mapping.
+        RecipeError: The file is missing or not a YAML mapping.
     """
     try:
         text = Path(source).read_text(encoding="utf-8")
@@ -294,7 +294,7 @@ def read_values(source: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, _Loader)
         if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
-        json.dumps(values, default=str)  # walks through all of it
+        json.dumps(values, default=str)  # raises on a mapping that contains itself
         return values, dict(_lines(node, ""))
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not YAML: {error}") from None
@@ -315,13 +315,13 @@ def _lines(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
 def override_values(
     values: dict[str, Any], overrides: Sequence[str], recipe_type: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """Lay `key.key=value` over plain values. Returns a copy.
+    """Apply `key.key=value` overrides to plain values. Returns a copy.
 
     Args:
         values: As in a recipe's YAML.
-        overrides: Each is text where the recipe has text, taken as it stands ("null" is still none where the
-            recipe allows none); elsewhere YAML.
-        recipe_type: Says where the recipe has text; without it every value is YAML.
+        overrides: For a field of type str the value is used verbatim (but "null" is None where the field
+            allows None); for other fields it is read as YAML.
+        recipe_type: Gives the fields' types; without it every value is read as YAML.
 
     Raises:
         RecipeError: An override is not of that form, or its value is empty.
@@ -347,7 +347,7 @@ def override_values(
 
 
 def _override_value(text: str, override: str, annotations: set[Any]) -> Any:
-    """The value of an override, for a field that takes these types."""
+    """The value of an override for a field of these types."""
     if str in annotations and not (list in annotations and text.lstrip().startswith("[")):
         if text == "null" and type(None) in annotations:
             return None
@@ -359,7 +359,7 @@ def _override_value(text: str, override: str, annotations: set[Any]) -> Any:
 
 
 def _annotations(section: Any, keys: Sequence[str]) -> set[Any]:
-    """The plain types that the field at a path of keys takes; empty where there is no such field."""
+    """The types of the field at a path of keys, without unions; empty if there is no such field."""
     sections = {section}
     for key in keys:
         fields = [each.model_fields for each in sections if _is_section(each)]
@@ -368,7 +368,7 @@ def _annotations(section: Any, keys: Sequence[str]) -> set[Any]:
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
-    """What a type may be: the members of a union, str for a literal text, list for a list of something."""
+    """A type's alternatives: the members of a union, str for a literal string, list for a list[...]."""
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
         for member in get_args(annotation):
@@ -393,7 +393,7 @@ def check(
     Args:
         recipe_type: The task's.
         values: As in its YAML.
-        where: What to call them in a message.
+        where: Where they come from, for messages.
         lines: Of the dotted keys in the file, if there is one.
 
     Raises:

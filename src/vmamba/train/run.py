@@ -1,4 +1,4 @@
-"""The life of a run: start it, go on with it, extend it."""
+"""Start a run, resume it, extend it."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
         folder: Of the run.
@@ -60,13 +60,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Resumption:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run is resumed from."""
 
     path: Path
     step: int
     contents: Mapping[str, Any]
     changes: Mapping[str, list[Any]]
-    """Old and new value of each key of the recipe that is another one now."""
+    """Old and new value of each key of the recipe that has changed."""
 
 
 def train(recipe: Recipe, folder: str | Path) -> Outcome:
@@ -89,8 +89,8 @@ def train(recipe: Recipe, folder: str | Path) -> Outcome:
     """
     folder = Path(folder)
     _refuse_a_run(folder)
-    with run_log(is_first_process()) as told:
-        return _run(recipe, folder, told)
+    with run_log(is_first_process()) as file_log:
+        return _run(recipe, folder, file_log)
 
 
 def _refuse_a_run(folder: Path) -> None:
@@ -103,15 +103,29 @@ def _refuse_a_run(folder: Path) -> None:
 RESUMABLE = {
     f"train.{key}"
     for key in (
-        *("micro_batch_size", "workers", "threads", "grad_checkpointing", "compile", "accelerator"),
-        *("devices", "nodes", "strategy", "collective_timeout", "checkpoint_every", "keep_checkpoints"),
-        *("on_nonfinite", "on_error", "loader_timeout", "log_every", "loggers"),
+        "micro_batch_size",
+        "workers",
+        "threads",
+        "grad_checkpointing",
+        "compile",
+        "accelerator",
+        "devices",
+        "nodes",
+        "strategy",
+        "collective_timeout",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "on_nonfinite",
+        "on_error",
+        "loader_timeout",
+        "log_every",
+        "loggers",
     )
 } | {"data.root"}
-"""Keys of a recipe that may change when a run is resumed: they say how it runs, not what it learns."""
+"""Keys of a recipe that may change when a run is resumed: they affect how it runs, not what it learns."""
 
 EXTENDABLE = ("schedule.", "augment.", "optim.lr", "optim.weight_decay", "optim.betas", "optim.clip_grad")
-"""Beginnings of the keys that may change when it is extended: the optimiser's state still fits."""
+"""Prefixes of the keys that may change when a run is extended: the optimiser's state stays valid."""
 
 
 def resume(
@@ -121,21 +135,21 @@ def resume(
     recipe: Recipe | None = None,
     extend: bool = False,
 ) -> Outcome:
-    """Go on with the run in a folder, by the recipe in it, from its newest whole checkpoint; see `train`.
+    """Resume the run in a folder, by the recipe in it, from its newest undamaged checkpoint; see `train`.
 
     Args:
         folder: Of the run; its `checkpoints` or a file in them will do.
         overrides: `section.key=value` each, laid over its recipe.
-        recipe: What the caller holds the run's recipe to be.
-        extend: Let what is learnt change too: the schedule (a finished run goes on where it is longer), the
-            rate and other settings in `EXTENDABLE`. The optimiser keeps its state; history.jsonl and the
-            checkpoints say what changed at which step.
+        recipe: A recipe to use instead of the run's; it may differ only in the keys that may change.
+        extend: Let the settings in `EXTENDABLE` change too, which affect what is learnt: the schedule (a
+            finished run continues if it is longer), the rate and others. The optimiser keeps its state;
+            history.jsonl and the checkpoints record what changed at which step.
 
     Raises:
-        RecipeError: An override would change what is learnt, or `recipe` is another one.
+        RecipeError: An override or `recipe` would change what is learnt.
         DataError: The classes, or the number of samples, are not those that the run began with.
     """
-    with run_log(is_first_process()) as told:
+    with run_log(is_first_process()) as file_log:
         folder = run_folder(folder)
         newest, checkpoint = newest_checkpoint(folder / "checkpoints")
         values, _ = contents(checkpoint, newest)
@@ -153,7 +167,7 @@ def resume(
                 "folder"
             )
         resumption = _Resumption(newest, checkpoint["global_step"], checkpoint[CONTENTS], changes)
-        return _run(after, folder, told, resumption)
+        return _run(after, folder, file_log, resumption)
 
 
 def _may_change(key: str, extend: bool) -> bool:
@@ -192,7 +206,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None = None) -> Outcome:
+def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | None = None) -> Outcome:
     with settings(recipe):
         recipe = task_type(recipe.task).resolve(recipe)
         progress = ProgressLine()
@@ -218,7 +232,7 @@ def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None
         with locked(folder) if trainer.is_global_zero else nullcontext():
             if trainer.is_global_zero:
                 _prepare(folder, recipe, trainer, history[-1], fresh=resumed is None)
-                told.open(folder)
+                file_log.open(folder)
                 _introduce(session, trainer, samples, module)
             with stop.listening(), _lost_process_explained(folder, trainer):
                 trainer.fit(module, training, ckpt_path=start)
@@ -228,7 +242,7 @@ def _run(recipe: Recipe, folder: Path, told: RunLog, resumed: _Resumption | None
 def _module(
     session: Session, trainer: lightning.Trainer, training: ResumableLoader, contents: dict[str, Any]
 ) -> TaskModule:
-    """What Lightning trains, for as many epochs as the schedule takes."""
+    """The module to train; also sets the trainer's number of epochs to the schedule's."""
     steps_per_epoch = len(training) // trainer.accumulate_grad_batches
     contents["config"] = describe_model(session.task, session.model)
     module = TaskModule(session.task, session.recipe, session.model, steps_per_epoch, contents)
@@ -250,7 +264,7 @@ def _event(resumed: _Resumption | None) -> dict[str, Any]:
 
 
 def _compare_data(resumed: _Resumption, task: Task, samples: Mapping[str, int]) -> None:
-    """Refuse to go on with other data: the order of samples and the meaning of labels would change."""
+    """Refuse to resume with other data: the order of samples and the meaning of labels would change."""
     classes = list(resumed.contents["classes"])
     if task.classes != classes:
         missing = [name for name in classes if name not in task.classes]
@@ -277,7 +291,7 @@ _FOLDERS = ("checkpoints", "tensorboard")
 def _prepare(
     folder: Path, recipe: Recipe, trainer: lightning.Trainer, event: dict[str, Any], fresh: bool
 ) -> None:
-    """Write what a run's folder begins with, after a look at what lies there already."""
+    """Check what the run's folder holds already, and write its first files."""
     if fresh:
         _refuse_a_run(folder)
     for name in _FILES:
@@ -289,7 +303,7 @@ def _prepare(
     metrics, past = folder / "metrics.csv", folder / "history.jsonl"
     check_metrics(metrics)
     try:
-        if fresh:  # of a run that never came to a checkpoint
+        if fresh:  # left by a run that never reached a checkpoint
             metrics.unlink(missing_ok=True)
             past.unlink(missing_ok=True)
         lines = past.read_text(encoding="utf-8") if past.exists() else ""
@@ -304,7 +318,7 @@ def _prepare(
 def _introduce(
     session: Session, trainer: lightning.Trainer, samples: Mapping[str, int], module: TaskModule
 ) -> None:
-    """Say at the start what is trained on what."""
+    """Log at the start what is trained on which data and devices."""
     parameters = sum(parameter.numel() for parameter in session.model.parameters())
     device, processes = trainer.strategy.root_device, trainer.world_size
     log.info(
@@ -327,7 +341,7 @@ def _introduce(
 
 @contextmanager
 def _lost_process_explained(folder: Path, trainer: lightning.Trainer) -> Iterator[None]:
-    """Say of a broken connection between the processes what it means."""
+    """Turn a broken connection between the processes into a `ProcessError` that explains it."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Runs below a folder, side by side."""
+"""List the runs below a folder."""
 
 import csv
 import math
@@ -18,25 +18,25 @@ from vmamba.train.tasks import task_type
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says.
+    """One run, as its folder describes it.
 
     Attributes:
-        name: The folder, from where was looked.
-        model: Its name.
-        epochs: Begun, at the last evaluation.
-        of: Planned, in `unit`.
-        unit: "epochs" or "steps": in which the recipe gives the length of the run.
-        step: Of the optimiser, at the last evaluation.
-        score: The name of the scores that follow.
-        last: Of the last evaluation.
-        best: Of the best.
-        best_epoch: In which epoch that was, from 1; of equals the first, as best.ckpt is.
-        train_loss: Since the evaluation before the last.
+        name: Its folder, relative to the one searched.
+        model: Name of the model.
+        epochs: Epochs begun at the last evaluation.
+        of: Planned length, in `unit`.
+        unit: "epochs" or "steps", in which the recipe gives the length.
+        step: Optimiser steps done at the last evaluation.
+        score: Name of the score in `last` and `best`.
+        last: Score of the last evaluation.
+        best: Best score so far.
+        best_epoch: Epoch of the best score, from 1; the first one of equal scores, as for best.ckpt.
+        train_loss: Mean between the last two evaluations.
         val_loss: Of the last evaluation, if the task has one.
-        images_per_second: In training, since the evaluation before the last.
-        changed: When the last row was written.
-        state: "finished", "unfinished", or "no checkpoint" where there is nothing to go on from or to judge.
-        problem: Why the folder cannot be read, in one line; the rest is empty then.
+        images_per_second: In training, between the last two evaluations.
+        changed: When the last row of metrics.csv was written.
+        state: "finished", "unfinished", or "no checkpoint" if there is none to resume or evaluate.
+        problem: Why the folder cannot be read, in one line; the other attributes are empty then.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Run:
 
 _UPWARDS = ("name", "model", "state", "train_loss", "val_loss")
 SORTS = (*_UPWARDS, "epochs", "step", "last", "best", "images_per_second", "changed")
-"""By which runs can be sorted: names and losses upwards, other numbers and dates downwards."""
+"""Keys to sort runs by: names and losses ascending, other numbers and dates descending."""
 
 
 def find_runs(folder: str | Path, sort: str = "name") -> list[Run]:

@@ -1,4 +1,4 @@
-"""A task with its recipe and its model: what training, evaluation, benchmarks and studies start from."""
+"""A task with its recipe and its model, from which training, evaluation and benchmarks start."""
 
 import logging
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """What stands ready to be trained, judged or asked.
+    """A task and a model, ready for training, evaluation or prediction.
 
     Attributes:
         source: The run, checkpoint or recipe that it comes from.
-        task: With its data.
-        recipe: Resolved; it is the task's.
-        model: In evaluation mode, but for training.
-        weights: "raw" or "ema"; "new" where nothing was learnt yet.
+        task: The task, with its data.
+        recipe: The task's recipe, resolved.
+        model: The model, in evaluation mode unless it is to be trained.
+        weights: "raw" or "ema"; "new" before training.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Session:
     weights: Literal["raw", "ema", "new"]
 
     def predictor(self) -> Predictor:
-        """What turns images into a prediction each."""
+        """The predictor for this task and model."""
         return self.task.predictor(self.model)
 
 
@@ -54,7 +54,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Something in it is missing, unknown or of the wrong type; the message names each.
     """
     values, lines = read_values(expand(source))
-    for override in overrides:  # what it says stands on no line of the file
+    for override in overrides:  # messages about its key must not name a line of the file
         name, _, value = override.partition("=")
         if name == "task":
             values["task"] = value
@@ -83,7 +83,7 @@ def open_session(source: str | Path, overrides: Sequence[str] = (), weights: Wei
     """The task, the recipe and the trained model that a run holds or a recipe names.
 
     Args:
-        source: A run's folder, for its best checkpoint; a checkpoint of it; or a recipe with `model.weights`.
+        source: A run's folder (its best checkpoint), a checkpoint, or a recipe with `model.weights`.
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a run's; "auto" takes the average where there is one, and leaves it to a recipe's
             `model.weights_kind`.
@@ -94,7 +94,7 @@ def open_session(source: str | Path, overrides: Sequence[str] = (), weights: Wei
         DataError: A recipe's data are missing.
     """
     path = expand(source)
-    # A run's own recipe.yaml is not meant for its weights to be looked up by.
+    # A run's recipe.yaml stands for the run, not for the `model.weights` that it started from.
     if path.suffix in (".yaml", ".yml") and not (path.parent / "checkpoints").is_dir():
         return _open_recipe(path, overrides, weights)
     return _open_run(source, overrides, weights)
@@ -131,9 +131,9 @@ def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Sess
         kind = checkpoint.kind(kind)
     elif kind == "ema":
         raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
-    # The data have to have the classes of the weights, where the file names them.
+    # If the file of weights names its classes, the data must have the same.
     classes = None if checkpoint is None else checkpoint.classes
-    judged = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
+    section = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
     task = task_class(task_class.without_training_data(recipe), classes)
-    model = task.build_model(task.recipe.model_copy(update={"model": judged}))
+    model = task.build_model(task.recipe.model_copy(update={"model": section}))
     return Session(str(path), task, task.recipe, model.eval(), "raw" if kind == "auto" else kind)

@@ -1,4 +1,4 @@
-"""Stop a run at a signal, behind a whole step and with a checkpoint."""
+"""Stop a run at a signal, after a complete step and with a checkpoint."""
 
 import logging
 import os
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(UserError):  # noqa: N818  (named as KeyboardInterrupt is)
-    """The run was stopped by a signal; the message says from where it goes on."""
+    """The run was stopped by a signal; the message says how to resume it."""
 
 
 class StopOnSignal(Callback):
     """At Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP finish the step, write last.ckpt, raise `Interrupted`.
 
-    At a second Ctrl-C stop at once. Any process of the run may get the signal. To a step that is evaluated
-    belongs its evaluation. A job of SLURM that is told to go (SIGTERM, or SIGUSR1 by `--signal`) is put into
-    the queue again. Outside the main thread signals are left alone, and so is a SIGHUP that nohup ignores.
+    A second Ctrl-C stops at once. Any process of the run may get the signal. If the step is followed by an
+    evaluation, that is finished too. A SLURM job that gets SIGTERM (or SIGUSR1, by `--signal`) is requeued.
+    Outside the main thread no handlers are installed, nor for a SIGHUP that nohup makes ignored.
 
     Args:
         folder: Of the run.
@@ -70,7 +70,7 @@ class StopOnSignal(Callback):
             signal.signal(number, self._ask)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        # Lightning's handlers, set since, talk to other processes in the middle of a step.
+        # Replace the handlers that Lightning has set since: they use collectives in the middle of a step.
         if signal.getsignal(signal.SIGINT) == self._ask:
             self._listen()
 
@@ -113,13 +113,13 @@ def at_step(trainer: lightning.Trainer) -> bool:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """What to do after a run has ended early."""
+    """How to resume a run that has ended early, in one sentence."""
     if holds_run(folder):
         return f"to go on: vmamba resume {folder}"
     return "there is no checkpoint yet: start the run again"
 
 
 def holds_run(folder: str | Path) -> bool:
-    """Whether there is a checkpoint to go on from, be it damaged."""
+    """Whether the folder has a checkpoint, even a damaged one."""
     checkpoints = Path(folder) / "checkpoints"
     return (checkpoints / "last.ckpt").exists() or any(checkpoints.glob("step-*.ckpt"))

@@ -1,7 +1,7 @@
 """The contract between a task and the training loop.
 
-A task says what its recipe holds, where its data come from, what the loss is, and how it is judged. Loop, run
-folder, checkpoints and the command are the same for all tasks. To add one, write a module in
+A task defines its recipe, its data, its loss and its metrics. The loop, the run's folder, checkpoints and the
+command are the same for all tasks. To add one, write a module in
 `vmamba/train/tasks/` with a subclass of `Task`, and name it in the table of `vmamba/train/tasks/__init__.py`.
 """
 
@@ -20,11 +20,11 @@ from vmamba.inference import Predictor
 from vmamba.train.recipe import Recipe
 
 Batch = Any
-"""What `Task.collate` makes of a list of samples: any nest of tuples, lists and dicts with tensors in it."""
+"""What `Task.collate` makes of a list of samples: any nesting of tuples, lists and dicts of tensors."""
 
 
 class SampleDataset(Protocol):
-    """What the loop asks of a dataset; samples may be anything that `Task.collate` understands."""
+    """What the loop needs of a dataset; samples may be anything that `Task.collate` accepts."""
 
     def __len__(self) -> int: ...
 
@@ -32,18 +32,18 @@ class SampleDataset(Protocol):
         """A sample, augmented as a function of (seed, epoch, index).
 
         Raises:
-            DataError: It cannot be read; with `train.on_error: skip` it is left out.
+            DataError: The sample cannot be read; with `train.on_error: skip` it is skipped.
         """
 
     def name(self, index: int) -> str:
-        """What to call a sample in a message."""
+        """A sample's name for messages."""
 
 
 class Metrics(Protocol):
     """What `Task.metrics` returns, such as a `torchmetrics.Metric` or a `MetricCollection`.
 
     It must be a `torch.nn.Module`, so that it moves to the model's device, and `compute` must give the result
-    over all processes, as torchmetrics' do. How it is updated is between `metrics` and `validation_step`.
+    over all processes, as torchmetrics' do. How to update it is up to the task's `validation_step`.
     """
 
     def compute(self) -> Mapping[str, Tensor]:
@@ -56,13 +56,13 @@ class Task(ABC):
     """One kind of problem.
 
     Args:
-        recipe: Of the task's own type. The task keeps it, resolved, as `self.recipe`.
+        recipe: An instance of the task's recipe type. The task keeps it, resolved, as `self.recipe`.
         classes: Names of the classes; default those of the data. A checkpoint gives them, so that a model can
             predict without its data.
     """
 
     name: ClassVar[str]
-    """As in a recipe's `task`."""
+    """The value of a recipe's `task`."""
     recipe_type: ClassVar[type[Recipe]]
     monitor: ClassVar[str]
     """The score that chooses the best checkpoint: one of `metrics`, or "loss" for the validation loss."""
@@ -83,13 +83,13 @@ class Task(ABC):
     def resolve(cls, recipe: Any) -> Any:
         """The recipe with what it leaves to the model (image size, mean, std, …) filled in.
 
-        A resolved recipe stays as it is. The run's recipe.yaml is the resolved one.
+        Resolving it again changes nothing. A run's recipe.yaml is the resolved one.
         """
         return recipe
 
     @classmethod
     def without_training_data(cls, recipe: Any) -> Any:
-        """The recipe for where there are no data but those of the split "val"."""
+        """The recipe for a machine that has only the data of the split "val"."""
         return recipe
 
     @abstractmethod
@@ -112,8 +112,8 @@ class Task(ABC):
         """Augment a training batch as a whole, on its device.
 
         A step may be computed in several batches, on several processes. All are augmented with the same
-        random draws, and neighbouring samples lie in the same batch: what depends on the draws and the
-        neighbours alone is the same on any number of processes.
+        random draws, and the samples 2i and 2i + 1 are always in the same batch. So an augmentation that uses
+        only the draws and such pairs gives the same result on any number of processes.
         """
         return batch
 
@@ -157,7 +157,7 @@ class Task(ABC):
 
     @abstractmethod
     def predictor(self, model: nn.Module) -> Predictor:
-        """What turns images into a prediction each; it stands where the model does."""
+        """The predictor for a model, on the model's device."""
 
 
 def scores(results: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How fast a recipe's images come, and whether they or the model hold training up."""
+"""Measure how fast a recipe's data are read, and whether they or the model limit training."""
 
 import statistics
 import time
@@ -26,8 +26,8 @@ class Loading:
     Attributes:
         workers: Processes that read; 0 is the training process itself.
         images_per_second: The median over rounds.
-        low: Of the slowest round.
-        high: Of the fastest.
+        low: The slowest round.
+        high: The fastest round.
     """
 
     workers: int
@@ -40,12 +40,12 @@ ROUNDS = 5
 
 
 def bench_loader(recipe: Recipe, workers: int, batches: int = 20) -> Loading:
-    """Time a recipe's training batches in rounds, behind as many as the workers read ahead.
+    """Time a recipe's training batches in rounds, after those that the workers have read ahead.
 
     Args:
         recipe: Whose data, augmentation and batch size are used.
         workers: Processes that read.
-        batches: To time; the epoch starts again where it is shorter.
+        batches: Batches to time; a shorter epoch is repeated.
 
     Raises:
         DataError: The data are missing or damaged.
@@ -73,7 +73,7 @@ def _endless(data: Any) -> Iterator[Any]:
 
 
 class _SameBatch:
-    """A loader that yields one batch again and again, as a training loader does its own."""
+    """A training loader that reads one batch and yields it repeatedly."""
 
     def __init__(self, data: Any, times: int) -> None:
         self.batch_size, self.dataset, self.read_again = data.batch_size, data.dataset, data.read_again
@@ -107,14 +107,13 @@ class _StepTimes(Callback):
 
 
 def bench_step(recipe: Recipe, rounds: int = 5) -> float:
-    """Images a second of one process' training steps, on a batch that is there already.
+    """Images a second of one process' training steps, on a batch that is already in memory.
 
-    The steps are those of training: the same module in the same loop, in the precision and the passes of the
-    recipe.
+    The same module runs in the same loop as in training, with the recipe's precision and accumulation.
 
     Args:
         recipe: Of the run.
-        rounds: Steps to time, behind two of warm-up; the median counts.
+        rounds: Steps to time, after two of warm-up; the result is the median.
     """
     steps = rounds + 2
     share = recipe.train.batch_size // trainer_for(recipe, []).world_size
@@ -134,10 +133,10 @@ def bench_step(recipe: Recipe, rounds: int = 5) -> float:
 
 
 def verdict(loadings: Sequence[Loading], step: float, workers: int) -> str:
-    """Which of the two holds training up, in words.
+    """A sentence that says whether the data or the model limits training.
 
     Args:
-        loadings: By numbers of workers.
+        loadings: One for each number of workers.
         step: Images a second of the model.
         workers: Of the recipe.
     """

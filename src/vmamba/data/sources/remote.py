@@ -1,8 +1,8 @@
 """WebDataset shards in object storage, fetched one by one into a folder.
 
-An epoch's order keeps the samples of some shards together (see `EpochSampler`): few are needed at once. What
-talks to the storage is fsspec; the folder is ours, since fsspec's caches have no limit of their size and are
-not safe for processes that fill and empty them at once.
+An epoch's order keeps the samples of some shards together (see `EpochSampler`), so few shards are needed at
+once. fsspec accesses the storage. The cache folder is our own, because fsspec's caches have no limit of their
+size and are not safe for several processes that add and remove files.
 """
 
 import json
@@ -31,7 +31,7 @@ from vmamba.errors import DataError
 from vmamba.files import write_atomically
 
 SIZES = "sizes.json"
-"""Beside shards: {"<shard>.tar": samples in it}."""
+"""The file beside the shards with their numbers of samples: {"<shard>.tar": 1000, …}."""
 
 _RETRY_AFTER = 300.0
 """Seconds after which a shard that could not be read is tried again."""
@@ -42,21 +42,21 @@ log = logging.getLogger(__name__)
 class RemoteShards(ClassifiedImages):
     """`Shards` in object storage: a shard is fetched whole into a folder when one of its samples is read.
 
-    The folder serves any number of processes at once, and the following runs. An address is held to keep its
-    content. How many samples a shard holds is read from `sizes.json` beside it; without one every shard has
-    to be fetched once before the first epoch.
+    Any number of processes, and later runs, can share the folder. The content of an address is assumed not to
+    change. How many samples a shard holds is read from `sizes.json` beside it; without one every shard is
+    fetched once before the first epoch.
 
     Args:
-        urls: Addresses that fsspec knows, of one file system.
-        classes: Their names, by label.
-        decoding: What images become.
+        urls: Addresses on one file system that fsspec supports.
+        classes: The class names, by label.
+        decoding: The format to decode to.
         cache_dir: The folder, on a local disk.
-        cache_gb: Size that it is kept below, in 10⁹ bytes, by removing what was not opened for longest.
-        window: Shards whose samples an epoch mixes.
+        cache_gb: Most size of the folder, in 10⁹ bytes; the least recently opened shards are removed first.
+        window: How many shards an epoch shuffles together.
 
     Raises:
-        DataError: The storage does not answer, the folder cannot be written to, or `window` shards do not
-            fit into it.
+        DataError: The storage does not answer, the folder cannot be written to, or `window` shards are larger
+            than `cache_gb`.
     """
 
     groups: SampleGroups
@@ -79,7 +79,7 @@ class RemoteShards(ClassifiedImages):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{self.folder}: cannot make the folder for shards ({error.strerror})") from None
-        self._open: OrderedDict[int, Shards] = OrderedDict()  # the latest used last
+        self._open: OrderedDict[int, Shards] = OrderedDict()  # the most recently used last
         self._failed: dict[int, tuple[float, str]] = {}
         largest = self._size(self.urls[0])
         if largest is not None and largest * min(window, len(urls)) > self.limit:
@@ -128,12 +128,12 @@ class RemoteShards(ClassifiedImages):
         raise DataError(f"{self}: the labels of shards in object storage are not there before the shards are")
 
     def use_classes(self, classes: Sequence[str], whose: str = "the model") -> None:
-        """Refuses any but the classes of `data.classes`: no label is there before its shard is."""
+        """Accepts only the classes of `data.classes`: no label can be checked before its shard is fetched."""
         if list(classes) != self.classes:
             raise DataError(f"{self}: data.classes names other classes than {whose} has, or in another order")
 
     def _shard_of(self, index: int) -> tuple[Shards, int]:
-        """The open shard of a sample, and its place in it."""
+        """The opened shard of a sample, and the sample's index in it."""
         shard, inside = self._place(index)
         try:
             return self._shard(shard), inside
@@ -163,7 +163,7 @@ class RemoteShards(ClassifiedImages):
 
     @contextmanager
     def _fetched(self, url: str) -> Iterator[Shards]:
-        """A shard, open, so that it may be removed from the folder while it is read."""
+        """A fetched and opened shard: another process may remove its file while it is read."""
         path = self.folder / f"{_digest(url)}-{url.rpartition('/')[2]}"
         with self._lock(path):
             if path.exists():
@@ -175,18 +175,18 @@ class RemoteShards(ClassifiedImages):
                 source = Shards([path], self._stored_classes, self.decoding, [url])
                 source.reader.read(source.label_members[0])
             except DataError:
-                path.unlink(missing_ok=True)  # what is mended at its address is fetched anew
+                path.unlink(missing_ok=True)  # so that a shard repaired at its address is fetched again
                 raise
             yield source
 
     def _lock(self, path: Path, **kwargs: Any) -> Any:
-        """Of one file among all processes; the system gives it back if one dies."""
+        """A lock on one file, among all processes; the system releases it if its holder dies."""
         from filelock import FileLock
 
         return FileLock(f"{path}.lock", **kwargs)
 
     def _evict(self, newest: Path) -> None:
-        """Remove the shards that were not opened for longest until the folder is below its size."""
+        """Remove the least recently opened shards until the folder is within `cache_gb`."""
         from filelock import Timeout
 
         shards = []
@@ -199,7 +199,7 @@ class RemoteShards(ClassifiedImages):
         for _, size, path in sorted(shards):
             if total <= self.limit or path == newest:
                 break
-            shard = path.with_name(path.name.removesuffix(".part"))  # one that is being fetched is locked
+            shard = path.with_name(path.name.removesuffix(".part"))  # a shard that is being fetched is locked
             with suppress(Timeout, OSError), self._lock(shard, blocking=False):
                 path.unlink(missing_ok=True)
                 total -= size
@@ -208,11 +208,11 @@ class RemoteShards(ClassifiedImages):
         fs, inside = file_system(url)
         try:
             return fs.info(inside)["size"]
-        except Exception as error:  # every storage raises its own
+        except Exception as error:  # every storage raises its own types
             raise DataError(f"{url}: cannot read the shard ({error!r})") from error
 
     def _sizes(self) -> list[int]:
-        """Samples of each shard: listed beside them, counted by an earlier run, or counted now."""
+        """Samples of each shard: from `sizes.json`, counted by an earlier run, or counted now."""
         samples: dict[str, int] = {}
         for folder in dict.fromkeys(url.rpartition("/")[0] for url in self.urls):
             for name, number in read_sizes(f"{folder}/{SIZES}").items():
@@ -222,7 +222,7 @@ class RemoteShards(ClassifiedImages):
         return [samples[url] for url in self.urls]
 
     def _count(self, listed: dict[str, int]) -> dict[str, int]:
-        """Samples of the shards that are not listed; they are counted once for this folder."""
+        """Count the samples of shards that `sizes.json` does not list; the folder keeps the counts."""
         file = self.folder / f"{_digest(*self.urls)}.{SIZES}"
         with self._lock(file):
             samples = read_sizes(str(file))
@@ -243,10 +243,10 @@ def _digest(*urls: str) -> str:
 
 
 def read_sizes(url: str) -> dict[str, int]:
-    """A `sizes.json`; empty if there is none.
+    """Read a `sizes.json`; empty if there is none.
 
     Raises:
-        DataError: It cannot be read, or is something else.
+        DataError: It cannot be read, or has another format.
     """
     try:
         if is_url(url):
@@ -258,7 +258,7 @@ def read_sizes(url: str) -> dict[str, int]:
         return {}
     except DataError:
         raise
-    except Exception as error:  # every storage raises its own
+    except Exception as error:  # every storage raises its own types
         raise DataError(f"{url}: cannot be read ({error!r})") from error
     if not isinstance(sizes, dict) or not all(type(size) is int and size > 0 for size in sizes.values()):
         raise DataError(f'{url}: expected {{"<shard>.tar": samples, …}}')

@@ -19,13 +19,13 @@ from vmamba.errors import DataError
 class TarImages(ClassifiedImages):
     """An image folder in one uncompressed tar: `[folders/]<class>/…/<image>`.
 
-    Folders that all images have in common, such as one for the split, are passed over; the next one names the
+    Folders that all images have in common, such as one for the split, are ignored; the next one names the
     class. Classes and images have the order that `ImageFolder` gives them when the tar is unpacked, and the
-    same files are left out, so that a run sees the same from both.
+    same files are left out, so that both give the same run.
 
     Args:
         path: The tar.
-        decoding: What images become.
+        decoding: The format to decode to.
 
     Raises:
         DataError: The tar is missing, compressed, damaged or without images in class folders.
@@ -61,7 +61,7 @@ class TarImages(ClassifiedImages):
         self._labels = np.array(labels, dtype=np.int64)
         self.numbers = np.array([number for _, number in samples], dtype=np.int64)
         first = index.names[samples[0][1]]
-        self._prefix = len(first) - len(samples[0][0])  # what all names have in common
+        self._prefix = len(first) - len(samples[0][0])  # length of the folders that all names share
         self.reader = TarReader(index)
 
     def __str__(self) -> str:
@@ -90,12 +90,12 @@ class TarImages(ClassifiedImages):
 def _visible(
     images: list[tuple[bytes, int]], names: Sequence[str], left_out: LeftOut
 ) -> list[tuple[str, int]]:
-    """Path below the common folders, and number, of each image without a hidden part below them.
+    """Path below the common folders, and number, of each image that is not hidden below them.
 
     Args:
         images: Sort key and number of each, in order.
-        names: By number.
-        left_out: Counts those with a hidden part.
+        names: Names by number.
+        left_out: Counts the images with a hidden file or folder in their paths.
     """
     prefix = _common_folders(images, names)
     visible = []
@@ -104,12 +104,12 @@ def _visible(
             left_out.add(LeftOut.HIDDEN, names[number])
         else:
             visible.append((key, number))
-    prefix = _common_folders(visible, names)  # a hidden folder beside them had nothing in common
+    prefix = _common_folders(visible, names)  # may be longer now that hidden folders are gone
     return [(names[number][prefix:], number) for _, number in visible]
 
 
 def _common_folders(images: list[tuple[bytes, int]], names: Sequence[str]) -> int:
-    """Length of the folders that all images have in common, but for one that names the class of them all."""
+    """Length of the folders that all images share, without the last one if it names their only class."""
     if not images:
         return 0
     first, last = (names[images[i][1]].split("/")[:-1] for i in (0, -1))

@@ -1,7 +1,7 @@
 """WebDataset shards: tars of `<key>.jpg` with `<key>.cls`.
 
-Ours, since the package webdataset reads shards as streams, whose order depends on the workers and cannot be
-resumed in the middle. Here a shard is indexed, and its samples are read by number.
+Not the package webdataset, because it reads shards as streams, whose order depends on the workers and which
+cannot be resumed in the middle. Here a shard is indexed, and its samples are read by index.
 """
 
 import glob
@@ -28,7 +28,7 @@ from vmamba.errors import DataError
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`train-{000..127}.tar` and `{a,b}.tar` as a shell reads them.
+    """Expand `train-{000..127}.tar` and `{a,b}.tar` as a shell does.
 
     Raises:
         DataError: A brace holds neither a range nor a list.
@@ -50,11 +50,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_shards(root: str, patterns: Sequence[str]) -> list[str]:
-    """Paths or addresses of the shards under a folder that patterns name, in the patterns' order.
+    """Paths or addresses of the shards in a folder that match patterns, in the patterns' order.
 
     Args:
         root: A folder, or the address of one in object storage.
-        patterns: Of names in it, with braces (`expand_braces`) or `*`, `?` and `[…]`.
+        patterns: Patterns of file names, with braces (`expand_braces`) or `*`, `?` and `[…]`.
 
     Raises:
         DataError: A pattern matches nothing.
@@ -67,7 +67,7 @@ def find_shards(root: str, patterns: Sequence[str]) -> list[str]:
             try:
                 names = fs.glob(inside) if glob.has_magic(pattern) else [inside]
                 matching = sorted(fs.unstrip_protocol(name) for name in names)
-            except Exception as error:  # every storage raises its own
+            except Exception as error:  # every storage raises its own types
                 raise DataError(f"{path}: cannot list the shards ({error!r})") from error
         elif not glob.has_magic(pattern):
             matching = [path]
@@ -84,9 +84,9 @@ class Shards(ClassifiedImages):
 
     Args:
         paths: The tars.
-        classes: Their names, by label.
-        decoding: What images become.
-        shown: What to call each tar in messages; default its path.
+        classes: The class names, by label.
+        decoding: The format to decode to.
+        shown: Each tar's name for messages; default its path.
 
     Raises:
         DataError: A tar is missing or damaged, or a sample lacks image or label; the message names it.
@@ -152,7 +152,7 @@ class Shards(ClassifiedImages):
 def _samples(
     index: TarIndex, shown: Sequence[str], decoding: Decoding
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of each sample, in the order of the tars, the members that hold its image and its label."""
+    """For each sample, in the order of the tars, the members that hold its image and its label."""
     image, cls, description = range(3)
     columns = {suffix[1:]: image for suffix in image_suffixes()} | {"cls": cls, "json": description}
     if decoding.to_tensor:
@@ -182,12 +182,12 @@ def _samples(
 
 
 def first_and_last(names: Sequence[str]) -> str:
-    """Names of many files in a few words."""
+    """Many file names, abbreviated to the first and the last."""
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 class WebDatasetSection(ClassificationSection):
-    """Shards in a folder, or in object storage, from where they are fetched into a folder."""
+    """Shards in a folder, or in object storage, from where they are fetched into `cache_dir`."""
 
     source: Literal["webdataset"] = "webdataset"
     root: str | None = Field(

@@ -1,4 +1,4 @@
-"""Work on some images or some rows at a time, so that intermediates stay in the cache."""
+"""Split the work into images or rows, so that intermediates stay in the cache."""
 
 import math
 from collections.abc import Callable
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 CACHED_VALUES = 2**21
-"""Values of an intermediate that stay in the cache."""
+"""Most values of an intermediate that stays in the cache."""
 GROUP_VALUES = 2**22
-"""Values of a group's widest tensor: glibc asks the system for each block beyond 32 MiB anew."""
+"""Most values of the widest tensor of a group: glibc maps every block beyond 32 MiB anew."""
 
 
 def rows_at_once(width: int) -> int:
-    """How many rows of `width` values are worked on at a time."""
+    """How many rows of `width` values to process at a time."""
     return max(64, CACHED_VALUES // width)
 
 
 def in_groups(function: Callable[[Tensor], Tensor], x: Tensor, values: int) -> Tensor:
-    """function(x) for a function of images or rows, some at a time.
+    """function(x), computed in chunks of images or rows.
 
     Args:
         function: Takes any number of images or rows, in dimension 0.
@@ -32,7 +32,7 @@ def in_groups(function: Callable[[Tensor], Tensor], x: Tensor, values: int) -> T
 def add_by_rows(
     x: Tensor, function: Callable[..., Tensor], operands: tuple[Tensor | None, ...], width: int
 ) -> Tensor:
-    """x + function(*operands) for a function of rows, some rows at a time, without gradients.
+    """x + function(*operands), computed in chunks of rows, without gradients.
 
     Args:
         x: (..., c).

@@ -1,6 +1,6 @@
-"""When a layer's fused form may stand in for it: only where nobody could tell.
+"""When a layer's fused form may replace it: only where the caller cannot observe the difference.
 
-Every condition is looked at in each call, so it has to be cheap: about 5 µs for a VSS block.
+All conditions are checked on every call, so they have to be cheap: about 5 µs for a VSS block.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ class Form:
     A form has no state. It shares the layer's attributes and lives for one call.
 
     Attributes:
-        submodules: For each submodule that the form computes by itself the exact types that it knows.
-        replaced: The layer's methods that the form does not call.
+        submodules: For each submodule that the form computes by itself, the exact types that it supports.
+        replaced: The layer's methods that the form overrides.
     """
 
     submodules: ClassVar[dict[str, tuple[type, ...]]] = {}
@@ -44,7 +44,7 @@ _FORMS: dict[type, type[Form]] = {}
 
 
 def view(layer: nn.Module) -> Any:
-    """The fused form of a layer that is known to have one, whatever watches it."""
+    """The fused form of a layer that must have one, without the checks of `fused_form`."""
     cls: Any = _FORMS[type(layer)]
     form = cls.__new__(cls)
     form.__dict__ = layer.__dict__
@@ -52,14 +52,14 @@ def view(layer: nn.Module) -> Any:
 
 
 def fused_form(layer: nn.Module, x: Any) -> Any:
-    """The fused form of a layer for an input, or None where somebody could tell it from the layer."""
+    """The fused form of a layer for an input, or None if a hook, patch or transform would notice it."""
     if (
         type(x) is Tensor
         and is_enabled()
         and x.is_cpu
         and not _torch_private.has_global_hook()
         and not _torch_private.is_transformed_or_recorded()
-        and x.numel() > 0  # behind the line above: a trace would warn of it
+        and x.numel() > 0  # after the line above: torch.jit.trace would warn about this one
         and not _is_patched()
         and type(layer) in _FORMS
         and _is_plain(layer)
@@ -68,8 +68,9 @@ def fused_form(layer: nn.Module, x: Any) -> Any:
     return None
 
 
-# Layers of PyTorch and timm that the forms compute by themselves, and the settings which they know.
-_KNOWN_SETTINGS: dict[type[nn.Module], Callable[[Any], bool] | None] = {
+# Layers of PyTorch and timm that the forms compute by themselves; the function says whether its settings are
+# supported (None: always).
+_SUPPORTED_SETTINGS: dict[type[nn.Module], Callable[[Any], bool] | None] = {
     nn.Linear: None,
     nn.SiLU: None,
     nn.Identity: None,
@@ -81,13 +82,13 @@ _KNOWN_SETTINGS: dict[type[nn.Module], Callable[[Any], bool] | None] = {
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether nothing but its class decides what a call of the layer does, and its submodules are known.
+    """Whether a call of the layer does what its class defines and nothing else, in supported submodules.
 
-    That is: no hook, no `forward` of the instance, parameters of PyTorch's own types, known settings; and the
-    same of its submodules. Parametrizations change the type of the module.
+    That is: no hook, no instance attribute `forward`, parameters of PyTorch's own types, supported settings,
+    for the layer and its submodules. Parametrizations change a module's type, so they are excluded too.
     """
     modules = [layer]
-    for module in modules:  # grows
+    for module in modules:  # the loop appends to the list
         attributes = module.__dict__
         if _torch_private.is_watched(attributes):
             return False
@@ -95,9 +96,9 @@ def _is_plain(layer: nn.Module) -> bool:
             if type(parameter) not in _PARAMETERS:
                 return False
         kind = type(module)
-        if kind in _KNOWN_SETTINGS:
-            settings = _KNOWN_SETTINGS[kind]
-            if settings is not None and not settings(module):
+        if kind in _SUPPORTED_SETTINGS:
+            is_supported = _SUPPORTED_SETTINGS[kind]
+            if is_supported is not None and not is_supported(module):
                 return False
             continue
         form = _FORMS[kind]
@@ -114,28 +115,28 @@ def _is_plain(layer: nn.Module) -> bool:
     return True
 
 
-# torch.func.functional_call puts plain tensors in.
+# Plain tensors: torch.func.functional_call puts them in the place of parameters.
 _PARAMETERS: tuple[type, ...] = (nn.Parameter, ABSENT, Tensor)
 
-# Tools that count or trace replace these functions for a while.
+# Functions that tools for counting or tracing replace temporarily.
 _PATCHABLE = [
     (nn.Module, "__call__"),
-    *((kind, "forward") for kind in _KNOWN_SETTINGS),
+    *((kind, "forward") for kind in _SUPPORTED_SETTINGS),
     *((F, name) for name in ("linear", "conv2d", "layer_norm", "gelu", "silu")),
 ]
 _ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name in _PATCHABLE]
 
 
 def _is_patched() -> bool:
-    """Whether a method or function that a fused form leaves out has been replaced."""
+    """Whether a method or function that fused forms bypass has been replaced."""
     for owner, name, original in _ORIGINALS:  # noqa: SIM110  (a generator costs more)
         if getattr(owner, name) is not original:
             return True
     return False
 
 
-def looked_at_in_backward(grad: Tensor) -> bool:
-    """Whether a backward pass is differentiated, transformed, recorded or compiled in its turn."""
+def needs_plain_backward(grad: Tensor) -> bool:
+    """Whether a backward pass is itself differentiated, transformed, recorded or compiled."""
     return (
         torch.is_grad_enabled()
         or type(grad) is not Tensor

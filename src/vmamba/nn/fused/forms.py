@@ -1,6 +1,6 @@
 """The fused form of each layer that has one: the same mathematics as the layer's `forward`, in other calls.
 
-A form never checks who watches: `entry` did. Its submodules' forms come from `view`.
+A form does not check for hooks or patches: `entry` did. Its submodules' forms come from `view`.
 """
 
 import torch
@@ -17,7 +17,7 @@ from vmamba.nn.ss2d import SS2D, CascadeSS2D
 
 
 class FusedMlp(Form, Mlp, of=Mlp):
-    """GELU joined to the products; with gradients the hidden layer is kept once instead of twice."""
+    """GELU fused with the products; with gradients the hidden layer is kept once instead of twice."""
 
     submodules = {"fc1": (nn.Linear,), "act": (nn.GELU,), "fc2": (nn.Linear,)}  # noqa: RUF012
 
@@ -26,7 +26,7 @@ class FusedMlp(Form, Mlp, of=Mlp):
 
 
 class FusedSS2D(Form, SS2D, of=SS2D):
-    """SiLU joined to the convolution; out_norm joined to out_proj where there are gradients and no gate."""
+    """SiLU fused with the convolution; out_norm with out_proj where there are gradients and no gate."""
 
     submodules = {  # noqa: RUF012
         "in_proj": (nn.Linear,),
@@ -60,7 +60,7 @@ class FusedCascadeSS2D(FusedSS2D, CascadeSS2D, of=CascadeSS2D):
 
 
 class FusedVSSBlock(Form, VSSBlock, of=VSSBlock):
-    """Without gradients: some images at a time, and what follows the scan some rows at a time."""
+    """Without gradients: in chunks of images, and what follows the scan in chunks of rows."""
 
     submodules = {  # noqa: RUF012
         "norm1": (nn.LayerNorm,),
@@ -93,7 +93,7 @@ class FusedVSSBlock(Form, VSSBlock, of=VSSBlock):
         return add_by_rows(x, self._mlp_branch, (x,), self.mlp.fc1.out_features)
 
     def _scanned(self, op: SS2D, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `finish` takes. In a function of its own, so that the scan's operands are freed on return."""
+        """The arguments of `finish`. A separate function, so that the scan's operands are freed on return."""
         x, delta, B, C, z = op.project(self.norm1(x))
         return op.scan(x, delta, B, C), z
 
@@ -102,7 +102,7 @@ class FusedVSSBlock(Form, VSSBlock, of=VSSBlock):
 
 
 class FusedConvStem(Form, ConvStem, of=ConvStem):
-    """Without gradients: some images at a time."""
+    """Without gradients: in chunks of images."""
 
     submodules = {  # noqa: RUF012
         "conv1": (nn.Conv2d,),
@@ -129,7 +129,7 @@ class FusedConvDownsample(Form, ConvDownsample, of=ConvDownsample):
 
 
 class FusedMergeDownsample(Form, MergeDownsample, of=MergeDownsample):
-    """The product by the faster library."""
+    """The product by the faster of oneDNN and MKL."""
 
     submodules = {"norm": (nn.LayerNorm,), "reduction": (nn.Linear,)}  # noqa: RUF012
 

@@ -1,13 +1,13 @@
-"""Products and convolutions on the faster library of the processor, with activations joined to them.
+"""Products and convolutions by the library that is faster on this processor, fused with activations.
 
 n rows, i features in, o features out.
 
-`F.linear` in float32 goes to MKL on x86, which leaves AVX-512 unused on processors that are not Intel's.
-oneDNN, which comes with PyTorch too, uses it everywhere, and can join GELU to the product. The weights stay
-as they are: oneDNN reorders them in each call, so that no copy can be stale. Without AVX-512 MKL is the
-faster one, and PyTorch's GELU faster than oneDNN's.
+`F.linear` in float32 goes to MKL on x86, which does not use AVX-512 on processors that are not Intel's.
+oneDNN, which comes with PyTorch too, uses it everywhere, and can fuse GELU with the product. It reorders the
+weights in each call instead of keeping a copy, which could become stale. Without AVX-512 MKL is faster, and
+PyTorch's GELU faster than oneDNN's.
 
-Everything here is called from fused forms alone, so x is a plain CPU tensor that nothing watches.
+Only fused forms call this module, so x is a plain CPU tensor, and no hook, mode or transform is active.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,19 @@ from torch.nn import functional as F
 
 from vmamba import _torch_private
 from vmamba.nn.fused import blocking
-from vmamba.nn.fused.entry import looked_at_in_backward
+from vmamba.nn.fused.entry import needs_plain_backward
 
 _MKL_IS_FASTER = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() in (
     "AVX2",
     "DEFAULT",
 )
 """Whether products in float32 go to MKL after all."""
-_FEW_PIXELS = 128
+_MOST_PATCHES = 128
 """Output pixels up to which a convolution is computed as a product over patches."""
 
 
 def onednn_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The type in which oneDNN may form x·weightᵀ, autocast included; None where `F.linear` is to do it."""
+    """The type in which oneDNN may form x·weightᵀ, autocast included; None to leave it to `F.linear`."""
     if not (_torch_private.HAS_ONEDNN_POINTWISE and torch.backends.mkldnn.enabled and weight.is_cpu):
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -60,7 +60,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool =
 def _weight_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, for_weight: bool, for_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of `_product`; by oneDNN as those of a 1×1 convolution over a line; grad (..., o), x (..., i)."""
+    """The gradients of weight and bias of `_product`, for grad (..., o) and x (..., i).
+
+    oneDNN computes them as those of a 1×1 convolution over an image of one row.
+    """
     if not for_weight and not for_bias:
         return None, None
     if _MKL_IS_FASTER:
@@ -85,7 +88,7 @@ def _weight_gradients(
 def _plain_weight_gradients(
     grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`_weight_gradients` in calls that can be differentiated and transformed in turn."""
+    """`_weight_gradients` in calls that can themselves be differentiated and transformed."""
     rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     return rows.t() @ x_rows if for_weight else None, rows.sum(0) if for_bias else None
 
@@ -93,7 +96,7 @@ def _plain_weight_gradients(
 def _gradients_by_autograd(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of a plain form of the function, which can be differentiated and transformed in turn."""
+    """The gradients of `function` by autograd, which can themselves be differentiated and transformed."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         if not differentiable:
@@ -123,7 +126,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if looked_at_in_backward(grad):
+        if needs_plain_backward(grad):
             return (grad @ weight if for_x else None), *_plain_weight_gradients(grad, x, for_weight, for_bias)
         grad = grad.contiguous()
         grad_x = _product(grad, weight.t()) if for_x else None
@@ -146,7 +149,7 @@ class _GeluProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if looked_at_in_backward(grad):
+        if needs_plain_backward(grad):
             grad_x = torch.ops.aten.gelu_backward(grad @ weight, x) if for_x else None
             return grad_x, *_plain_weight_gradients(grad, F.gelu(x), for_weight, for_bias)
         grad = grad.contiguous()
@@ -176,7 +179,7 @@ class _NormedProduct(torch.autograd.Function):
         x, norm_weight, norm_bias, weight, mean, rstd = ctx.saved_tensors
         for_x, for_norm_weight, for_norm_bias, _, for_weight = ctx.needs_input_grad
         for_norm = [for_x, for_norm_weight, for_norm_bias]
-        if looked_at_in_backward(grad):
+        if needs_plain_backward(grad):
 
             def plain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
                 return F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps), weight)
@@ -213,7 +216,7 @@ class _ConvolvedSilu(torch.autograd.Function):
         padding, stride, dilation, groups = ctx.geometry
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         wanted = [for_x, for_weight, for_bias]
-        if looked_at_in_backward(grad):
+        if needs_plain_backward(grad):
 
             def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 return F.silu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
@@ -244,7 +247,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def normed_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor | None:
-    """layer(norm(x)) that keeps x alone for backward, or None where there is no such form."""
+    """layer(norm(x)), keeping x alone for backward; None where that is not supported."""
     norm_weight, norm_bias = norm._parameters["weight"], norm._parameters["bias"]
     if (
         torch.is_grad_enabled()
@@ -260,18 +263,18 @@ def normed_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear) -> Tensor | N
 
 
 def linear_gelu_linear(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """fc2(GELU(fc1(x))), (..., i) → (..., o), a share of the rows at a time."""
+    """fc2(GELU(fc1(x))), (..., i) → (..., o), in chunks of rows."""
     dtype = onednn_dtype(x, fc1.weight)
     fits = x.shape[-1] == fc1.in_features and fc1.weight.dtype == fc2.weight.dtype
     if fits and dtype is not None and not torch.is_grad_enabled():
         return _linear_gelu_linear_without_gradients(x, fc1, fc2, dtype)
     if fits and dtype == torch.float32:
 
-        def some_rows(rows: Tensor) -> Tensor:
+        def mlp(rows: Tensor) -> Tensor:
             return _GeluProduct.apply(linear(rows, fc1.weight, fc1.bias), fc2.weight, fc2.bias)
 
         rows = x.reshape(-1, x.shape[-1])
-        y = blocking.in_groups(some_rows, rows, len(rows) * fc1.out_features)
+        y = blocking.in_groups(mlp, rows, len(rows) * fc1.out_features)
         return y.view(*x.shape[:-1], -1)
     return linear(F.gelu(linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
 
@@ -279,7 +282,7 @@ def linear_gelu_linear(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
 def _linear_gelu_linear_without_gradients(
     x: Tensor, fc1: nn.Linear, fc2: nn.Linear, dtype: torch.dtype
 ) -> Tensor:
-    """GELU joined to the first product, and the hidden layer never in memory as a whole."""
+    """GELU fused with the first product; the hidden layer is never in memory as a whole."""
     weight1, bias1, weight2, bias2 = (
         None if t is None else t.to(dtype) for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     )
@@ -332,5 +335,5 @@ def _is_small(x: Tensor, conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and x.ndim == 4
         and x.shape[1] == conv.in_channels >= 128
-        and x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_PIXELS * conv.stride[0] * conv.stride[1]
+        and x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_PATCHES * conv.stride[0] * conv.stride[1]
     )

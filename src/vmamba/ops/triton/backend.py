@@ -26,7 +26,7 @@ MOST_STATES = 64
 """The largest state size; beyond it `chunked` serves."""
 
 MOST_ROUTES = 31
-"""Their codes travel to the kernels in one integer, two bits each."""
+"""The largest number of routes: their codes are passed to the kernels in one integer, two bits each."""
 
 SETTINGS = {
     "summary": ((4096, 8, 8), (2048, 4, 4), (1024, 4, 4)),
@@ -35,14 +35,15 @@ SETTINGS = {
     "gradient": ((2048, 8, 8), (1024, 16, 8), (1024, 8, 8)),
     "gradient of several states": ((1024, 8, 16),),
 }
-"""Float32 values in a tile, and most warps of 32 threads and of 64 (AMD), as fits the registers
-(`python tools/compile_triton.py`). The first of each is the default, `plans` may choose from all."""
+"""Candidates for each kernel: (float32 values in a tile, most warps if a warp has 32 threads, most warps if
+it has 64, as on AMD), limited by the registers (`python tools/compile_triton.py`). The first is the default;
+`plans` may choose any."""
 
 WHOLE, WHOLE_BACKWARD = 256, 64
-"""Positions up to which an image is one tile, in forward and in backward."""
+"""Most positions of an image that is handled as one tile, in forward and in backward."""
 
 PROGRAMS = 128
-"""Launch at least as many, by taking fewer blocks of channels each: enough for a GPU's multiprocessors."""
+"""Fewest programs to launch, enough for a GPU's multiprocessors; each takes fewer blocks of channels then."""
 
 MOST_TILES = 4
 """The most tiles of an image for one program, which loads the weights of its channels once for all of them.
@@ -78,7 +79,7 @@ def tile_of(height: int, width: int, whole: int) -> tuple[int, int]:
 
 
 def segments(height: int, width: int, whole: int) -> tuple[int, int]:
-    """How many a row's route and a column's route have; none where the image is one tile."""
+    """How many segments a row route and a column route have; none where the image is one tile."""
     tall, wide = tile_of(height, width, whole)
     across, down = -(-width // wide), -(-height // tall)
     return (0, 0) if across * down == 1 else (height * across, width * down)
@@ -90,7 +91,7 @@ def interpreted() -> bool:
 
 
 def _position_stride(t: Tensor) -> int:
-    """From one position to the next of an operand (b, h, w, …); 0 if that is not the same everywhere."""
+    """Elements from one position to the next of an operand (b, h, w, …); 0 if there is no single stride."""
     strides, positions = set(), 1
     for size, stride in zip(reversed(t.shape[:3]), reversed(t.stride()[:3]), strict=True):
         if size > 1:
@@ -125,7 +126,7 @@ def _packed(operands: list[Tensor]) -> Tensor:
 
 
 class _Call:
-    """The operands of one call, as the kernels take them.
+    """The operands of one call in the layout that the kernels read.
 
     Args:
         call: The call.
@@ -188,7 +189,7 @@ class _Call:
         return run(plan_for(call, plans, run, self.x.device))
 
     def plan(self, values: int, warps: int, wide_warps: int, most_tiles: int = 1) -> Plan:
-        """How a kernel with so many values in a tile is launched, by so many warps of 32 or of 64 threads."""
+        """The plan for `values` values in a tile and at most `warps` warps (`wide_warps` of 64 threads)."""
         tall, wide = self.tile
         of_image = -(-self.height // tall) * -(-self.width // wide)
         values //= torch.finfo(self.dtype).bits // 32
@@ -384,7 +385,7 @@ _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "pytorc
 
 @cache
 def _version() -> tuple[int, ...] | None:
-    """Of Triton, without importing it; None where it is not installed or does not say."""
+    """Triton's version, without importing it; None where it is not installed or does not say."""
     for name in _DISTRIBUTIONS:
         try:
             return tuple(int(part) for part in re.findall(r"\d+", metadata.version(name))[:2])

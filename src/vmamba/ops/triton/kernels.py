@@ -11,30 +11,41 @@ segment, and `output_kernel` forms y. An image within one tile is one segment an
 The backward is the same walk with the routes reversed: the adjoint state u_t = a_t (C_t dy_t + u_{t+1}) goes
 through `summary_kernel` and `chain_kernel`, and `gradient_kernel` forms every gradient from both states.
 
-No memory is stored to by two programs, so that no result depends on their order. Offsets within an image are
-int32, those of images int64.
+No two programs store to the same address, so that no result depends on their order. Offsets within an image
+are int32, those of images int64.
 """
 
 import triton
 import triton.language as tl
 
 ANY = [
-    *("height", "width", "blocks", "codes", "R", "segments", "row_segments", "column_segments"),
-    *(
-        "row_p",
-        "row_k",
-        "rows_ptr",
-        "delta_ptr",
-        "parameters_ptr",
-        "elapsed_ptr",
-        "summand_ptr",
-        "initial_ptr",
-    ),
-    *("carry_ptr", "last_ptr", "adjoint_ptr", "grad_delta_ptr", "grad_rows_ptr", "shares_ptr"),
+    "height",
+    "width",
+    "blocks",
+    "codes",
+    "R",
+    "segments",
+    "row_segments",
+    "column_segments",
+    "row_p",
+    "row_k",
+    "rows_ptr",
+    "delta_ptr",
+    "parameters_ptr",
+    "elapsed_ptr",
+    "summand_ptr",
+    "initial_ptr",
+    "carry_ptr",
+    "last_ptr",
+    "adjoint_ptr",
+    "grad_delta_ptr",
+    "grad_rows_ptr",
+    "shares_ptr",
     "grad_initial_ptr",
 ]
-"""Arguments of which no kernel has a variant for 1 or for a multiple of 16, nor on AMD for less than 2 GiB:
-buffer instructions, which that allows, take four scalar registers a pointer."""
+"""Arguments that kernels are not specialised on: neither for the value 1 or multiples of 16, nor on AMD for
+pointers to less than 2 GiB. The latter would allow buffer instructions, which take four scalar registers a
+pointer."""
 
 
 @triton.jit
@@ -119,7 +130,7 @@ def adjoint_states_of(a, c, route):
 
 @triton.jit
 def within(d, channels, EVEN: tl.constexpr):
-    """Which channels there are; EVEN: all."""
+    """The mask of the channels d that exist; EVEN: all do."""
     if EVEN:  # noqa: SIM108  (the compiler takes one branch)
         m_d = tl.full(d.shape, 1, tl.int1)
     else:
@@ -129,7 +140,7 @@ def within(d, channels, EVEN: tl.constexpr):
 
 @triton.jit
 def step_sizes(
-    delta,  # (TH, TW, 1) pointers to the rows of delta, or LOW_RANK of its left factor
+    delta,  # (TH, TW, 1) pointers to the rows of delta; LOW_RANK: of its low-rank factor
     parameters,  # (BD,) pointers
     d,  # (BD,)
     m_d,  # (BD,)
@@ -217,8 +228,8 @@ def sums_of(delta, route, ADJOINT: tl.constexpr):
 def summary_kernel(
     x_ptr,  # (b, h, w, d); ADJOINT: the gradient of y
     delta_ptr,  # (b, h, w, k, d), without LOW_RANK
-    rows_ptr,  # (b, h, w, k, r + n + n): LOW_RANK delta's left factor, then B and C
-    parameters_ptr,  # (1 + K·(N + 1 + R), D): the sum of D; of each route A, bias and delta's right factor
+    rows_ptr,  # (b, h, w, k, r + n + n): with LOW_RANK delta's low-rank factor, then B and C
+    parameters_ptr,  # (1 + k·(n + 1 + r), d): D summed over routes; of each route A, bias and delta_weight
     elapsed_ptr,  # (b, k, segments, d)
     summand_ptr,  # (b, k, n, segments, d)
     row_p,
@@ -270,7 +281,16 @@ def summary_kernel(
                 parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
                 delta, _ = step_sizes(
                     rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
-                    *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                    parameters,
+                    d,
+                    channel,
+                    inside,
+                    channels,
+                    N,
+                    R,
+                    LOW_RANK,
+                    SOFTPLUS,
+                    STATE,
                 )
                 sums = sums_of(delta, route, ADJOINT)
                 row = row_segments(tile, h, width, TW) * channels + d[None, None, :]
@@ -399,7 +419,7 @@ def output_kernel(
             h, w = positions(tile, width, TH, TW)
             inside = (h < height) & (w < width)
             position = h * width + w
-            # What is beyond the image takes any state: its step size is 0.
+            # Positions beyond the image may load any state: their step size is 0.
             row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
             column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
             o_x = position * channels + d[None, None, :]
@@ -411,7 +431,16 @@ def output_kernel(
                 parameters = parameters_ptr + (1 + k * (N + 1 + R)) * channels + d
                 delta, _ = step_sizes(
                     rows if LOW_RANK else delta_ptr + (position * K + k) * channels,
-                    *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                    parameters,
+                    d,
+                    channel,
+                    inside,
+                    channels,
+                    N,
+                    R,
+                    LOW_RANK,
+                    SOFTPLUS,
+                    STATE,
                 )
                 for n in tl.range(N, disable_licm=True, loop_unroll_factor=1):
                     A = tl.load(parameters + n * channels, mask=channel, other=0)[None, None, :]
@@ -494,7 +523,7 @@ def gradient_kernel(
     grad_x_ptr,  # (b, h, w, d)
     grad_delta_ptr,  # (b, h, w, k, d), without LOW_RANK
     grad_rows_ptr,  # (b, groups, h, w, k, r + n + n), by groups of channels
-    shares_ptr,  # (tiles, 1 + K·(N + 1 + R), D): of the parameters, by tiles
+    shares_ptr,  # (tiles, 1 + k·(n + 1 + r), d): each tile's share of the parameters' gradients
     grad_initial_ptr,  # (b, k, n, d), with WHOLE and HAS_CARRY
     row_p,
     row_k,
@@ -535,7 +564,7 @@ def gradient_kernel(
     carry_ptr += image * K * N * (1 if WHOLE else segments) * channels
     adjoint_ptr += image * K * N * (1 if WHOLE else segments) * channels
     grad_initial_ptr += image * K * N * channels
-    # What is beyond the image takes any state: its step size is 0.
+    # Positions beyond the image may load any state: their step size is 0.
     row = row_segments(tile, tl.minimum(h, height - 1), width, TW) * channels
     column = column_segments(tile, tl.minimum(w, width - 1), height, width, TH, TW) * channels
     for block in tl.range(blocks, disable_licm=True, loop_unroll_factor=1):
@@ -556,7 +585,16 @@ def gradient_kernel(
             in_delta = (position * K + k) * channels
             delta, slope = step_sizes(
                 rows if LOW_RANK else delta_ptr + in_delta,
-                *(parameters, d, channel, inside, channels, N, R, LOW_RANK, SOFTPLUS, STATE),
+                parameters,
+                d,
+                channel,
+                inside,
+                channels,
+                N,
+                R,
+                LOW_RANK,
+                SOFTPLUS,
+                STATE,
             )
             grad_delta = tl.zeros((TH, TW, BD), STATE)
             grad_rows = grad_rows_ptr + (position * K + k) * (R + 2 * N)
@@ -620,7 +658,7 @@ def gradient_kernel(
 
 @triton.jit
 def add_to(pointers, value, mask, block):
-    """Store a value, from the second block on added to what is there."""
-    if block > 0:  # a branch, for AMD keeps a mask in two scalar registers through all loops
+    """Store a value; from the second block of channels on, add it to the stored one instead."""
+    if block > 0:  # not a mask: on AMD it would occupy two scalar registers through all loops
         value += tl.load(pointers, mask=mask, other=0)
     tl.store(pointers, value, mask=mask)

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: by a default plan, or by the fastest of a few that were measured.
+"""How a Triton kernel is launched: by a default plan, or by the fastest of several measured ones.
 
 Nothing is measured unless `VMAMBA_TRITON_PLANS` in the environment names a file. A call that is not in the
 file measures the candidates on its own operands, and the file keeps the fastest: from then on every call and
@@ -61,11 +61,11 @@ class Plan:
 class PlanFile:
     """The fastest plans by call, in a JSON file.
 
-    A file that cannot be read counts as empty, one that cannot be written keeps nothing for the next process;
-    both are logged as a warning.
+    A file that cannot be read counts as empty; if it cannot be written, the next process measures again. Both
+    are logged as warnings.
 
     Args:
-        path: The file; it and its folder are made with the first measurement.
+        path: The file; it and its folder are created with the first measurement.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tasks, one module each, which is imported when a recipe asks for it."""
+"""The tasks, one module each, imported when a recipe names it."""
 
 import importlib
 from typing import Any
@@ -31,15 +31,15 @@ def task_type(name: Any) -> type[Task]:
 
 
 def restore(checkpoint: Checkpoint, recipe: Any, weights: Weights) -> tuple[Task, nn.Module]:
-    """The task and the trained model that a run's checkpoint is of; nothing else is needed.
+    """Rebuild the task and the trained model from a run's checkpoint alone.
 
     Args:
-        checkpoint: Of a run.
-        recipe: Of it, or with changes to all but its model.
-        weights: Which.
+        checkpoint: A checkpoint of a run.
+        recipe: The checkpoint's recipe; sections other than `model` may be changed.
+        weights: Which of the checkpoint's weights to load.
 
     Raises:
-        CheckpointError: It has no such weights, or they do not fit its own model.
+        CheckpointError: It has no such weights, or they do not fit its model.
     """
     task = task_type(recipe.task)(recipe, checkpoint.classes)
     recipe = task.recipe

@@ -59,7 +59,7 @@ class AugmentRecipe(Section):
 
     @field_validator("auto_augment")
     @classmethod
-    def _known_policy(cls, policy: str | None) -> str | None:
+    def _is_timm_policy(cls, policy: str | None) -> str | None:
         try:
             create_transform(32, is_training=True, auto_augment=policy)
         except (AssertionError, ValueError, KeyError) as error:
@@ -173,7 +173,7 @@ class ClassificationTask(Task):
 
     @cached_property
     def class_weights(self) -> Tensor | None:
-        """Of the loss, (classes,); None where all count the same."""
+        """The classes' weights in the loss, (classes,); None if all count the same."""
         if self.recipe.data.class_weights is None:
             return None
         source = self._source("train")
@@ -191,7 +191,7 @@ class ClassificationTask(Task):
         return model
 
     def augment_batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mixup or CutMix of neighbours (2k, 2k + 1), drawn once; labels become (B, classes), smoothed."""
+        """Mixup or CutMix of neighbours (2i, 2i + 1), drawn once; labels become (b, classes), smoothed."""
         if self.mixup is None:
             return batch
         images, labels = batch
@@ -214,11 +214,11 @@ class ClassificationTask(Task):
         }
 
     def metrics(self) -> Any:
-        """Accuracies: of the likeliest class, and of the five likeliest."""
+        """Top-1 and top-5 accuracy."""
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy
 
-        number = max(2, len(self.classes))  # torchmetrics takes no fewer
+        number = max(2, len(self.classes))  # torchmetrics requires at least two
         return MetricCollection(
             {
                 "top1": MulticlassAccuracy(number, average="micro"),
@@ -249,7 +249,7 @@ class ClassificationTask(Task):
         logits = model(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, labels)
-        if len(self.classes) == 1:  # torchmetrics takes at least two: a second one that is never likely
+        if len(self.classes) == 1:  # torchmetrics requires two: add one that is never predicted
             logits = F.pad(logits, (0, 1), value=-1e4)
         metrics.update(logits.float(), labels)
         return {"loss": loss}
