@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba
@@ -36,10 +37,11 @@ DECODERS = [
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_decoders_of_segmentation_models(decoder: str, encoder: str) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
-    x = torch.randn(2, 3, 64, 96)
+    height, width = (128, 192) if decoder == "PAN" else (64, 96)  # PAN pools its deepest map three times
+    x = torch.randn(2, 3, height, width)
     model = getattr(smp, decoder)(f"tu-{encoder}", encoder_weights=None, classes=2)
     y = model.train()(x)
-    assert y.shape == (2, 2, 64, 96)
+    assert y.shape == (2, 2, height, width)
     y.mean().backward()
     unused = [n for n, p in model.encoder.named_parameters() if p.grad is None and ".head." not in n]
     assert not [n for n in unused if "stages.0" in n]
@@ -114,10 +116,14 @@ def test_guided_backpropagation(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "targets"), [("vmamba_pico", "fc1|out_proj"), ("convnext_atto", "fc1|fc2")])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("vmamba_pico", "fc1|out_proj"), ("vit_tiny_patch16_224", "fc1|fc2")]
+)
 def test_lora(name: str, targets: str) -> None:
     peft = pytest.importorskip("peft")
-    model, x = build(name), torch.randn(2, 3, 64, 64)
+    # Not a ConvNeXt: its layer scale of 1e-6 would hide what the blocks learn.
+    model = build(name, **({"img_size": 64} if name.startswith("vit") else {}))
+    x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=rf".*\.({targets})", r=2))
     torch.testing.assert_close(adapted(x), expected, rtol=1e-4, atol=1e-5)
@@ -134,7 +140,8 @@ def test_lora(name: str, targets: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("vmamba_pico", r".*(out_norm|norm1|norm2)"), ("convnext_atto", r".*blocks.*norm")]
+    ("name", "targets"),
+    [("vmamba_pico", r".*(out_norm|norm1|norm2)"), ("convnext_atto", r".*blocks\.\d+\.norm")],
 )
 def test_tuning_of_norms(name: str, targets: str) -> None:
     peft = pytest.importorskip("peft")
@@ -191,8 +198,8 @@ def test_dynamic_quantization(name: str, layers: int) -> None:
     assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == layers
     assert nn.Linear not in kinds
     with torch.no_grad():
-        expected = model(x)
-        assert (quantized(x) - expected).abs().max() < 0.2 * expected.abs().max()
+        # Not each logit: without VNNI instructions PyTorch's int8 products saturate.
+        assert F.cosine_similarity(quantized(x), model(x)).item() > 0.95
 
 
 @peers
