@@ -3,7 +3,8 @@
     python tools/compare_checkouts.py BEFORE AFTER [--models vmamba_tiny …] [--batch 8] [--rounds 12]
 
 BEFORE and AFTER are Python interpreters with vmamba installed, or checkouts. A checkout runs with its
-`.venv/bin/python` or, if it has none, with this Python and its `src` on the path.
+`.venv/bin/python` or, if it has none, with this Python and its `src` on the path; the CPU kernel is then only
+there if a copy of it lies in `src/vmamba/ops`.
 
 Each runs in a separate process, with the same weights. They take turns, in a random order in each round, so
 that a drift of the machine's speed affects both. The result is the median over rounds of the ratio of their
@@ -83,6 +84,9 @@ def work() -> None:
 
 
 def _hello(state: dict[str, Any]) -> dict[str, Any]:
+    # An editable install of vmamba in this Python would answer imports before PYTHONPATH.
+    if "PYTHONPATH" in os.environ:
+        sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_editable")]
     import timm
     import torch
 
