@@ -16,7 +16,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from scans import BACKENDS, TENSORS, operands
+from scans import BACKENDS, TENSORS, not_in_2_7, operands
 from vmamba.ops import chunked, decomposition, selective_scan, selective_scan_2d, use_backend
 from vmamba.ops.operands import Operands
 
@@ -304,6 +304,7 @@ def test_autocast_changes_nothing_under_a_transform(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["jvp", "vmap of grad"])
+@not_in_2_7
 def test_compiles_without_a_break(name: str) -> None:
     torch.compiler.reset()
     tensors = values()
@@ -331,6 +332,7 @@ class Scan(torch.nn.Module):
         return y
 
 
+@not_in_2_7
 def test_torchscript_fx_and_checkpointing() -> None:
     tensors = [t.requires_grad_() for t in values()]
     inputs = [*tensors[:5], tensors[7]]
