@@ -16,7 +16,7 @@ BACKENDS = [
 FAST = [backend for backend in BACKENDS if backend.values != ("reference",)]
 
 PYTORCH_2_7 = torch.__version__.startswith("2.7.")
-not_in_2_7 = pytest.mark.skipif(PYTORCH_2_7, reason="PyTorch 2.7 does not do it, or not rightly")
+not_in_2_7 = pytest.mark.skipif(PYTORCH_2_7, reason="fails or is wrong with PyTorch 2.7, see docs/guides/deploy.md")
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 

@@ -21,8 +21,8 @@ MOST_STATES = 64
 """The largest state size; beyond it `chunked` serves."""
 
 GRAIN = 2**14
-"""Values (positions, channels, routes and states) worth a thread, 10 to 20 µs: for less, waking the thread
-takes as long as its work, and on a loaded machine the call waits until the thread gets a processor."""
+"""Values (positions, channels, routes and states) worth a thread; an estimate, not measured. For less, waking
+the thread takes as long as its work, and on a loaded machine the call waits until it gets a processor."""
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _FILES = ("libvmamba_cpu.so", "libvmamba_cpu.dylib", "libvmamba_cpu.dll")
