@@ -15,8 +15,10 @@ BACKENDS = [
 """Every backend that can run here."""
 FAST = [backend for backend in BACKENDS if backend.values != ("reference",)]
 
-PYTORCH_2_7 = torch.__version__.startswith("2.7.")
-not_in_2_7 = pytest.mark.skipif(PYTORCH_2_7, reason="fails or is wrong with PyTorch 2.7, see docs/guides/deploy.md")
+not_in_2_7 = pytest.mark.skipif(
+    torch.__version__.startswith("2.7."),
+    reason="fails or is wrong with PyTorch 2.7, see docs/guides/deploy.md",
+)
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 
