@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(PYTEST) -m "not full and not slow and not gpu and not compat"
+	$(PYTEST) --hypothesis-profile=quick -m "not full and not slow and not gpu and not compat"
 
 test-all: $(VENV)/installed
 	$(PYTEST) -m "not slow and not gpu and not compat"

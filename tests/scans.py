@@ -15,10 +15,8 @@ BACKENDS = [
 """Every backend that can run here."""
 FAST = [backend for backend in BACKENDS if backend.values != ("reference",)]
 
-not_in_2_7 = pytest.mark.skipif(
-    torch.__version__.startswith("2.7."),
-    reason="fails or is wrong with PyTorch 2.7, see docs/guides/deploy.md",
-)
+PYTORCH_2_7 = torch.__version__.startswith("2.7.")
+"""The lowest version that is served; what docs/guides/deploy.md says of it."""
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight")
 

@@ -1,7 +1,8 @@
 """The quick tier: which cases `make test` leaves to `make test-all` and CI.
 
-Two rules mark a case `full`, and so leave it out of the quick tier:
+Three rules mark a case `full`, and so leave it out of the quick tier:
 
+- Tests of the documentation and of the developers' tools (`BESIDE_THE_LIBRARY`) are left out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+BESIDE_THE_LIBRARY = ("tests/docs/", "tests/tools/")
+
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
     "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[evaluation]": (
@@ -25,8 +28,8 @@ COVERED = {
     "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'d_state': 4, 'gate': True}]": (
         "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'routes': 'cascade'}]"
     ),
-    "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width[{}]": (
-        "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width"
+    "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width[{'stem': 'patch', 'downsample': 'merge', 'mlp_ratio': 0.0, 'gate': True, 'd_state': 2}]": (
+        "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width[{}]"
     ),
     "tests/train/test_distributed.py::test_a_run_goes_on_with_another_number_of_processes": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
@@ -48,6 +51,15 @@ COVERED = {
     ),
     "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[4]": (
         "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[2]"
+    ),
+    "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 4]": (
+        "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 6]"
+    ),
+    "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 10]": (
+        "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 6]"
+    ),
+    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[four passes]": (
+        "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[two processes]"
     ),
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""
@@ -97,7 +109,12 @@ def mark(items: Sequence[pytest.Item]) -> None:
         chosen = covering(values_of(case) for case in cases)
         for index, case in enumerate(cases):
             is_extra = bool(values_of(case)) and index not in chosen
-            if is_extra or case.nodeid in COVERED or function_of(case.nodeid) in COVERED:
+            if (
+                is_extra
+                or case.nodeid.startswith(BESIDE_THE_LIBRARY)
+                or case.nodeid in COVERED
+                or function_of(case.nodeid) in COVERED
+            ):
                 case.add_marker("full")
 
 

@@ -16,7 +16,6 @@ from timm.models import register_model, save_for_hf
 from torch import nn
 
 import vmamba
-from scans import not_in_2_7
 from vmamba.errors import ModelError
 from vmamba.models import ALIASES, model_names
 from vmamba.models.factory import check_name
@@ -264,7 +263,6 @@ def test_how_linear_layers_begin(weight_init: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"d_state": 4, "gate": True}, {"routes": "cascade"}], ids=str)
-@not_in_2_7
 def test_compiled_traced_and_under_autocast_as_eager(settings: dict) -> None:
     model = small(depths=(1,), dims=(8,), **settings).eval()
     x = torch.randn(2, 3, 40, 56)
@@ -315,7 +313,6 @@ def test_traced_and_pickled_as_eager() -> None:
     [{}, {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True, "d_state": 2}],
     ids=str,
 )
-@not_in_2_7
 def test_exported_with_dynamic_batch_height_and_width(settings: dict) -> None:
     model = small(depths=(1, 1), dims=(8, 16), **settings).eval()
     dynamic = torch.export.Dim.DYNAMIC

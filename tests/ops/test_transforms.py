@@ -16,7 +16,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from scans import BACKENDS, TENSORS, not_in_2_7, operands
+from scans import BACKENDS, PYTORCH_2_7, TENSORS, operands
 from vmamba.ops import chunked, decomposition, selective_scan, selective_scan_2d, use_backend
 from vmamba.ops.operands import Operands
 
@@ -304,7 +304,6 @@ def test_autocast_changes_nothing_under_a_transform(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["jvp", "vmap of grad"])
-@not_in_2_7
 def test_compiles_without_a_break(name: str) -> None:
     torch.compiler.reset()
     tensors = values()
@@ -313,7 +312,10 @@ def test_compiles_without_a_break(name: str) -> None:
     else:
         tensors = [t if dim is None else t[:, None] for t, dim in zip(tensors, IMAGES, strict=True)]
         f = vmap(grad(loss(scan), ALL), IMAGES)
-    assert_same(torch.compile(f, fullgraph=True)(*tensors), f(*tensors))
+    compiler = (
+        "aot_eager" if PYTORCH_2_7 else "inductor"
+    )  # 2.7's Inductor computes a tangent of index_add wrongly
+    assert_same(torch.compile(f, fullgraph=True, backend=compiler)(*tensors), f(*tensors))
 
 
 class Scan(torch.nn.Module):
@@ -332,7 +334,6 @@ class Scan(torch.nn.Module):
         return y
 
 
-@not_in_2_7
 def test_torchscript_fx_and_checkpointing() -> None:
     tensors = [t.requires_grad_() for t in values()]
     inputs = [*tensors[:5], tensors[7]]
@@ -348,7 +349,10 @@ def test_torchscript_fx_and_checkpointing() -> None:
         assert torch.equal(y, expected)
         for a, b in zip(torch.autograd.grad(y.square().sum(), inputs), gradients, strict=True):
             assert torch.equal(a, b)
-        if other is not scripted:
+        has_tangents = other is traced or (
+            other is not scripted and not PYTORCH_2_7
+        )  # its checkpoint has none
+        if has_tangents:
             actual, right = (jvp(f, tuple(inputs), tuple(inputs))[1] for f in (other, module))
             assert_same(actual, right)
     with forward_ad.dual_level():

@@ -164,7 +164,9 @@ class _Scan(torch.autograd.Function):
         if ctx.backend == "reference" and torch.is_grad_enabled():
             gradients = _differentiable_gradients(grad_y, grad_last_state, call)
         else:
-            gradients = _SCAN_BACKWARD(grad_y, grad_last_state, *call[:-1], states, ctx.backend, orders)
+            gradients = _SCAN_BACKWARD(
+                grad_y, grad_last_state, *operands, *ctx.settings, initial_state, states, ctx.backend, orders
+            )
         *of_operands, of_initial = (
             None if operand is None else gradient
             for gradient, operand in zip(gradients, call.tensors, strict=True)

@@ -3,7 +3,7 @@
 Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from vmamba.ops.routes import GIVEN, check_codes, scan_order
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Operands(NamedTuple):
+@dataclass(eq=False, slots=True)  # no NamedTuple: TorchDynamo 2.7 knows neither their properties nor slices
+class Operands:
     """The operator's arguments, named as in its schema; nothing here reads a tensor's values.
 
     Attributes:
@@ -47,7 +48,17 @@ class Operands(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The nine operands that have gradients, in the order of `Gradients`."""
-        return (*self[:8], self.initial_state)
+        return (
+            self.x,
+            self.delta,
+            self.A,
+            self.B,
+            self.C,
+            self.D,
+            self.delta_bias,
+            self.delta_weight,
+            self.initial_state,
+        )
 
     @property
     def device(self) -> torch.device:

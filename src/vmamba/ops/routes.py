@@ -108,7 +108,7 @@ def check_orders(orders: Tensor, what: str = "routes") -> None:
     if wrong.any():
         raise ValueError(
             f"{what}: expected each of the positions 0 to {orders.shape[1] - 1} once, but some are missing "
-            f"or come twice in {wrong.nonzero().flatten().tolist()} of the permutations given"
+            f"or come twice in {[i for i, w in enumerate(wrong) if w]} of the permutations given"
         )
 
 

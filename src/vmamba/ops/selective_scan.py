@@ -3,7 +3,7 @@
 Sizes: b batch, h height, w width, l length, d channels, k routes, n state size, r rank of delta, g groups.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -149,7 +149,8 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
-class _Sequence(NamedTuple):
+@dataclass(eq=False, slots=True)  # as `Operands`
+class _Sequence:
     """The operands of `selective_scan`; B and C are (b, g, n, l) or (g·d, n)."""
 
     u: Tensor
@@ -249,7 +250,8 @@ def _scan_each_state(call: _Sequence) -> tuple[Tensor, Tensor]:
     for n in range(call.A.shape[1]):
         state = slice(n, n + 1)
         y, last_state = _scan_groups(
-            call._replace(
+            replace(
+                call,
                 u=u if call.B.ndim == 4 else u * call.B[:, state].to(u.dtype),
                 A=call.A[:, state],
                 B=call.B[:, :, state] if call.B.ndim == 4 else ones,
