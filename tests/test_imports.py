@@ -19,6 +19,7 @@ FLOORS = [
     {"vmamba.environment"},  # it states vmamba's version
     {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the floors below
     {"vmamba.inference"},
+    {"vmamba.pretrained"},
     {"vmamba.heads", "vmamba.data"},
     {"vmamba.models"},
     {"vmamba.nn"},
