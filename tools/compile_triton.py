@@ -177,20 +177,20 @@ class ScanKind:
     @classmethod
     def of(cls, scan: Scan) -> "ScanKind":
         """The kind of a recorded call."""
-        _, height, width, channels = scan.x.shape
-        rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
+        call = scan.call
+        _, height, width, channels = call.x.shape
         return cls(
             height,
             width,
             channels,
-            scan.A.shape[2],
-            rank,
-            scan.routes,
-            scan.x.dtype,
-            scan.delta.dtype,
-            scan.D is not None,
-            scan.delta_bias is not None,
-            scan.delta_softplus,
+            call.n_state,
+            call.rank,
+            tuple(call.routes),
+            call.x.dtype,
+            call.delta.dtype,
+            call.D is not None,
+            call.delta_bias is not None,
+            call.delta_softplus,
         )
 
     def launches(self, batch: int = 16, *, gradients: bool = True, every_plan: bool = False) -> list[Launch]:
