@@ -130,14 +130,14 @@ def _classes_in(state_dict: Mapping[str, Any]) -> int | None:
 
 def _guess(path: str, state_dict: Mapping[str, Any], number: int | None) -> str:
     """The model of ours whose names and shapes are those of a file."""
-    matches = [
-        name
-        for name in sorted(model_names(), key=len)
-        if fits(create_on_meta(name, num_classes=number), state_dict)
-    ]
-    # A model and its aliases have the same address of pretrained weights.
-    releases = {create_on_meta(name, num_classes=number).pretrained_cfg["url"] for name in matches}
-    if len(matches) > 1 and len(releases) > 1:
+    matches = []
+    releases = set()  # a model and its aliases have the same address of pretrained weights
+    for name in sorted(model_names(), key=len):
+        model = create_on_meta(name, num_classes=number)
+        if fits(model, state_dict):
+            matches.append(name)
+            releases.add(model.pretrained_cfg["url"])
+    if len(releases) > 1:
         raise ModelError(f"{path}: fits {' and '.join(matches)}; say which, with model=…")
     if not matches:
         raise ModelError(
