@@ -373,10 +373,10 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     types = {str(each).removeprefix("torch."): each for each in _DTYPES}
     if dtype is None:
         return torch.float32
-    chosen = types.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES:
+    torch_dtype = types.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype not in _DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(types)}, got {dtype!r}")
-    return chosen
+    return torch_dtype
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -388,7 +388,7 @@ def _version() -> tuple[int, ...] | None:
     """Triton's version, without importing it; None where it is not installed or does not say."""
     for name in _DISTRIBUTIONS:
         try:
-            return tuple(int(part) for part in re.findall(r"\d+", metadata.version(name))[:2])
+            return tuple(int(number) for number in re.findall(r"\d+", metadata.version(name))[:2])
         except metadata.PackageNotFoundError:
             continue
     return None
