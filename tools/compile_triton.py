@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vmamba.models  # noqa: F401  (registers them)
 from vmamba.analysis.scans import Scan, record_scans
+from vmamba.models import model_names
 from vmamba.ops.operands import Operands
 from vmamba.ops.triton import backend
 from vmamba.ops.triton.plans import Plan
@@ -334,9 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if backend.interpreted():
         parser.error("TRITON_INTERPRET is set in the environment: Triton compiles nothing then; unset it")
-    import timm
-
-    family = sorted(timm.list_models("*vmamba*"))
+    family = sorted(model_names())
     unknown = [name for name in options.models or [] if name not in family]
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; expected of {', '.join(family)}")
