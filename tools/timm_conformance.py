@@ -2,8 +2,8 @@
 
     python tools/timm_conformance.py [--models NAME …] [--cache FOLDER]
 
-Fetches the source distribution of the installed timm from PyPI (once, into the cache), adds our modules to the
-filter of its intermediate-feature tests, and selects every test of ours by its exact id.
+Fetches the source distribution of the installed timm from PyPI (once, into the cache), adds our modules to
+the filter of its intermediate-feature tests, and selects every test of ours by its exact id.
 """
 
 import argparse
