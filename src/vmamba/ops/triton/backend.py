@@ -400,6 +400,7 @@ def _is_installed() -> bool:
 
 
 def _why_not_here() -> str | None:
+    """Why no call at all can run on this machine; None if calls can."""
     if not _is_installed():
         return "Triton is not installed; it comes with PyTorch's builds for NVIDIA, AMD and Intel GPUs"
     version = _version()
