@@ -33,6 +33,7 @@ from vmamba.analysis.scans import Scan, watching_scans
 from vmamba.data import MnistSubset
 from vmamba.environment import environment
 from vmamba.ops import default_backend
+from vmamba.ops.operands import Operands
 from vmamba.ops.reference import softplus
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,13 +60,14 @@ class ScanChecker:
         self.extremes: dict[str, tuple[float, float]] = {}
 
     def __call__(self, module: str, scan: Scan) -> None:
-        for name, t in {"x": scan.x, "delta": scan.delta, "B": scan.B, "C": scan.C}.items():
+        call = scan.call
+        for name, t in {"x": call.x, "delta": call.delta, "B": call.B, "C": call.C}.items():
             if t.dtype != self.expected:
                 raise TypeError(f"{name} enters the scan in {t.dtype}, expected {self.expected}")
             self._note(f"operand {name}", t)
-        self._note("A", scan.A)
+        self._note("A", call.A)
         if self.calls % DELTA_EVERY == 0:
-            self._note("delta", delta_of(scan))
+            self._note("delta", delta_of(call))
         self.calls += 1
         self._note("y", scan.y)
         self._note("last state", scan.last_state)
@@ -79,14 +81,14 @@ class ScanChecker:
         self.extremes[name] = (min(low, before[0]), max(high, before[1]))
 
 
-def delta_of(scan: Scan) -> Tensor:
+def delta_of(call: Operands) -> Tensor:
     """delta as the recurrence uses it, (b, h, w, k, d), float32."""
-    z = scan.delta.float()
-    if scan.delta_weight is not None:
-        z = torch.einsum("bhwkr,kdr->bhwkd", z, scan.delta_weight.float())
-    if scan.delta_bias is not None:
-        z = z + scan.delta_bias.float()
-    return softplus(z) if scan.delta_softplus else z
+    z = call.delta.float()
+    if call.delta_weight is not None:
+        z = torch.einsum("bhwkr,kdr->bhwkd", z, call.delta_weight.float())
+    if call.delta_bias is not None:
+        z = z + call.delta_bias.float()
+    return softplus(z) if call.delta_softplus else z
 
 
 def draw_batch(

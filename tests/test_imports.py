@@ -14,11 +14,12 @@ SRC = Path(__file__).parent.parent / "src"
 FLOORS = [
     {"vmamba_cli"},
     {"vmamba.explorer", "vmamba.studies"},
-    {"vmamba.bench"},  # it times training's own step, so it stands above train
+    {"vmamba.bench"},  # it times a training step, so it stands above train
     {"vmamba.train", "vmamba.evaluate", "vmamba.analysis", "vmamba.export"},
     {"vmamba.environment"},  # it states vmamba's version
     {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the floors below
     {"vmamba.inference"},
+    {"vmamba.pretrained"},
     {"vmamba.heads", "vmamba.data"},
     {"vmamba.models"},
     {"vmamba.nn"},

@@ -21,17 +21,9 @@ from authors import authors_names
 from images import COLOURS, make_folder
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import CheckpointError, DataError, MissingCheckpointError, ModelError
-from vmamba.inference import (
-    BEST,
-    Classification,
-    ClassificationPredictor,
-    FailedImage,
-    Prediction,
-    model_config,
-    save_pretrained,
-    set_configuration,
-)
+from vmamba.inference import Classification, ClassificationPredictor, FailedImage, Prediction
 from vmamba.models.checkpoints import seal
+from vmamba.pretrained import BEST, model_config, save_pretrained, set_configuration
 
 ARGS = {"depths": (1, 1), "dims": (8, 16), "stem_stride": 4}
 CLASSES = sorted(COLOURS)

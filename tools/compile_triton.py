@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vmamba.models  # noqa: F401  (registers them)
 from vmamba.analysis.scans import Scan, record_scans
+from vmamba.models import model_names
 from vmamba.ops.operands import Operands
 from vmamba.ops.triton import backend
 from vmamba.ops.triton.plans import Plan
@@ -177,20 +177,20 @@ class ScanKind:
     @classmethod
     def of(cls, scan: Scan) -> "ScanKind":
         """The kind of a recorded call."""
-        _, height, width, channels = scan.x.shape
-        rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
+        call = scan.call
+        _, height, width, channels = call.x.shape
         return cls(
             height,
             width,
             channels,
-            scan.A.shape[2],
-            rank,
-            scan.routes,
-            scan.x.dtype,
-            scan.delta.dtype,
-            scan.D is not None,
-            scan.delta_bias is not None,
-            scan.delta_softplus,
+            call.n_state,
+            call.rank,
+            tuple(call.routes),
+            call.x.dtype,
+            call.delta.dtype,
+            call.D is not None,
+            call.delta_bias is not None,
+            call.delta_softplus,
         )
 
     def launches(self, batch: int = 16, *, gradients: bool = True, every_plan: bool = False) -> list[Launch]:
@@ -334,9 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if backend.interpreted():
         parser.error("TRITON_INTERPRET is set in the environment: Triton compiles nothing then; unset it")
-    import timm
-
-    family = sorted(timm.list_models("*vmamba*"))
+    family = sorted(model_names())
     unknown = [name for name in options.models or [] if name not in family]
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; expected of {', '.join(family)}")

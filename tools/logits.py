@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import vmamba
+from vmamba.models import model_names
 
 SIZES = [(1, 64, 64), (3, 45, 70)]
 """(batch, height, width) at which every variant runs."""
@@ -64,7 +65,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Any]:
 def measured() -> dict[str, Any]:
     """All digests, by names that describe them."""
     results: dict[str, Any] = {}
-    for name in timm.list_models("*vmamba*"):
+    for name in model_names():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=10, drop_path_rate=0.2)
         for size in SIZES:

@@ -2,8 +2,8 @@
 
     python tools/timm_conformance.py [--models NAME …] [--cache FOLDER]
 
-Fetches the source distribution of the installed timm from PyPI (once, into the cache), adds our module to the
-filter of its intermediate-feature tests, and selects every test of ours by its exact id.
+Fetches the source distribution of the installed timm from PyPI (once, into the cache), adds our modules to
+the filter of its intermediate-feature tests, and selects every test of ours by its exact id.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import timm
 
+from vmamba.models import model_names
+
 MODELS = ["vmamba_pico", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
-MODULE = "vmamba"  # the last part of the module that registers the models
 IDS = [  # {} is replaced by a model's name
     "test_model_forward[1-{}]",
     "test_model_backward[2-{}]",
@@ -33,7 +34,7 @@ IDS = [  # {} is replaced by a model's name
 
 
 def fetch(cache: Path) -> Path:
-    """timm's tests/test_models.py of the installed version, with our module in its filter."""
+    """timm's tests/test_models.py of the installed version, with our modules in its filter."""
     folder = cache / f"timm-{timm.__version__}"
     source = folder / "tests" / "test_models.py"
     if not source.exists():
@@ -48,14 +49,15 @@ def fetch(cache: Path) -> Path:
     if text.count(marker) != 1:
         raise SystemExit(f"{source}: {marker!r} is not in it once; this script must learn the new form")
     target = source.with_name("test_models_vmamba.py")
-    target.write_text(text.replace(marker, f"{marker}    '{MODULE}',\n"), encoding="utf-8")
+    # timm filters by the last name of the module that registers a model.
+    modules = {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in model_names()}
+    lines = "".join(f"    {module!r},\n" for module in sorted(modules))
+    target.write_text(text.replace(marker, marker + lines), encoding="utf-8")
     return target
 
 
 def tagged_names(model: str) -> list[str]:
     """A model's name with the tag of each of its default cfgs."""
-    import vmamba  # noqa: F401  (registers the variants)
-
     return timm.list_models(model, include_tags=True) or [model]
 
 

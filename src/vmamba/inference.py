@@ -4,42 +4,24 @@ Sizes in comments: b images, k classes, c h w channels, height and width.
 """
 
 import importlib
-import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from vmamba.data.decoding import printable
 from vmamba.data.preprocessing import Preprocessing
-from vmamba.errors import CheckpointError, DataError, MissingCheckpointError, ModelError
-from vmamba.files import replacing, write_atomically
-from vmamba.models import model_names
-from vmamba.models.checkpoints import (
-    CONFIG,
-    CONTENTS,
-    Checkpoint,
-    Place,
-    Weights,
-    expand,
-    open_checkpoint,
-    state_digest,
-)
-from vmamba.models.factory import check_name, create_model, create_on_meta
-from vmamba.models.weights import fits, load_weights
-
-BEST = "best.safetensors"
-"""The file in a run's folder with its best weights; `config.json` beside it says of which model."""
+from vmamba.errors import DataError, MissingCheckpointError, ModelError
+from vmamba.models.checkpoints import Place, Weights, expand, open_checkpoint
+from vmamba.models.factory import check_name, create_model
+from vmamba.pretrained import CLASSIFICATION, default_classes, restore, task_of
 
 
 @dataclass(frozen=True)
@@ -276,7 +258,7 @@ class ClassificationPredictor(Predictor):
         ModelError: The number of class names differs from the model's `num_classes`, if it has that.
     """
 
-    task = "classification"
+    task = CLASSIFICATION
 
     def __init__(
         self,
@@ -347,8 +329,8 @@ def load(
     if model is None and not expand(source).exists() and timm.is_model(name.partition(".")[0]):
         network = create_model(name, pretrained=True)
         preprocessing = Preprocessing.of_model(network)
-        class_names = _names(network, classes)
-        return ClassificationPredictor(network, preprocessing, class_names, device=target, dtype=dtype)
+        names = list(classes) if classes is not None else default_classes(network)
+        return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
     try:
         checkpoint = open_checkpoint(source)
     except MissingCheckpointError as error:
@@ -359,12 +341,11 @@ def load(
         except ModelError as unknown:
             raise MissingCheckpointError(f"{error}; {unknown}") from None
         raise
-    task = _task(checkpoint)
-    if task != ClassificationPredictor.task:
+    if task_of(checkpoint) != CLASSIFICATION:
         tasks = importlib.import_module(_TASKS)
         predictor: Predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
         return predictor
-    network, preprocessing, names = _restore(checkpoint, model, weights)
+    network, preprocessing, names = restore(checkpoint, model, weights)
     if classes is not None:
         names = list(classes)
     return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
@@ -373,126 +354,6 @@ def load(
 _TASKS = "vmamba.train.tasks"
 """The module with `load_predictor(checkpoint, weights, *, device, dtype)` for all tasks but classification.
 Imported only for those: a classifier does not need `vmamba.train`."""
-
-
-def _task(checkpoint: Checkpoint) -> Any:
-    if checkpoint.recipe is not None:
-        return checkpoint.recipe.get("task")
-    extra = (checkpoint.config or {}).get(CONTENTS) or {}
-    return extra.get("task", ClassificationPredictor.task)
-
-
-def _restore(
-    checkpoint: Checkpoint, name: str | None, weights: Weights
-) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """Rebuild a checkpoint's classifier, with its weights, preprocessing and classes."""
-    config = checkpoint.config
-    if checkpoint.recipe is not None and config is None:
-        config = _config_of_recipe(checkpoint)
-    if config is None:
-        return _of_bare_weights(checkpoint, name, weights)
-    architecture = config["architecture"]
-    if name is not None and name.partition(".")[0] != architecture:
-        raise ModelError(f"model: {checkpoint.path} is of {architecture}, not of {name}")
-    try:
-        cfg = {**(config.get("pretrained_cfg") or {}), "architecture": architecture}
-        preprocessing = _preprocessing(config, cfg)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: its configuration is damaged ({error})") from error
-    number = config.get("num_classes", len(checkpoint.classes or ()))
-    args = {"num_classes": number, "in_chans": preprocessing.channels, **(config.get("model_args") or {})}
-    network = create_model(architecture, image_size=preprocessing.size, logits=number, **args)
-    load_weights(network, checkpoint, weights=weights)
-    names = list(checkpoint.classes) if checkpoint.classes else _names(network, None)
-    set_configuration(network, preprocessing, names)
-    return network, preprocessing, names
-
-
-def _preprocessing(config: Mapping[str, Any], cfg: Mapping[str, Any]) -> Preprocessing:
-    saved = (config.get(CONTENTS) or {}).get("preprocessing")
-    return Preprocessing.from_dict(saved) if saved else Preprocessing.of_model(cfg)
-
-
-def _config_of_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Derive `model_config` from the recipe of a checkpoint, for older ones that do not contain it."""
-    recipe: Any = checkpoint.recipe
-    try:
-        model, data = recipe["model"], dict(recipe["data"])
-        size = data.pop("image_size", None)
-        names = {field.name for field in fields(Preprocessing)}
-        changes = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in data.items()
-            if key in names
-        }
-        if size is not None:
-            changes["size"] = (size, size) if isinstance(size, int) else tuple(size)
-        preprocessing = Preprocessing.of_model(timm.get_pretrained_cfg(model["name"]), **changes)
-        return {
-            "architecture": model["name"],
-            "num_classes": len(checkpoint.classes or ()),
-            "model_args": {key: value for key, value in model["args"].items() if key not in _OF_THE_CFG},
-            CONTENTS: {"preprocessing": preprocessing.to_dict()},
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.path}: its recipe is damaged ({error!r})") from error
-
-
-_OF_THE_CFG = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments of `create_model` that only say where pretrained weights come from."""
-
-
-def _of_bare_weights(
-    checkpoint: Checkpoint, name: str | None, weights: Weights
-) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """The classifier for a file that holds only weights, such as the authors'."""
-    state_dict = checkpoint.state_dict(weights)
-    number = _classes_in(state_dict)
-    if name is None:
-        name = _guess(checkpoint.path, state_dict, number)
-    check_name(name)
-    network = create_model(name, num_classes=number)
-    load_weights(network, checkpoint, weights=weights)
-    return network, Preprocessing.of_model(network), _names(network, None)
-
-
-def _classes_in(state_dict: Mapping[str, Any]) -> int | None:
-    """The number of classes: the rows of the last matrix, which is the classifier in all common models."""
-    matrices = [value for value in state_dict.values() if isinstance(value, Tensor) and value.ndim in (2, 4)]
-    last = [matrix for matrix in matrices if matrix.ndim == 2 or matrix.shape[2:] == (1, 1)]
-    return len(last[-1]) if last else None
-
-
-def _guess(path: str, state_dict: Mapping[str, Any], number: int | None) -> str:
-    """The model of ours whose names and shapes are those of a file."""
-    matches = [
-        name
-        for name in sorted(model_names(), key=len)
-        if fits(create_on_meta(name, num_classes=number), state_dict)
-    ]
-    # A model and its aliases have the same address of pretrained weights.
-    releases = {create_on_meta(name, num_classes=number).pretrained_cfg["url"] for name in matches}
-    if len(matches) > 1 and len(releases) > 1:
-        raise ModelError(f"{path}: fits {' and '.join(matches)}; say which, with model=…")
-    if not matches:
-        raise ModelError(
-            f"{path}: does not say which model its weights are of, and they are none of the variants of "
-            "VMamba; name it, with model=…"
-        )
-    return matches[0]
-
-
-@cache
-def _imagenet(subset: str) -> list[str]:
-    return list(ImageNetInfo(subset).label_descriptions())
-
-
-def _names(model: Any, classes: Sequence[str] | None) -> list[str]:
-    """The given class names, or ImageNet's if the model has as many classes, or numbers."""
-    if classes is not None:
-        return list(classes)
-    subset = infer_imagenet_subset(model)
-    return _imagenet(subset) if subset else [str(number) for number in range(model.num_classes)]
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -512,125 +373,10 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     types = {str(each).removeprefix("torch."): each for each in _DTYPES}
     if dtype is None:
         return torch.float32
-    chosen = types.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES:
+    torch_dtype = types.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype not in _DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(types)}, got {dtype!r}")
-    return chosen
+    return torch_dtype
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def set_configuration(model: Any, preprocessing: Preprocessing, classes: Sequence[str]) -> None:
-    """Store preprocessing and classes in a timm model's `pretrained_cfg`, replacing its architecture's.
-
-    `timm.data.resolve_model_data_config(model)` and exports read them there.
-    """
-    cfg = {
-        key: value
-        for key, value in (getattr(model, "pretrained_cfg", None) or {}).items()
-        if key in ("architecture", "first_conv", "classifier", "fixed_input_size", "pool_size")
-    }
-    if cfg.get("pool_size") and tuple(model.pretrained_cfg["input_size"][1:]) != preprocessing.size:
-        del cfg["pool_size"]  # it belongs to the other size
-    model.pretrained_cfg = {
-        **cfg,
-        **preprocessing.to_pretrained_cfg(),
-        "num_classes": len(classes),
-        "label_names": list(classes),
-    }
-    model.default_cfg = model.pretrained_cfg  # timm's older name for it
-
-
-def model_config(
-    model: Any,
-    preprocessing: Preprocessing,
-    classes: Sequence[str],
-    *,
-    task: str = ClassificationPredictor.task,
-    model_args: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The content of a model's `config.json`: timm's hub form, with an additional key of ours; plain values.
-
-    Args:
-        model: A model of timm's registry, or with `task` the model of another task.
-        preprocessing: The model's preprocessing.
-        classes: The class names.
-        task: Name of the task.
-        model_args: The arguments that it was created with, besides `num_classes` and `in_chans`.
-        recipe: The run's recipe, as plain values; a task other than classification creates its model from it.
-
-    Raises:
-        ModelError: A model created from its name and `model_args` has other weights, so the file could not be
-            loaded again.
-    """
-    given = getattr(model, "pretrained_cfg", None) or {}
-    args = {key: value for key, value in (model_args or {}).items() if key not in _OF_THE_CFG}
-    if task == ClassificationPredictor.task:
-        _check_restorable(model, given.get("architecture", ""), args)
-    cfg = {
-        **{key: given[key] for key in ("first_conv", "classifier", "fixed_input_size") if key in given},
-        **preprocessing.to_pretrained_cfg(),
-        "num_classes": len(classes),
-        "custom_load": False,
-    }
-    ours = {"task": task, "preprocessing": preprocessing.to_dict()}
-    config = {
-        "architecture": given.get("architecture", type(model).__name__),
-        "num_classes": len(classes),
-        "num_features": getattr(model, "num_features", None),
-        "label_names": list(classes),
-        "model_args": args,
-        "pretrained_cfg": cfg,
-        CONTENTS: ours if recipe is None else {**ours, "recipe": dict(recipe)},
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(config))
-    return plain
-
-
-def _check_restorable(model: nn.Module, architecture: str, args: Mapping[str, Any]) -> None:
-    number, channels = getattr(model, "num_classes", None), getattr(model, "in_chans", None)
-    defaults = {"num_classes": number, "in_chans": channels}
-    restored = create_on_meta(architecture, **{**defaults, **args})
-    shapes = {name: tensor.shape for name, tensor in restored.state_dict().items()}
-    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
-        raise ModelError(
-            f"model_args: {architecture} with {dict(args)} has other weights than this model; give the "
-            "arguments that it was created with"
-        )
-
-
-def save_pretrained(
-    place: Place,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write `best.safetensors` and `config.json`, which `vmamba.load` and timm's `local-dir:` read.
-
-    Args:
-        place: A folder, or the path of the `.safetensors` file in it.
-        model: The model whose weights are written.
-        config: From `model_config`.
-        state_dict: The weights to write instead of the model's, such as their average.
-
-    Returns:
-        The path of the weights.
-
-    Raises:
-        OSError: They cannot be written; what was there before is intact.
-    """
-    from safetensors.torch import save_file
-
-    path = expand(place)
-    if path.suffix != ".safetensors":
-        path = path / BEST
-    source = model.state_dict() if state_dict is None else state_dict
-    # Copies: safetensors refuses weights that share memory.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in source.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", CONTENTS: state_digest(tensors)})
-    write_atomically(path.parent / CONFIG, json.dumps(config, indent=2) + "\n")
-    return path

@@ -188,7 +188,7 @@ def data(
     from vmamba_cli._extra import load
 
     checked = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
-    bench = load("vmamba.train.throughput", "train")
+    bench = load("vmamba.bench.data", "train")
     console = Console()
     with console.status("reading") as status:
         loadings = [

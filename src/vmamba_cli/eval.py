@@ -119,9 +119,9 @@ def _show_classes(evaluation: Any) -> None:
     table = Table("class", box=None, pad_edge=False)
     for name in ("samples", "accuracy", "precision"):
         table.add_column(name, justify="right")
-    table.add_column("taken for")
+    table.add_column("mistaken for")
     for row in _classes(evaluation):
         shares = ("" if share is None else f"{share:.4f}" for share in (row.accuracy, row.precision))
-        mistake = f"{row.taken_for} {row.taken_for_share:.1%}" if row.taken_for else ""
+        mistake = f"{row.mistaken_for} {row.mistaken_for_share:.1%}" if row.mistaken_for else ""
         table.add_row(Text(row.name), str(row.samples), *shares, Text(mistake))
     Console().print(table)

@@ -1,5 +1,6 @@
 """`vmamba runs`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,6 @@ def command(
 
     from rich.console import Console
     from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
 
     from vmamba_cli._extra import load
 
@@ -33,20 +32,37 @@ def command(
         typer.echo(json.dumps([asdict(run) for run in runs], indent=2))
         return
     good = [run for run in runs if not run.problem]
+    if good:
+        table = _table(good)
+        # At the table's full width: a narrow terminal wraps lines, but nothing is cut off.
+        width = Measurement.get(Console(), Console(width=10_000).options, table).maximum
+        Console(width=width).print(table)
+    elif not runs:
+        typer.echo(f"no runs below {folder}")
+    for run in runs:
+        if run.problem:
+            typer.echo(run.problem, err=True)
+
+
+def _table(runs: Sequence[Any]) -> Any:
+    """A row for each run that could be read."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False)
     for column in ("run", "model", "state"):
         table.add_column(column, no_wrap=True)
     for column in ("epochs", "steps", "score", "last", "best", "at", "train loss", "val loss", "images/s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("changed", no_wrap=True)
-    for run in good:
-        of_epochs = run.unit == "epochs"
+    for run in runs:
+        in_epochs = run.unit == "epochs"
         table.add_row(
             Text(run.name),
             Text(run.model),
             run.state,
-            f"{run.epochs}/{run.of}" if of_epochs else str(run.epochs),
-            str(run.step) if of_epochs else f"{run.step}/{run.of}",
+            f"{run.epochs}/{run.length}" if in_epochs else str(run.epochs),
+            str(run.step) if in_epochs else f"{run.step}/{run.length}",
             run.score.removeprefix("val/"),
             _text(run.last, 4),
             _text(run.best, 4),
@@ -56,15 +72,7 @@ def command(
             _text(run.images_per_second, 0),
             run.changed,
         )
-    if good:
-        # At the table's full width: a narrow terminal wraps lines, but nothing is cut off.
-        width = Measurement.get(Console(), Console(width=10_000).options, table).maximum
-        Console(width=width).print(table)
-    elif not runs:
-        typer.echo(f"no runs below {folder}")
-    for run in runs:
-        if run.problem:
-            typer.echo(run.problem, err=True)
+    return table
 
 
 def _text(value: Any, digits: int) -> str:

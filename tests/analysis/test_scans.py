@@ -13,9 +13,20 @@ IMAGES = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(0))
 
 def again(scan: Scan) -> torch.Tensor:
     """y of the operator on what was recorded."""
-    weights = {"delta_bias": scan.delta_bias, "delta_weight": scan.delta_weight}
-    call = {"delta_softplus": scan.delta_softplus, "routes": scan.route_names, "out_dtype": scan.y.dtype}
-    return selective_scan_2d(scan.x, scan.delta, scan.A, scan.B, scan.C, scan.D, **weights, **call)
+    call = scan.call
+    return selective_scan_2d(
+        call.x,
+        call.delta,
+        call.A,
+        call.B,
+        call.C,
+        call.D,
+        call.delta_bias,
+        delta_weight=call.delta_weight,
+        delta_softplus=call.delta_softplus,
+        routes=scan.route_names,
+        out_dtype=scan.y.dtype,
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,20 +49,20 @@ def test_what_is_recorded_is_what_the_operator_takes(kwargs: dict) -> None:
         assert len(calls) == (2 if cascade else 1)
         for scan in calls:
             torch.testing.assert_close(again(scan), scan.y)
-            assert scan.A.shape == (len(scan.routes), *layer.A_log.shape[1:])
-            assert not scan.x.requires_grad
+            assert scan.call.A.shape == (len(scan.call.routes), *layer.A_log.shape[1:])
+            assert not scan.call.x.requires_grad
         if cascade:  # lines of height 1: first the rows of all images, then the columns
-            rows, columns = (scan.x.shape for scan in calls)
+            rows, columns = (scan.call.x.shape for scan in calls)
             assert rows[:3] == (2 * columns[2], 1, rows[2])
             assert calls[0].route_names == ("row", "row_reversed")
         else:
-            assert torch.equal(torch.cat([scan.D for scan in calls]), layer.D)
-            assert calls[0].routes == tuple(layer.routes)
+            assert torch.equal(torch.cat([scan.call.D for scan in calls]), layer.D)
+            assert calls[0].call.routes == list(layer.routes)
 
 
 def test_the_route_orders_are_those_of_the_scan() -> None:
     (scan,) = record_scans(SS2D(8, routes=("row", "column_reversed")), torch.randn(1, 2, 3, 8))[""]
-    assert scan.route_orders().tolist() == [[0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 3, 0]]
+    assert scan.call.order().tolist() == [[0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 3, 0]]
 
 
 class Wrapper(nn.Module):
@@ -113,7 +124,7 @@ def test_watching_keeps_gradients_and_sees_autocast_types() -> None:
     types: list[torch.dtype] = []
 
     def note(name: str, scan: Scan) -> None:
-        types.extend((scan.x.dtype, scan.B.dtype, scan.y.dtype))
+        types.extend((scan.call.x.dtype, scan.call.B.dtype, scan.y.dtype))
 
     with watching_scans(model, note), torch.autocast("cpu", torch.bfloat16):
         model(IMAGES)
@@ -138,7 +149,7 @@ def test_without_data() -> None:
         model = VMamba(num_classes=0, depths=(1,), dims=(8,))
         ((scan,),) = record_scans(model, torch.empty(1, 3, 32, 64)).values()
         assert scan_shapes(model, (3, 32, 64)) == [ScanShape(8, 16, 16, 1, 1, scan.route_names)]
-    assert scan.x.shape == (1, 8, 16, 16)
+    assert scan.call.x.shape == (1, 8, 16, 16)
 
 
 def test_shapes() -> None:

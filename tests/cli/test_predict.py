@@ -18,7 +18,7 @@ from torch import nn
 
 from images import COLOURS, make_folder
 from vmamba.data.preprocessing import Preprocessing
-from vmamba.inference import model_config, save_pretrained
+from vmamba.pretrained import model_config, save_pretrained
 from vmamba_cli.__main__ import main
 from vmamba_cli._sheet import Cell, draw_sheet
 

@@ -1,7 +1,10 @@
 """Routes: built-in, registered, and given as permutations, in `cross_scan` and in the operator."""
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +16,15 @@ from torch import Tensor
 
 from scans import given as tensors_of
 from scans import operands, value_and_gradients
-from vmamba.ops import ROUTES, cross_merge, cross_scan, decomposition, register_route, selective_scan_2d
+from vmamba.ops import (
+    ROUTES,
+    cross_merge,
+    cross_scan,
+    decomposition,
+    register_route,
+    selective_scan_2d,
+    use_backend,
+)
 from vmamba.ops import routes as routes_module
 from vmamba.ops.operands import Operands
 from vmamba.ops.routes import parse_routes
@@ -41,7 +52,7 @@ def test_cross_is_in_the_order_of_the_weights() -> None:
 
 def test_a_new_line_of_the_table_is_one_route_more() -> None:
     """And nothing else: "cross" keeps its four, and what a kernel can read stays as it is."""
-    end = '}\n"""A route\'s place in the table'
+    end = '}\n"""A built-in route\'s place in the table'
     source = inspect.getsource(routes_module)
     assert source.count(end) == 1
     changed = ModuleType("routes")
@@ -225,9 +236,56 @@ class Layer(torch.nn.Module):
         return decomposition.scan(Operands(x, delta, A, B, C, D, bias, weight, True, self.codes))[0]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*get_attr. ?[Nn]ode:UserWarning"
-)  # PyTorch 2.7 warns of its own constants
+_SAVE = """
+import sys, torch
+from vmamba.ops import register_route
+from vmamba.ops.routes import route_codes
+
+for name in ("upwards of the tests", "backwards of the tests"):
+    register_route(name, lambda height, width: range(height * width))
+
+
+class Scan(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.routes = route_codes(("row", "backwards of the tests"))
+
+    def forward(self, x, delta, A, B, C):
+        scan = torch.ops.vmamba.selective_scan_2d
+        return scan(x, delta, A, B, C, None, None, None, True, self.routes, None, None, None)[0]
+
+
+torch.jit.script(Scan()).save(sys.argv[1])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_saved_model_finds_its_route_in_another_process(tmp_path: Path) -> None:
+    """Which has registered other routes, and in another order."""
+    path, script = tmp_path / "scan.pt", tmp_path / "save.py"
+    script.write_text(_SAVE)
+    subprocess.run([sys.executable, "-W", "ignore", script, path], check=True)
+    scan = torch.jit.load(path)
+    call = call_of(2, 3, ("row", "row"), requires_grad=False)
+    x, A, B, C = (call[name] for name in ("x", "A", "B", "C"))
+    inputs = (x, torch.randn(*x.shape[:3], 2, x.shape[3]), A, B, C)
+    with pytest.raises(RuntimeError, match="expected codes among"):
+        scan(*inputs)
+    register_route("backwards of the tests", lambda height, width: range(height * width)[::-1])
+    register_route("upwards of the tests", lambda height, width: range(height * width))
+    expected = selective_scan_2d(*inputs, routes=("row", "row_reversed"), backend="chunked")
+    with use_backend("chunked"):
+        torch.testing.assert_close(scan(*inputs), expected)
+
+
+def test_two_names_of_one_code() -> None:
+    """CRC-32 is the same for these two words."""
+    register_route("plumless", diagonal)
+    with pytest.raises(ValueError, match="'buckeroo' has the same code as 'plumless'"):
+        register_route("buckeroo", diagonal)
+
+
+@pytest.mark.filterwarnings("ignore:.*get_attr. ?[Nn]ode")  # PyTorch 2.7, of its own constants
 def test_a_registered_route_is_exported() -> None:
     call = call_of(3, 5, ("row", "diagonal of the tests"), requires_grad=False)
     inputs = tuple(call[name] for name in ("x", "delta", "B", "C"))

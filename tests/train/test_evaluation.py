@@ -222,8 +222,8 @@ def test_a_class_without_samples(tmp_path: Path) -> None:
     confusion = torch.tensor([[3, 1], [0, 0]])
     rows = per_class(confusion, ["a", "b"])
     assert rows == [
-        ClassResult("a", 4, accuracy=0.75, precision=1, taken_for="b", taken_for_share=0.25),
-        ClassResult("b", 0, accuracy=None, precision=0, taken_for="", taken_for_share=0),
+        ClassResult("a", 4, accuracy=0.75, precision=1, mistaken_for="b", mistaken_for_share=0.25),
+        ClassResult("b", 0, accuracy=None, precision=0, mistaken_for="", mistaken_for_share=0),
     ]
     draw_confusion(confusion, ["a", "b"], tmp_path / "small.png")
     draw_confusion(torch.eye(1001, dtype=torch.int64), [str(n) for n in range(1001)], tmp_path / "large.png")

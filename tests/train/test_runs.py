@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_run_says(place: Path) -> None:
     runs = {found.name: found for found in find_runs(place)}
     first = runs[str(Path("b/first"))]
-    assert (first.model, first.epochs, first.of, first.step) == ("test_convnext", 2, 3, 8)
+    assert (first.model, first.epochs, first.length, first.step) == ("test_convnext", 2, 3, 8)
     assert (first.score, first.last, first.best, first.best_epoch) == ("val/ema_top1", 0.6, 0.7, 1)
     assert (first.train_loss, first.images_per_second) == (1.5, 60)
     assert first.state == runs["begun"].state == "unfinished"

@@ -225,7 +225,12 @@ def test_trained(whole: Path) -> None:
         assert float(row["lr"]) == pytest.approx(5e-6 + (1e-3 - 5e-6) * (1 - progress) ** 0.9, rel=1e-4)
     (described,) = find_runs(whole)
     errors = [float(row["val/ema_error"]) for row in actual]
-    assert (described.state, described.unit, described.of, described.step) == ("finished", "steps", 10, 10)
+    assert (described.state, described.unit, described.length, described.step) == (
+        "finished",
+        "steps",
+        10,
+        10,
+    )
     assert described.best == min(errors)
     assert described.best_epoch == int(actual[errors.index(min(errors))]["epoch"])
     assert load_recipe(whole / "recipe.yaml").data.side == 32  # type: ignore[attr-defined]

@@ -122,7 +122,7 @@ def activation_maps(
     if not scans:
         raise ActivationError(f"model: expected one with selective scans, {type(model).__name__} has none")
     name = _by_index(list(scans), stage, block) if module is None else _by_name(list(scans), module)
-    if len(scans[name]) > 1 or len(scans[name][0].x) > 1:
+    if len(scans[name]) > 1 or len(scans[name][0].call.x) > 1:
         raise ActivationError(
             f"{name}: there is no map over the whole image, since it scans more than once or line by line, "
             "as the cascade does"
@@ -161,18 +161,19 @@ def _listed(names: list[str]) -> str:
 
 def _maps(scan: Scan, kind: str, with_delta: bool) -> ActivationMaps:
     """The maps of every route of a scan of one image."""
-    _, height, width, _ = scan.x.shape
-    delta, B, C = (t[0].flatten(0, 1).float() for t in (scan.delta, scan.B, scan.C))  # (l, k, ·)
+    call = scan.call
+    _, height, width, _ = call.x.shape
+    delta, B, C = (t[0].flatten(0, 1).float() for t in (call.delta, call.B, call.C))  # (l, k, ·)
     maps = []
-    orders = scan.route_orders()
+    orders = call.order()
     for k, order in enumerate(orders):
         z = delta[:, k][order]
-        if scan.delta_weight is not None:
-            z = z @ scan.delta_weight[k].float().T
-        if scan.delta_bias is not None:
-            z = z + scan.delta_bias[k].float()
-        z = softplus(z) if scan.delta_softplus else z
-        maps.append(_map(z, scan.A[k].float(), B[:, k][order], C[:, k][order], kind, with_delta))
+        if call.delta_weight is not None:
+            z = z @ call.delta_weight[k].float().T
+        if call.delta_bias is not None:
+            z = z + call.delta_bias[k].float()
+        z = softplus(z) if call.delta_softplus else z
+        maps.append(_map(z, call.A[k].float(), B[:, k][order], C[:, k][order], kind, with_delta))
     return ActivationMaps(torch.stack(maps).cpu(), orders.cpu(), scan.route_names, (height, width))
 
 

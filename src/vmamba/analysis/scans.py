@@ -6,7 +6,7 @@ b batch, h height, w width, d channels, k routes, n state size, r rank of delta.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,61 +14,50 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vmamba.nn.modes import evaluating
-from vmamba.ops.routes import names_of, scan_order
+from vmamba.ops.operands import Operands
+from vmamba.ops.routes import names_of
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One call of `torch.ops.vmamba.selective_scan_2d`: the operator's arguments, detached, and its results.
+    """One call of `torch.ops.vmamba.selective_scan_2d`, its tensors detached, and the results.
 
     Attributes:
-        x: (b, h, w, d).
-        delta: (b, h, w, k, r), or (b, h, w, k, d) without `delta_weight`.
-        A: (k, d, n).
-        B: (b, h, w, k, n).
-        C: (b, h, w, k, n).
-        D: (k, d), or None.
-        delta_bias: (k, d), or None.
-        delta_weight: (k, d, r), or None.
-        delta_softplus: Whether softplus is applied to delta.
-        routes: The code of each route, as the operator takes them.
-        initial_state: (b, k, d, n), or None.
-        out_dtype: Of y; None is the state's type.
-        backend: The one that the call named, or None.
-        orders: The routes that are given as permutations, (their number, h·w), or None.
+        call: The operands.
+        out_dtype: Of y, as given; None is the state's type.
+        backend: As given; None where the operator chose.
         y: (b, h, w, d).
         last_state: (b, k, d, n).
     """
 
-    x: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    delta_bias: Tensor | None
-    delta_weight: Tensor | None
-    delta_softplus: bool
-    routes: tuple[int, ...]
-    initial_state: Tensor | None
+    call: Operands
     out_dtype: torch.dtype | None
     backend: str | None
-    orders: Tensor | None
     y: Tensor = field(repr=False)
     last_state: Tensor = field(repr=False)
 
     @property
     def route_names(self) -> tuple[str, ...]:
         """The name of each route."""
-        return names_of(self.routes)
-
-    def route_orders(self) -> Tensor:
-        """The flat image positions (row·w + column) as each route visits them, (k, h·w)."""
-        _, height, width, _ = self.x.shape
-        return scan_order(self.routes, height, width, self.x.device, self.orders)
+        return names_of(self.call.routes)
 
 
-_ARGUMENTS = [f.name for f in fields(Scan)][:-2]
+_ARGUMENTS = (
+    "x",
+    "delta",
+    "A",
+    "B",
+    "C",
+    "D",
+    "delta_bias",
+    "delta_weight",
+    "delta_softplus",
+    "routes",
+    "initial_state",
+    "out_dtype",
+    "backend",
+    "orders",
+)
 """The operator's arguments, in the order of its schema."""
 
 
@@ -112,7 +101,7 @@ class _OperatorCalls(TorchFunctionMode):
         outputs = func(*args, **kwargs)
         operator = torch.ops.vmamba.selective_scan_2d
         if func is operator or func is operator.default:
-            self.notify({"orders": None, **dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}, outputs)
+            self.notify({**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}, outputs)
         return outputs
 
 
@@ -138,8 +127,9 @@ def watching_scans(model: nn.Module, callback: Callable[[str, Scan], None]) -> I
         values: dict[str, Any] = {
             name: t.detach() if isinstance(t, Tensor) else t for name, t in arguments.items()
         }
-        values["routes"] = tuple(values["routes"])
-        callback(running[-1], Scan(**values, y=outputs[0].detach(), last_state=outputs[1].detach()))
+        out_dtype, backend = values.pop("out_dtype"), values.pop("backend")
+        y, last_state, _ = (output.detach() for output in outputs)
+        callback(running[-1], Scan(Operands(**values), out_dtype, backend, y, last_state))
 
     handles = []
     for name, module in model.named_modules():
@@ -190,7 +180,8 @@ def scan_shapes(model: nn.Module, input_size: tuple[int, ...]) -> list[ScanShape
     counts: Counter[ScanShape] = Counter()
     for scans in record_scans(model, image).values():
         for scan in scans:
-            lines, height, width, channels = scan.x.shape
-            rank = 0 if scan.delta_weight is None else scan.delta_weight.shape[2]
-            counts[ScanShape(height, width, channels, scan.A.shape[2], rank, scan.route_names, lines)] += 1
+            call = scan.call
+            lines, height, width, channels = call.x.shape
+            shape = ScanShape(height, width, channels, call.n_state, call.rank, scan.route_names, lines)
+            counts[shape] += 1
     return [replace(shape, times=times) for shape, times in counts.items()]

@@ -128,15 +128,15 @@ class Preprocessing:
 
     def transform(self) -> Callable[[DecodedImage], Tensor]:
         """From a decoded image to a normed tensor (channels, height, width): timm's evaluation transform."""
-        return create_transform(**self.timm_arguments(), crop_pct=self.crop_pct, crop_mode=self.crop_mode)
+        return create_transform(**self.to_pretrained_cfg())
 
     def timm_arguments(self) -> dict[str, Any]:
         """The keyword arguments that timm's evaluation and training transforms share."""
         return {
             "input_size": (self.channels, *self.size),
-            "interpolation": self.interpolation,
             "mean": self.mean,
             "std": self.std,
+            "interpolation": self.interpolation,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,15 +160,8 @@ class Preprocessing:
         return cls(**fields)
 
     def to_pretrained_cfg(self) -> dict[str, Any]:
-        """The same settings as keys of timm's pretrained configuration."""
-        return {
-            "input_size": (self.channels, *self.size),
-            "mean": self.mean,
-            "std": self.std,
-            "interpolation": self.interpolation,
-            "crop_pct": self.crop_pct,
-            "crop_mode": self.crop_mode,
-        }
+        """The settings as timm's pretrained configurations and its evaluation transform name them."""
+        return {**self.timm_arguments(), "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
 
 
 def _configuration(model_or_cfg: Any) -> Mapping[str, Any]:

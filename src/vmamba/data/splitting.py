@@ -36,12 +36,12 @@ def choose_held_back(
     for index, (key, label) in enumerate(zip(keys, labels.tolist(), strict=True)):
         text = f"{seed}\0{key}".encode(errors="surrogateescape")
         members[label].append((blake2b(text, digest_size=16).digest(), index))
-    chosen = np.zeros(len(keys), dtype=bool)
+    held_back = np.zeros(len(keys), dtype=bool)
     for hashes in members.values():
         number = min(max(round(fraction * len(hashes)), 1), len(hashes) - 1)
         for _, index in sorted(hashes)[:number]:
-            chosen[index] = True
-    return chosen
+            held_back[index] = True
+    return held_back
 
 
 class SplitImages(ClassifiedImages):
@@ -61,9 +61,9 @@ class SplitImages(ClassifiedImages):
         self, source: ClassifiedImages, split: Literal["train", "val"], fraction: float, seed: int = 0
     ) -> None:
         labels = source.read_labels()
-        chosen = choose_held_back([source.key(i) for i in range(len(source))], labels, fraction, seed)
+        held_back = choose_held_back([source.key(i) for i in range(len(source))], labels, fraction, seed)
         self.source, self.split, self.classes = source, split, source.classes
-        self.indices = np.flatnonzero(chosen if split == "val" else ~chosen)
+        self.indices = np.flatnonzero(held_back if split == "val" else ~held_back)
         self._labels, self.decoding = labels[self.indices], source.decoding
         if not len(self.indices):
             raise DataError(f"{source}: no class has two samples, of which one could be held back")

@@ -364,7 +364,7 @@ def _stages(config: VMambaConfig, **dd: Any) -> Iterator[VSSStage]:
 
 def _init_weights(module: nn.Module, draw: Callable[[Tensor], Any] = _WEIGHT_INITS["normal"]) -> None:
     """Initialise a linear layer's weight by `draw` and its bias to 0; other layers initialise themselves."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:  # there it would only take time
         draw(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -35,7 +35,7 @@ class LoadReport:
         source: The file.
         weights: "raw" or "ema".
         prefix: The prefix of the names in the file, such as "backbone.".
-        taken: Names in the model of the weights that were loaded, converted ones among them.
+        loaded: Names in the model of the weights that were loaded, converted ones among them.
         converted: How weights were changed, by their names in the model.
         left_out: Names in the file, without the prefix, of what the model has no place for.
         elsewhere: Names in the file without the prefix, such as a detector's neck and heads.
@@ -46,7 +46,7 @@ class LoadReport:
     source: str
     weights: str
     prefix: str = ""
-    taken: Sequence[str] = ()
+    loaded: Sequence[str] = ()
     converted: Mapping[str, str] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     elsewhere: Sequence[str] = ()
@@ -56,7 +56,7 @@ class LoadReport:
     @property
     def summary(self) -> str:
         """One line: the numbers of each."""
-        numbers = [f"{len(self.taken)} weights loaded"]
+        numbers = [f"{len(self.loaded)} weights loaded"]
         if self.converted:
             numbers.append(f"{len(self.converted)} of them converted")
         if self.left_out or self.elsewhere:
@@ -117,7 +117,8 @@ def load_weights(
         model: Of any kind: a `VMamba`, a `features_only` model or its `.model`, another model of timm's.
         source: A file, a run's folder or an address (see `vmamba.models.checkpoints.resolve_checkpoint`), a
             state dict, or an opened checkpoint. The names may be ours, the VMamba authors' or the model's
-            own, behind any of `module.`, `model.`, `backbone.`, `ema.`, as detectors and trainers save them.
+            own, with prefixes such as `module.`, `model.`, `backbone.` or `ema.`, which detectors and
+            trainers add.
         classifier: "keep": the file's classifier must fit. "new": it is loaded where it fits; otherwise the
             model keeps its own, for other classes. "drop": it is left out, as for features. The latter two
             also cover the norms behind the stages, which feature extractors and detectors replace.
@@ -161,7 +162,7 @@ def load_weights(
         source=checkpoint.path,
         weights=kind,
         prefix=prefix,
-        taken=list(plan.loaded),
+        loaded=list(plan.loaded),
         converted=plan.converted,
         left_out=plan.left_out,
         elsewhere=outside,
@@ -349,8 +350,8 @@ def _classifiers(model: nn.Module) -> list[str]:
         return names
     get = getattr(model, "get_classifier", None)
     modules = get() if callable(get) else ()
-    chosen = modules if isinstance(modules, tuple) else (modules,)
-    return [name for name, module in model.named_modules() if name and any(module is c for c in chosen)]
+    classifiers = modules if isinstance(modules, tuple) else (modules,)
+    return [name for name, module in model.named_modules() if name and any(module is c for c in classifiers)]
 
 
 def _first_convs(model: nn.Module) -> list[str]:

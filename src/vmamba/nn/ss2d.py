@@ -100,6 +100,8 @@ class SS2D(Layer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the parameters of the scan; the submodules draw their own."""
+        if self.dt_weight.is_meta:  # no values to draw, and PyTorch's draws are slow even there
+            return
         _, inner, rank = self.dt_weight.shape
         # The default of nn.Linear, for each route.
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)

@@ -9,6 +9,7 @@ A new route is a line of `_TABLE`, or a call of `register_route` from outside of
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeGuard
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -37,7 +38,13 @@ _TABLE: dict[str, _OnDevice] = {
     "row_reversed": lambda height, width, device: _row(height, width, device).flip(0),
     "column_reversed": lambda height, width, device: _column(height, width, device).flip(0),
 }
-"""A route's place in the table is its code in the operator's schema, so new ones go to the end."""
+"""A built-in route's place in the table is its code in the operator's schema, so new ones go to the end."""
+
+_NAME_OF = dict(enumerate(_TABLE))
+"""The name of each route by its code."""
+
+_FIRST_REGISTERED = 1000
+"""Codes from here on are of registered routes, below it of built-in ones."""
 
 ROUTES = tuple(_TABLE)
 """The built-in routes."""
@@ -61,8 +68,8 @@ _REGISTERED: dict[str, Order] = {}
 def register_route(name: str, order: Order) -> None:
     """Give a route a name, under which `routes=` takes it from then on.
 
-    A model that is saved as TorchScript keeps the place of the name among the registered ones: register the
-    same names in the same order before loading it.
+    A model that is saved as TorchScript keeps a code that follows from the name alone: register the same
+    names, in any order, before running it in another process.
 
     Args:
         name: A new one.
@@ -70,12 +77,15 @@ def register_route(name: str, order: Order) -> None:
             route: a tensor (h·w,) or a sequence of integers. Called once for each size of image.
 
     Raises:
-        ValueError: The name stands for a route or a set of routes already.
+        ValueError: The name stands for a route or a set of routes already, or has the code of another name.
     """
     if _REGISTERED.get(name) is order:
         return
     if name in _TABLE or name in NAMED_ROUTES:
         raise ValueError(f"name: {name!r} is a route or a set of routes already; choose another name")
+    code = _FIRST_REGISTERED + crc32(name.encode())
+    if code in _NAME_OF:
+        raise ValueError(f"name: {name!r} has the same code as {_NAME_OF[code]!r}; choose another name")
 
     def of_size(height: int, width: int) -> Tensor:
         positions = torch.as_tensor(order(height, width))
@@ -90,7 +100,7 @@ def register_route(name: str, order: Order) -> None:
         traced = torch.compiler.is_compiling() or is_transformed(())
         return (of_size if traced else kept)(height, width).to(device)
 
-    _REGISTERED[name], _TABLE[name] = order, on_device
+    _REGISTERED[name], _TABLE[name], _NAME_OF[code] = order, on_device, name
 
 
 def _check_permutation(what: str, positions: Tensor, length: int) -> None:
@@ -138,7 +148,7 @@ def route_codes(routes: str | Sequence[str]) -> list[int]:
         routes = NAMED_ROUTES[routes]
     if not routes:
         raise ValueError("routes: expected at least one route, got none")
-    codes = {name: code for code, name in enumerate(_TABLE)}
+    codes = {name: code for code, name in _NAME_OF.items()}
     for route in routes:
         if route not in codes:
             raise ValueError(f"routes: unknown route {route!r}; expected {', '.join(map(repr, codes))}")
@@ -184,16 +194,18 @@ def parse_routes(routes: Routes, device: torch.device) -> tuple[list[int], Tenso
 
 def check_codes(codes: Sequence[int]) -> None:
     """Raise ValueError if there is no code, or one is unknown."""
-    if not codes or not all(GIVEN <= code < len(_TABLE) for code in codes):
+    if not codes or not all(code == GIVEN or code in _NAME_OF for code in codes):
+        known = ", ".join(f"{code} ({name})" for code, name in _NAME_OF.items())
         raise ValueError(
-            f"routes: expected codes 0 to {len(_TABLE) - 1} of {tuple(_TABLE)}, "
-            f"or {GIVEN} for a permutation in orders; got {list(codes)}"
+            f"routes: expected codes among {known}, or {GIVEN} for a permutation in orders; got "
+            f"{list(codes)}. Codes from {_FIRST_REGISTERED} on are of routes that register_route makes known "
+            "in a process"
         )
 
 
 def names_of(codes: Sequence[int]) -> tuple[str, ...]:
     """The names of routes, by their codes."""
-    return tuple("a permutation" if code == GIVEN else tuple(_TABLE)[code] for code in codes)
+    return tuple("a permutation" if code == GIVEN else _NAME_OF[code] for code in codes)
 
 
 def scan_order(
@@ -215,10 +227,9 @@ def scan_order(
     Returns:
         (k, l), int64.
     """
-    tables = list(_TABLE.values())
     given = iter(() if orders is None else orders)
     return torch.stack(
-        [next(given) if code == GIVEN else tables[code](height, width, device) for code in codes]
+        [next(given) if code == GIVEN else _TABLE[_NAME_OF[code]](height, width, device) for code in codes]
     )
 
 

@@ -213,7 +213,11 @@ class _Sequence:
 
 
 def _scan_groups(call: _Sequence) -> tuple[Tensor, Tensor]:
-    """y (b, g·d, l) in the state's type, without the gate, and the last state; B and C vary."""
+    """Scan each group by the 2D operator, as an image of one row, with B and C of (b, g, n, l).
+
+    Returns:
+        y (b, g·d, l) in the state's type, not gated yet, and the last state.
+    """
     ys, last_states = [], []
     channels = call.u.shape[1] // call.groups
     for g in range(call.groups):

@@ -7,8 +7,8 @@ import timm
 from torch import nn
 
 from vmamba.errors import OutputError
-from vmamba.inference import ClassificationPredictor, model_config, save_pretrained
 from vmamba.models.checkpoints import open_checkpoint
+from vmamba.pretrained import CLASSIFICATION, model_config, save_pretrained
 from vmamba.train.task import Task
 
 
@@ -20,7 +20,7 @@ def describe_model(task: Task, model: nn.Module) -> dict[str, Any]:
     cfg = timm.get_pretrained_cfg(section.name) if timm.is_model(section.name) else None
     if cfg is not None and cfg.fixed_input_size and tuple(cfg.input_size[1:]) != size:
         arguments.setdefault("img_size", list(size))
-    whole = task.name != ClassificationPredictor.task  # timm cannot build other tasks' models, the task can
+    whole = task.name != CLASSIFICATION  # timm cannot build other tasks' models, the task can
     return model_config(
         model,
         task.preprocessing,

@@ -30,16 +30,16 @@ class ClassResult:
         samples: How many samples it has.
         accuracy: Share of its samples predicted as this class (recall); None without samples.
         precision: Share of the samples predicted as this class that belong to it; None if there are none.
-        taken_for: The wrong class most often predicted for its samples; "" without mistakes.
-        taken_for_share: Share of its samples with that prediction.
+        mistaken_for: The wrong class most often predicted for its samples; "" without mistakes.
+        mistaken_for_share: Share of its samples with that prediction.
     """
 
     name: str
     samples: int
     accuracy: float | None
     precision: float | None
-    taken_for: str
-    taken_for_share: float
+    mistaken_for: str
+    mistaken_for_share: float
 
 
 def per_class(confusion: Tensor, classes: Sequence[str]) -> list[ClassResult]:
@@ -50,7 +50,7 @@ def per_class(confusion: Tensor, classes: Sequence[str]) -> list[ClassResult]:
         classes: Names.
     """
     right = confusion.diagonal()
-    mistakes, mistaken_for = (confusion - right.diag()).max(1)
+    mistakes, wrong_classes = (confusion - right.diag()).max(1)
     results = []
     for i, name in enumerate(classes):
         samples, predicted, correct = (
@@ -63,8 +63,8 @@ def per_class(confusion: Tensor, classes: Sequence[str]) -> list[ClassResult]:
                 samples=samples,
                 accuracy=correct / samples if samples else None,
                 precision=correct / predicted if predicted else None,
-                taken_for=classes[int(mistaken_for[i])] if most else "",
-                taken_for_share=most / samples if most else 0.0,
+                mistaken_for=classes[int(wrong_classes[i])] if most else "",
+                mistaken_for_share=most / samples if most else 0.0,
             )
         )
     return results

@@ -92,6 +92,7 @@ def create_model(
 
 
 def _new_classifier(model: Any, recipe: ModelRecipe, pretrained: int, classes: int) -> None:
+    """Replace the classifier of a pretrained model by an untrained one, if the recipe permits it."""
     difference = (
         f"{recipe.name}: the pretrained classifier is for {pretrained} classes, the model's for {classes}"
     )

@@ -134,6 +134,7 @@ class TaskModule(lightning.LightningModule):
         return loss
 
     def _losses(self, batch: Any, batch_idx: int) -> Mapping[str, Tensor]:
+        """The losses of a batch; draws are seeded by step and rank, so that a resumed run repeats them."""
         seed = self.recipe.train.seed
         with self._drawing(
             "mix", seed, self.current_epoch, batch_idx // self.trainer.accumulate_grad_batches

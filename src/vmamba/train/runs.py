@@ -24,7 +24,7 @@ class Run:
         name: Its folder, relative to the one searched.
         model: Name of the model.
         epochs: Epochs begun at the last evaluation.
-        of: Planned length, in `unit`.
+        length: Planned length, in `unit`.
         unit: "epochs" or "steps", in which the recipe gives the length.
         step: Optimiser steps done at the last evaluation.
         score: Name of the score in `last` and `best`.
@@ -42,7 +42,7 @@ class Run:
     name: str
     model: str = ""
     epochs: int = 0
-    of: int = 0
+    length: int = 0
     unit: str = "epochs"
     step: int = 0
     score: str = ""
@@ -108,29 +108,29 @@ def _described(place: Path, name: str) -> Run:
     values, _ = read_values(place / "recipe.yaml")
     task = task_type(values.get("task"))
     recipe = check(task.recipe_type, values, str(place / "recipe.yaml"))
-    schedule, chosen = recipe.schedule, monitored(task, recipe)
-    unit, of = ("steps", schedule.steps) if schedule.epochs is None else ("epochs", schedule.epochs)
-    assert of is not None
+    schedule, score = recipe.schedule, monitored(task, recipe)
+    unit, length = ("steps", schedule.steps) if schedule.epochs is None else ("epochs", schedule.epochs)
+    assert length is not None
     file = place / "metrics.csv"
     rows = read_metrics(file)
     if not rows:
-        return Run(name, recipe.model.name, of=of, unit=unit)
+        return Run(name, recipe.model.name, length=length, unit=unit)
     last = rows[-1]
     epochs, step = int(last["epoch"]), int(last["step"])
-    scored = [(score, int(row["epoch"])) for row in rows if (score := _number(row, chosen)) is not None]
+    scored = [(value, int(row["epoch"])) for row in rows if (value := _number(row, score)) is not None]
     sign = 1 if task.monitor_mode == "max" else -1
     best, best_epoch = max(scored, key=lambda each: (sign * each[0], -each[1]), default=(None, None))
-    finished = (step if unit == "steps" else epochs) >= of
+    finished = (step if unit == "steps" else epochs) >= length
     state = "finished" if finished else "unfinished"
     return Run(
         name,
         recipe.model.name,
         epochs=epochs,
-        of=of,
+        length=length,
         unit=unit,
         step=step,
-        score=chosen,
-        last=_number(last, chosen),
+        score=score,
+        last=_number(last, score),
         best=best,
         best_epoch=best_epoch,
         train_loss=_number(last, "train/loss"),

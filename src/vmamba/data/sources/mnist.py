@@ -38,8 +38,8 @@ class MnistSubset(ClassifiedImages):
         held_back = np.zeros(len(labels), dtype=bool)
         for digit in range(10):
             held_back[np.flatnonzero(labels == digit)[-self.HELD_BACK :]] = True
-        chosen = held_back | ~held_back if split == "all" else held_back if split == "val" else ~held_back
-        self.numbers = np.flatnonzero(chosen)
+        in_split = {"all": np.ones_like(held_back), "val": held_back, "train": ~held_back}[split]
+        self.numbers = np.flatnonzero(in_split)
         digits = images[self.numbers].reshape(-1, 28, 28).astype(np.uint8)
         self.images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
         self._labels = labels[self.numbers].astype(np.int64)

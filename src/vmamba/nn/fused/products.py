@@ -57,17 +57,24 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool =
     return _torch_private.onednn_linear(x, weight, bias, gelu)
 
 
+def _input_gradient(grad: Tensor, weight: Tensor, plain: bool) -> Tensor:
+    """The gradient of x of `_product`; if `plain`, by a call that can itself be differentiated."""
+    return grad @ weight if plain else _product(grad, weight.t())
+
+
 def _weight_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, for_weight: bool, for_bias: bool
+    grad: Tensor, x: Tensor, weight: Tensor, for_weight: bool, for_bias: bool, plain: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias of `_product`, for grad (..., o) and x (..., i).
 
-    oneDNN computes them as those of a 1×1 convolution over an image of one row.
+    oneDNN computes them as those of a 1×1 convolution over an image of one row; if `plain`, they are computed
+    by calls that can themselves be differentiated and transformed.
     """
     if not for_weight and not for_bias:
         return None, None
-    if _MKL_IS_FASTER:
-        return _plain_weight_gradients(grad, x, for_weight, for_bias)
+    if plain or _MKL_IS_FASTER:
+        rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return rows.t() @ x_rows if for_weight else None, rows.sum(0) if for_bias else None
     grad_line, x_line = (t.reshape(1, 1, -1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x))
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad_line,
@@ -83,14 +90,6 @@ def _weight_gradients(
         output_mask=[False, for_weight, for_bias],
     )
     return (grad_weight[:, :, 0, 0] if for_weight else None), grad_bias
-
-
-def _plain_weight_gradients(
-    grad: Tensor, x: Tensor, for_weight: bool, for_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """`_weight_gradients` in calls that can themselves be differentiated and transformed."""
-    rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return rows.t() @ x_rows if for_weight else None, rows.sum(0) if for_bias else None
 
 
 def _gradients_by_autograd(
@@ -126,11 +125,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if needs_plain_backward(grad):
-            return (grad @ weight if for_x else None), *_plain_weight_gradients(grad, x, for_weight, for_bias)
-        grad = grad.contiguous()
-        grad_x = _product(grad, weight.t()) if for_x else None
-        return grad_x, *_weight_gradients(grad, x, weight, for_weight, for_bias)
+        plain = needs_plain_backward(grad)
+        grad = grad if plain else grad.contiguous()
+        grad_x = _input_gradient(grad, weight, plain) if for_x else None
+        return grad_x, *_weight_gradients(grad, x, weight, for_weight, for_bias, plain)
 
 
 class _GeluProduct(torch.autograd.Function):
@@ -149,12 +147,10 @@ class _GeluProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if needs_plain_backward(grad):
-            grad_x = torch.ops.aten.gelu_backward(grad @ weight, x) if for_x else None
-            return grad_x, *_plain_weight_gradients(grad, F.gelu(x), for_weight, for_bias)
-        grad = grad.contiguous()
-        grad_x = torch.ops.aten.gelu_backward(_product(grad, weight.t()), x) if for_x else None
-        return grad_x, *_weight_gradients(grad, F.gelu(x), weight, for_weight, for_bias)
+        plain = needs_plain_backward(grad)
+        grad = grad if plain else grad.contiguous()
+        grad_x = torch.ops.aten.gelu_backward(_input_gradient(grad, weight, plain), x) if for_x else None
+        return grad_x, *_weight_gradients(grad, F.gelu(x), weight, for_weight, for_bias, plain)
 
 
 class _NormedProduct(torch.autograd.Function):

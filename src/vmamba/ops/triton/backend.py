@@ -388,7 +388,7 @@ def _version() -> tuple[int, ...] | None:
     """Triton's version, without importing it; None where it is not installed or does not say."""
     for name in _DISTRIBUTIONS:
         try:
-            return tuple(int(part) for part in re.findall(r"\d+", metadata.version(name))[:2])
+            return tuple(int(number) for number in re.findall(r"\d+", metadata.version(name))[:2])
         except metadata.PackageNotFoundError:
             continue
     return None
@@ -400,6 +400,7 @@ def _is_installed() -> bool:
 
 
 def _why_not_here() -> str | None:
+    """Why no call at all can run on this machine; None if calls can."""
     if not _is_installed():
         return "Triton is not installed; it comes with PyTorch's builds for NVIDIA, AMD and Intel GPUs"
     version = _version()

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from vmamba.files import write_atomically
+
 VARIABLE = "VMAMBA_TRITON_PLANS"
 
 log = logging.getLogger(__name__)
@@ -114,16 +116,10 @@ class PlanFile:
             return best
 
     def _write(self) -> None:
-        """Add what other processes have written meanwhile; replace the file in one step."""
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        """Write the plans, with those that other processes have written meanwhile."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._plans = self._read() | self._plans
-            try:
-                temporary.write_text(json.dumps(self._plans, indent=1, sort_keys=True), encoding="utf-8")
-                os.replace(temporary, self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(self._path, json.dumps(self._plans, indent=1, sort_keys=True))
         except OSError as error:
             log.warning("%s=%s: not writable, plans are not kept (%s)", VARIABLE, self._path, error)
 

@@ -24,7 +24,8 @@ from vmamba.data import (
 )
 from vmamba.data.augment import skip_posterize_to_zero_bits
 from vmamba.errors import RecipeError
-from vmamba.inference import ClassificationPredictor, set_configuration
+from vmamba.inference import ClassificationPredictor
+from vmamba.pretrained import set_configuration
 from vmamba.train.averaging import AveragedViews
 from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
 from vmamba.train.model import create_model, require_model

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 
 from images import make_folder, tiny_values
+from vmamba.bench.data import Loading, bench_loader, bench_step, verdict
 from vmamba.train import module
 from vmamba.train.recipe import check, override_values
 from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
-from vmamba.train.throughput import Loading, bench_loader, bench_step, verdict
 
 
 @pytest.fixture(scope="module")
