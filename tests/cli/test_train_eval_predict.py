@@ -9,14 +9,18 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 import yaml
+from PIL import Image
 
 from images import COLOURS, make_folder, tiny_values
-from vmamba_cli.__main__ import main
+from vmamba.train.run import Outcome
+from vmamba_cli.__main__ import VERBS, app, main
+from vmamba_cli.train import show
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +271,84 @@ def test_a_full_device(place: Path) -> None:
     assert done.stderr == "vmamba: the output cannot be written: No space left on device\n"
 
 
-def test_the_help_shows_every_default(place: Path) -> None:
+def verbs() -> list[tuple[list[str], Any]]:
+    """Each verb, with its subverb if it has some, and its parameters."""
+    group: Any = typer.main.get_command(app)
+    found = []
+    for name in VERBS:
+        verb = group.get_command(None, name)
+        below = getattr(verb, "commands", None)
+        found += [([name, sub], below[sub]) for sub in below] if below else [([name], verb)]
+    return found
+
+
+@pytest.mark.parametrize(("verb", "command"), [pytest.param(*each, id=" ".join(each[0])) for each in verbs()])
+def test_the_help_shows_every_word(
+    verb: list[str], command: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich takes words in brackets for markup, and leaves them out."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    done = vmamba(place, *verb, "--help")
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for parameter in command.params:
+        if help := getattr(parameter, "help", None):
+            assert " ".join(help.split()) in shown, parameter.name
+    first = command.help.partition("\n\n")[0]
+    assert " ".join(first.split()) in shown
+
+
+def test_the_help_shows_where_a_run_goes(place: Path) -> None:
     done = vmamba(place, "train", "--help")
     assert "runs/ and the recipe's name" in " ".join(done.stdout.split())
+
+
+def test_the_last_lines_show_the_best_score(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(Outcome(Path("run"), {"val/top1": 0.5}, "val/top1", 0.75, 12))
+    assert capsys.readouterr().out.splitlines() == [
+        "val/top1 0.5000",
+        "best val/top1 0.7500, after step 12",
+        "wrote run; next: vmamba eval run",
+    ]
+
+
+NOISY = """
+import sys, PIL.Image
+from vmamba_cli.__main__ import main
+PIL.Image.MAX_IMAGE_PIXELS = 1000  # Pillow warns of more, and refuses twice as many
+for line in sys.stdin:
+    sys.argv = ["vmamba", *line.split()]
+    try:
+        main()
+    except SystemExit as done:
+        print("status", done.code)
+"""
+
+
+def test_no_warnings_of_other_libraries(place: Path, tmp_path: Path) -> None:
+    """More workers than processors, transparent palettes, large images, old files, a warm-up to the end."""
+    make_folder(tmp_path / "images")
+    for path in (tmp_path / "images").glob("*/red/*.png"):
+        with Image.open(path) as image:
+            palette = image.resize((40, 30)).quantize(16)
+        palette.save(path, transparency=bytes(range(16)))
+    torch.save({"weight": torch.ones(1)}, tmp_path / "old.pth", pickle_protocol=3)
+    workers = f"train.workers={(os.cpu_count() or 1) + 1}"
+    lines = [
+        f"train {place}/recipe.yaml --out run data.root=images {workers} schedule.epochs=2",
+        "eval run",
+        "predict images/val/red/0.png --checkpoint run",
+        "eval old.pth",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY],
+        cwd=tmp_path,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert statuses == ["status 0", "status 0", "status 0", "status 2"], done.stderr
+    assert "old.pth: not the checkpoint of a run" in done.stderr
+    told = [line for line in done.stderr.splitlines() if "warn" in line.lower()]
+    assert told == []

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -288,7 +289,8 @@ def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
     assert [each.index for each in mistakes] == [2, 1, 3]
     picture = tmp_path / "mistakes.png"
     draw_mistakes(mistakes, ["a", "b", "c"], lambda index: Image.new("RGB", (20, 16)), picture)
-    assert Image.open(picture).size[0] > 3 * 176
+    with Image.open(picture) as sheet:
+        assert sheet.size[0] > 2 * 176  # two columns for three images
     draw_mistakes([], ["a", "b", "c"], Image.open, picture)
     assert not picture.exists()  # that of an earlier evaluation
 
@@ -345,6 +347,29 @@ def test_names_that_a_picture_cannot_show_as_they_are(tmp_path: Path) -> None:
     names = [r"$\frac$", "a$b", "数字", "😀"]
     draw_confusion(10 * torch.eye(4, dtype=torch.int64), names, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [3, 40], ids=["labelled", "too many for labels"])
+def test_the_colour_bar_is_in_percent_as_the_cells(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    confusion = 3 * torch.eye(number, dtype=torch.int64)
+    confusion[0, 1] = 1
+    draw_confusion(confusion, [str(n) for n in range(number)], tmp_path / "picture.png")
+    cells, bar = figures[0].axes
+    (image,) = cells.images
+    assert (bar.get_ylabel(), image.get_clim()) == ("%", (0, 100))
+    assert image.get_array()[0, :2].tolist() == [75, 25]
+    texts = [text.get_text() for text in cells.texts]
+    assert texts == (["75", "25", "100", "100"] if number == 3 else [])
 
 
 def test_one_class(tmp_path: Path) -> None:
