@@ -24,7 +24,7 @@ FLOORS = [
     {"vmamba.models"},
     {"vmamba.nn"},
     {"vmamba.ops"},
-    {"vmamba.config", "vmamba.files", "vmamba._torch_private"},
+    {"vmamba.config", "vmamba.files", "vmamba.processes", "vmamba._torch_private"},
     {"vmamba.errors"},
 ]
 """A module may import what stands on a lower floor, and what is in its own room."""

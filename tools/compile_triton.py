@@ -28,6 +28,7 @@ from vmamba.models import model_names
 from vmamba.ops.operands import Operands
 from vmamba.ops.triton import backend
 from vmamba.ops.triton.plans import Plan
+from vmamba.processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; expected of {', '.join(family)}")
     scans = scans_of_family(options.models or family, options.size, [TYPES[name] for name in options.types])
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), end_with_parent) as pool:
         compiling = (scans, not options.forward, options.plans)
         jobs = [pool.submit(compile_for, name, *compiling) for name in options.targets]
         counts = [job.result() for job in jobs]

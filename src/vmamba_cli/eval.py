@@ -1,5 +1,6 @@
 """`vmamba eval`."""
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ def command(
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Folder for results.json, per_class.csv, confusion.csv and confusion.png.",
+            help="Folder for the results: scores, tables, pictures, every prediction, and the mistakes.",
             show_default=False,
         ),
     ] = None,
@@ -50,8 +51,6 @@ def command(
 
     By the paper's protocol: resize to 256/224 of the size, centre crop.
     """
-    import json
-
     from vmamba_cli._checks import require_path
     from vmamba_cli._extra import load
 
@@ -61,19 +60,25 @@ def command(
         raise typer.BadParameter(f"--scales: expected numbers with commas between, got {scales!r}") from None
     require_path(what, "run, checkpoint or recipe")
     evaluation = load("vmamba.train.evaluation", "train")
-    if out is not None:
-        out = out.expanduser()
-        evaluation.check_folder(out)
     # The average first: if there is none, the command fails before it evaluates anything.
     kinds = ["ema", "raw"] if weights is Weights.both else [weights.value]
-    evaluations = [
-        evaluation.evaluate(what, overrides or [], weights=kind, flip=flip, scales=sizes) for kind in kinds
-    ]
+    folders: list[Path] = []
+    if out is not None:
+        folders = [out.expanduser() / kind if len(kinds) > 1 else out.expanduser() for kind in kinds]
+    for folder in folders:
+        evaluation.check_folder(folder)
+    options = {"flip": flip, "scales": sizes, "keep_predictions": out is not None}
+    evaluations = [evaluation.evaluate(what, overrides or [], weights=kind, **options) for kind in kinds]
     if not load("vmamba.train.trainer", "train").is_first_process():
         return
-    for each in evaluations:
-        if out is not None:
-            evaluation.write_evaluation(each, out / each.weights if len(evaluations) > 1 else out)
+    for each, folder in zip(evaluations, folders, strict=False):  # without --out there are no folders
+        evaluation.write_evaluation(each, folder)
+    _show(evaluations, per_class, as_json)
+
+
+def _show(evaluations: Sequence[Any], per_class: bool, as_json: bool) -> None:
+    import json
+
     if as_json:
         values = [_plain(each, per_class) for each in evaluations]
         typer.echo(json.dumps(values if len(values) > 1 else values[0]))

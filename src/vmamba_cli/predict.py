@@ -308,7 +308,7 @@ def _write_row(file: Any, prediction: Any, first: bool) -> None:
 
 @contextmanager
 def _sheet(out: Path, predictor: Any) -> Iterator[Any]:
-    from vmamba_cli._sheet import MOST, draw_sheet
+    from vmamba.data.contact_sheet import MOST, draw_sheet
 
     predictions: list[Any] = []
     total = 0
@@ -327,23 +327,18 @@ def _sheet(out: Path, predictor: Any) -> Iterator[Any]:
 
 def _cell(prediction: Any, predictor: Any) -> Any:
     """A cell of a contact sheet; its image is read again, so that no images are held in memory."""
-    from PIL import Image
-
+    from vmamba.data.contact_sheet import Cell, picture
     from vmamba.data.decoding import printable
     from vmamba.errors import DataError
     from vmamba.inference import Classification, FailedImage
-    from vmamba_cli._sheet import Cell
 
     name = printable(prediction.image)
     if isinstance(prediction, FailedImage):
         return Cell(name, None, prediction.text().removeprefix(f"{name}: "))
     try:
-        image = predictor.preprocessing.read(prediction.image)
+        image = picture(predictor.preprocessing.read(prediction.image))
     except DataError as error:
         return Cell(name, None, str(error).removeprefix(f"{name}: "))
-    if not isinstance(image, Image.Image):  # a tensor (c, h, w): its first channels
-        pixels = image[: 3 if len(image) >= 3 else 1].mul(255).byte().permute(1, 2, 0).numpy()
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if isinstance(prediction, Classification):
         best = prediction.classes[0]
         return Cell(name, image, best.label, f"{best.score:.0%}")

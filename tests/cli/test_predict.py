@@ -17,10 +17,10 @@ from PIL import Image
 from torch import nn
 
 from images import COLOURS, make_folder
+from vmamba.data.contact_sheet import Cell, draw_sheet
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.pretrained import model_config, save_pretrained
 from vmamba_cli.__main__ import main
-from vmamba_cli._sheet import Cell, draw_sheet
 
 CLASSES = sorted(COLOURS)
 

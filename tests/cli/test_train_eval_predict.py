@@ -9,14 +9,18 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 import yaml
+from PIL import Image
 
 from images import COLOURS, make_folder, tiny_values
-from vmamba_cli.__main__ import main
+from vmamba.train.run import Outcome
+from vmamba_cli.__main__ import VERBS, app, main
+from vmamba_cli.train import show
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,16 @@ def trained(place: Path) -> Path:
     assert done.stdout.endswith("wrote run; next: vmamba eval run\n")
     assert "best val/top1 " in done.stdout
     return place / "run" / "checkpoints" / "best.ckpt"
+
+
+REPORT = {
+    "results.json",
+    "per_class.csv",
+    "confusion.csv",
+    "confusion.png",
+    "predictions.csv",
+    "mistakes.csv",
+}
 
 
 class Done(NamedTuple):
@@ -94,8 +108,8 @@ def test_a_whole_report(place: Path) -> None:
     assert done.status == 0, done.stderr
     for kind in ("raw", "ema"):
         assert f"averaged, {kind} weights, 18 samples" in done.stdout
-        names = {path.name for path in (place / "report" / kind).iterdir()}
-        assert names == {"results.json", "per_class.csv", "confusion.csv", "confusion.png"}
+        names = {path.name for path in (place / "report" / kind).iterdir()} - {"mistakes.png"}
+        assert names == REPORT
     assert all(done.stdout.count(name) >= 2 for name in COLOURS)
     actual = json.loads(vmamba(place, *asked, "--json").stdout)
     assert [each["weights"] for each in actual] == ["ema", "raw"]
@@ -143,8 +157,8 @@ def test_a_report_of_one_kind_of_weights(place: Path, trained: Path) -> None:
     assert done.status == 0, done.stderr
     assert "run, raw weights, 18 samples" in done.stdout
     assert len([line for line in done.stdout.splitlines() if line.split()[0] in COLOURS]) == 3
-    names = ["confusion.csv", "confusion.png", "per_class.csv", "results.json"]
-    assert sorted(path.name for path in (place / "single").iterdir()) == names
+    # A picture of mistakes only where there are some.
+    assert {path.name for path in (place / "single").iterdir()} - {"mistakes.png"} == REPORT
     assert_told(vmamba(place, "eval", "run", "--scales", "0"), "scales: expected numbers above 0")
     assert_told(vmamba(place, "eval", "run", "--weights", "both"), "has no 'ema' weights")
 
@@ -236,6 +250,12 @@ def test_results_cannot_be_written(place: Path, trained: Path) -> None:
     """Found out before the evaluation."""
     done = vmamba(place, "eval", "run", "--out", "recipe.yaml/below")
     assert_told(done, "recipe.yaml/below: cannot be written to")
+    (place / "blocked" / "raw" / "mistakes.csv").mkdir(parents=True)
+    done = vmamba(place, "eval", "run", "--out", "blocked/raw")
+    assert_told(done, "mistakes.csv: a folder, where a file of results may be written")
+    # Of two reports the second is looked at before the first is computed.
+    done = vmamba(place, "eval", "run", "--weights", "both", "--out", "blocked")
+    assert_told(done, "mistakes.csv: a folder, where a file of results may be written")
     assert_told(
         vmamba(place, "train", "recipe.yaml", "--out", "recipe.yaml"), "cannot be the folder of a run"
     )
@@ -251,6 +271,84 @@ def test_a_full_device(place: Path) -> None:
     assert done.stderr == "vmamba: the output cannot be written: No space left on device\n"
 
 
-def test_the_help_shows_every_default(place: Path) -> None:
+def verbs() -> list[tuple[list[str], Any]]:
+    """Each verb, with its subverb if it has some, and its parameters."""
+    group: Any = typer.main.get_command(app)
+    found = []
+    for name in VERBS:
+        verb = group.get_command(None, name)
+        below = getattr(verb, "commands", None)
+        found += [([name, sub], below[sub]) for sub in below] if below else [([name], verb)]
+    return found
+
+
+@pytest.mark.parametrize(("verb", "command"), [pytest.param(*each, id=" ".join(each[0])) for each in verbs()])
+def test_the_help_shows_every_word(
+    verb: list[str], command: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich takes words in brackets for markup, and leaves them out."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    done = vmamba(place, *verb, "--help")
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for parameter in command.params:
+        if help := getattr(parameter, "help", None):
+            assert " ".join(help.split()) in shown, parameter.name
+    first = command.help.partition("\n\n")[0]
+    assert " ".join(first.split()) in shown
+
+
+def test_the_help_shows_where_a_run_goes(place: Path) -> None:
     done = vmamba(place, "train", "--help")
     assert "runs/ and the recipe's name" in " ".join(done.stdout.split())
+
+
+def test_the_last_lines_show_the_best_score(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(Outcome(Path("run"), {"val/top1": 0.5}, "val/top1", 0.75, 12))
+    assert capsys.readouterr().out.splitlines() == [
+        "val/top1 0.5000",
+        "best val/top1 0.7500, after step 12",
+        "wrote run; next: vmamba eval run",
+    ]
+
+
+NOISY = """
+import sys, PIL.Image
+from vmamba_cli.__main__ import main
+PIL.Image.MAX_IMAGE_PIXELS = 1100  # Pillow warns of more, and refuses twice as many
+for line in sys.stdin:
+    sys.argv = ["vmamba", *line.split()]
+    try:
+        main()
+    except SystemExit as done:
+        print("status", done.code)
+"""
+
+
+def test_no_warnings_of_other_libraries(place: Path, tmp_path: Path) -> None:
+    """More workers than processors, transparent palettes, large images, old files, a warm-up to the end."""
+    make_folder(tmp_path / "images")
+    for path in (tmp_path / "images").glob("*/red/*.png"):
+        with Image.open(path) as image:
+            palette = image.resize((40, 30)).quantize(16)
+        palette.save(path, transparency=bytes(range(16)))
+    torch.save({"weight": torch.ones(1)}, tmp_path / "old.pth", pickle_protocol=3)
+    workers = f"train.workers={(os.cpu_count() or 1) + 1}"
+    lines = [
+        f"train {place}/recipe.yaml --out run data.root=images {workers} schedule.epochs=2",
+        "eval run",
+        "predict images/val/red/0.png --checkpoint run",
+        "eval old.pth",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY],
+        cwd=tmp_path,
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert statuses == ["status 0", "status 0", "status 0", "status 2"], done.stderr
+    assert "old.pth: not the checkpoint of a run" in done.stderr
+    told = [line for line in done.stderr.splitlines() if "warn" in line.lower()]
+    assert told == []

@@ -1,5 +1,6 @@
 """Several processes on a CPU, started by one command."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -94,6 +95,29 @@ def test_a_run_goes_on_with_another_number_of_processes(place: Path, alone: dict
     assert "within an epoch, read in parts of 8 samples; here they would be of 2" in done.stderr
     assert "Traceback" not in done.stderr
     assert_close(train(place, "other", *every, TWO, "--auto-resume"), alone)
+
+
+def test_two_processes_judge_each_image_once(place: Path) -> None:
+    """23 images: one process has one more than the other."""
+    train(place, "judged")
+    (place / "images" / "val" / "red" / "7.png").unlink()
+    tables = []
+    for processes in (1, 2):
+        command = ["eval", "judged", "--out", f"report{processes}", f"train.devices={processes}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "vmamba_cli", *command],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        with (place / f"report{processes}" / "predictions.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    one, two = tables
+    assert len(two) == 23
+    for column in ("image", "true_class", "predicted_class"):
+        assert [row[column] for row in one] == [row[column] for row in two]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the second process in /proc")

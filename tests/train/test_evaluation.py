@@ -1,11 +1,13 @@
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -20,8 +22,10 @@ from vmamba.train.confusion import ClassResult, draw_confusion, per_class
 from vmamba.train.evaluation import Evaluation, evaluate, write_evaluation
 from vmamba.train.guard import NonFiniteError
 from vmamba.train.metrics import CalibrationError
+from vmamba.train.predictions import draw_mistakes, most_confident_mistakes, predicted_classes
 from vmamba.train.recipe import check, override_values
 from vmamba.train.session import open_session
+from vmamba.train.task import SamplePrediction
 from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
 
 
@@ -218,6 +222,88 @@ def test_files(averaged: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_prediction_and_the_mistakes(averaged: Path, folder: Path, tmp_path: Path) -> None:
+    """As computed by hand, an image at a time; mistakes with the most confident first."""
+    assert evaluate(averaged).predictions == []
+    write_evaluation(evaluate(averaged, keep_predictions=True), tmp_path)
+    session = open_session(averaged)
+    logits, labels = logits_of(folder, session.model, session.task)
+    names = sorted(COLOURS)
+    rows = rows_of(tmp_path / "predictions.csv")
+    files = sorted((folder / "val").glob("*/*.png"))
+    assert [row["image"] for row in rows] == [str(path) for path in files]
+    for row, label, probabilities in zip(rows, labels.tolist(), logits.softmax(1), strict=True):
+        order = probabilities.argsort(descending=True).tolist()
+        suffixes = ["", "_2", "_3"]
+        assert row["true_class"] == names[label]
+        assert [row[f"predicted_class{suffix}"] for suffix in suffixes] == [names[i] for i in order]
+        expected = [probabilities[label].item(), *probabilities[order].tolist()]
+        columns = ["true_class_probability", *(f"probability{suffix}" for suffix in suffixes)]
+        assert [float(row[column]) for column in columns] == pytest.approx(expected, abs=1e-5)
+    wrong = [row for row in rows if row["predicted_class"] != row["true_class"]]
+    mistakes = rows_of(tmp_path / "mistakes.csv")
+    assert mistakes == sorted(wrong, key=lambda row: -float(row["probability"]))
+    assert (tmp_path / "mistakes.png").exists() == bool(mistakes)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names of any bytes")
+def test_predictions_of_names_of_any_kind(averaged: Path, tmp_path: Path) -> None:
+    """Class names as CSV must quote them, a file's name that is not UTF-8, an image of an unreadable file."""
+    root = make_folder(tmp_path / "images", each=2)
+    renamed = {"blue": 'a, "b"', "green": "a\nb", "red": "\u6570\u5b57"}
+    for split in ("train", "val"):
+        for old, new in renamed.items():
+            (root / split / old).rename(root / split / new)
+        os.rename(
+            root / split / renamed["blue"] / "0.png",
+            os.fsencode(root / split / renamed["blue"]) + b"/\xff.png",
+        )
+    (root / "val" / renamed["red"] / "1.png").write_bytes(b"no image")
+    odd = ["schedule.epochs=1", "schedule.warmup_epochs=0", "train.on_error=skip", "optim.lr=1.0e-9"]
+    run.train(recipe(root, *odd), tmp_path / "run")
+    evaluation = evaluate(tmp_path / "run", keep_predictions=True)
+    write_evaluation(evaluation, tmp_path / "report")
+    rows = rows_of(tmp_path / "report" / "predictions.csv")
+    assert [(row["true_class"], Path(row["image"]).name) for row in rows] == [
+        ("a\nb", "0.png"),
+        ("a\nb", "1.png"),
+        ('a, "b"', "1.png"),
+        ('a, "b"', "\\xff.png"),
+        ("\u6570\u5b57", "0.png"),
+    ]
+    assert [each.index for each in evaluation.predictions] == [0, 1, 2, 3, 4]
+    assert (tmp_path / "report" / "mistakes.png").read_bytes().startswith(b"\x89PNG")  # all one class
+
+
+def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
+    logits = torch.tensor([[3.0, 0, 0], [1, 0, 0], [2, 0, 0], [0, 0, 0]])
+    predicted = predicted_classes(logits, torch.tensor([0, 1, 2, 1]))
+    assert predicted[3].classes == [0, 1, 2]  # of equals the first, as argmax has it
+    samples = [SamplePrediction(n, f"{n}.png", value) for n, value in enumerate(predicted)]
+    mistakes = most_confident_mistakes(samples)
+    assert [each.index for each in mistakes] == [2, 1, 3]
+    picture = tmp_path / "mistakes.png"
+    draw_mistakes(mistakes, ["a", "b", "c"], lambda index: Image.new("RGB", (20, 16)), picture)
+    with Image.open(picture) as sheet:
+        assert sheet.size[0] > 2 * 176  # two columns for three images
+    draw_mistakes([], ["a", "b", "c"], Image.open, picture)
+    assert not picture.exists()  # that of an earlier evaluation
+
+
+def test_predictions_that_are_not_finite_are_not_written(averaged: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(
+        "vmamba.train.tasks.classification._logits",
+        lambda model, images: torch.full((len(images), 3), float("nan")),
+    )
+    with pytest.raises(NonFiniteError, match="not finite"):
+        evaluate(averaged, keep_predictions=True)
+
+
 def test_a_class_without_samples(tmp_path: Path) -> None:
     confusion = torch.tensor([[3, 1], [0, 0]])
     rows = per_class(confusion, ["a", "b"])
@@ -261,6 +347,29 @@ def test_names_that_a_picture_cannot_show_as_they_are(tmp_path: Path) -> None:
     names = [r"$\frac$", "a$b", "数字", "😀"]
     draw_confusion(10 * torch.eye(4, dtype=torch.int64), names, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [3, 40], ids=["labelled", "too many for labels"])
+def test_the_colour_bar_is_in_percent_as_the_cells(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    confusion = 3 * torch.eye(number, dtype=torch.int64)
+    confusion[0, 1] = 1
+    draw_confusion(confusion, [str(n) for n in range(number)], tmp_path / "picture.png")
+    cells, bar = figures[0].axes
+    (image,) = cells.images
+    assert (bar.get_ylabel(), image.get_clim()) == ("%", (0, 100))
+    assert image.get_array()[0, :2].tolist() == [75, 25]
+    texts = [text.get_text() for text in cells.texts]
+    assert texts == (["75", "25", "100", "100"] if number == 3 else [])
 
 
 def test_one_class(tmp_path: Path) -> None:

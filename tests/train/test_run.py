@@ -2,17 +2,21 @@ import csv
 import json
 import os
 import signal
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
 from images import COLOURS, assert_same, make_folder, tiny_values
 from vmamba.data import SampleKey
 from vmamba.errors import CheckpointError, DataError, RecipeError
 from vmamba.models.checkpoints import open_checkpoint, read_checkpoint
+from vmamba.ops import default_backend
 from vmamba.train import run
 from vmamba.train.evaluation import evaluate
 from vmamba.train.recipe import check, override_values
@@ -266,3 +270,42 @@ def test_a_half_precision_that_the_processor_lacks_is_told(
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         run.resume(tmp_path)
+
+
+def test_what_is_trained_is_told_at_the_start_and_each_epoch(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal, in a pipe and in log.txt alike."""
+    small = "model={name: vmamba_pico, args: {depths: [1], dims: [8]}}"
+    run.train(recipe(folder, small, "schedule.epochs=2"), tmp_path)
+    logged = [line.split(" INFO ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert logged == capsys.readouterr().err.splitlines()
+    what, how, *epochs = logged
+    assert what.startswith("vmamba_pico of 0.0")
+    assert what.endswith(" M parameters for 3 classes; 18 samples to train on, 18 to evaluate")
+    backend = default_backend("cpu")
+    assert how == f"8 steps of 4 samples on cpu, 1 threads, scans by the backend {backend}"
+    assert [line.partition(": ")[0] for line in epochs] == [
+        "epoch 1, step 4 of 8",
+        "epoch 2, step 8 of 8",
+    ]
+
+
+def test_evaluations_show_how_far_they_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training, between steps; and in an evaluation alone, as a bar of its batches."""
+    shown: list[str] = []
+    advanced: list[int] = []
+    monkeypatch.setattr(
+        "vmamba.train.progress.Console", lambda stderr: Console(file=StringIO(), force_terminal=True)
+    )
+    monkeypatch.setattr("vmamba.train.progress.SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(Progress, "update", lambda self, task, **shows: shown.append(shows["description"]))
+    monkeypatch.setattr(Progress, "advance", lambda self, task, steps=1: advanced.append(steps))
+    run.train(recipe(folder, "schedule.epochs=2"), tmp_path)
+    of_epoch = [f"evaluating {batch}/5" for batch in range(1, 6)]
+    assert shown == [*4 * ["epoch 1/2"], *of_epoch, *4 * ["epoch 2/2"], *of_epoch]
+    assert not advanced
+    evaluate(tmp_path)
+    assert sum(advanced) == 5

@@ -17,6 +17,7 @@ from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchroni
 from vmamba.models.factory import create_model
 from vmamba.nn.modes import evaluating
 from vmamba.ops import use_backend
+from vmamba.processes import end_with_parent
 
 PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224", "resnet50")
 """Models that VMamba-T is compared with, by timm's names."""
@@ -251,7 +252,7 @@ def peak_memory(name: str, setting: Setting, memory_format: str) -> int | None:
     if setting.device != "cpu" or not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with context.Pool(1, end_with_parent) as pool:
         return pool.apply(_peak_memory_here, (name, setting, memory_format, torch.get_num_threads()))
 
 

@@ -18,6 +18,7 @@ from vmamba._torch_private import (
 )
 from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.errors import CheckpointError, DataError
+from vmamba.processes import end_with_parent
 
 MAX_DAMAGED_IN_A_ROW = 100
 """Damaged samples in a row after which loading fails: more are not just a few bad files."""
@@ -98,7 +99,7 @@ class ResumableLoader(DataLoader[Any]):
             _ErrorsAsSamples(dataset, on_error),
             sampler=sampler,
             collate_fn=_Collate(collate_fn or default_collate, on_error),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_start_worker,
             num_workers=num_workers,
             timeout=min(timeout, 1) if num_workers else 0,
             **kwargs,
@@ -225,8 +226,9 @@ class _Collate:
         )
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ignore signals, which reach the whole process group: the main process decides when to stop."""
+def _start_worker(worker: int) -> None:
+    """Ignore signals, which reach the whole process group: the main process alone decides when to stop."""
+    end_with_parent()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows lacks the last two
             signal.signal(getattr(signal, name), signal.SIG_IGN)

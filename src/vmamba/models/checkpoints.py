@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import urllib.parse
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -268,7 +269,8 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
     try:
-        with safe_globals():
+        with safe_globals(), warnings.catch_warnings():  # old files are read correctly
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Not PyTorch's whole message: it goes on to explain how to run the code in the file anyway.

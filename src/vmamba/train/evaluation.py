@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from vmamba.train.loaders import loader
 from vmamba.train.means import RunningMeans, gather
 from vmamba.train.progress import ProgressLine
 from vmamba.train.session import open_session
-from vmamba.train.task import Task, scores
+from vmamba.train.task import SamplePrediction, Task, scores
 from vmamba.train.trainer import settings, trainer_for
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,10 @@ log = logging.getLogger(__name__)
 class _Judge(lightning.LightningModule):
     """Computes all of a task's metrics over the batches of an evaluation."""
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
+    def __init__(self, task: Task, model: nn.Module, keep_predictions: bool) -> None:
         super().__init__()
+        self.keep_predictions = keep_predictions
+        self.predictions: list[tuple[int, Any]] = []
         self.task, self.model, self.metrics = task, model, task.report_metrics()
         self.means = RunningMeans()
         self.samples = 0
@@ -40,15 +43,22 @@ class _Judge(lightning.LightningModule):
         self.results: dict[str, Tensor] = {}
 
     def validation_step(self, loaded: LoadedBatch, batch_idx: int) -> None:
-        losses = self.task.validation_step(self.model, loaded.batch, self.metrics) or {}
-        self.means.add(losses, len(loaded.indices))
+        if self.keep_predictions:
+            losses, predicted = self.task.report_step(self.model, loaded.batch, self.metrics)
+            if predicted:
+                self.predictions += zip(loaded.indices, predicted, strict=True)
+        else:
+            losses = self.task.validation_step(self.model, loaded.batch, self.metrics)
+        self.means.add(losses or {}, len(loaded.indices))
         self.samples += len(loaded.indices)
 
     def on_validation_epoch_end(self) -> None:
         loader: Any = self.trainer.val_dataloaders
-        per_process = gather((self.samples, list(loader.skipped)))
-        self.samples = sum(samples for samples, _ in per_process)
-        self.skipped = [message for _, messages in per_process for message in messages]
+        per_process = gather((self.samples, list(loader.skipped), self.predictions))
+        self.samples = sum(samples for samples, _, _ in per_process)
+        self.skipped = [message for _, messages, _ in per_process for message in messages]
+        predictions = (pair for _, _, pairs in per_process for pair in pairs)
+        self.predictions = sorted(predictions, key=lambda pair: pair[0])
         if not self.samples:
             raise DataError(f"not one sample can be read, the first: {self.skipped[0]}")
         means = self.means.means()
@@ -71,6 +81,8 @@ class Evaluation:
         samples: How many samples were evaluated.
         skipped: For each skipped sample, what was wrong with it.
         results: The task's metrics and losses by name: single numbers and tables.
+        predictions: What was predicted for each sample, in the dataset's order; see `Task.report_step`. Empty
+            if that was not asked for.
     """
 
     source: str
@@ -81,6 +93,7 @@ class Evaluation:
     samples: int
     skipped: list[str]
     results: Mapping[str, Tensor]
+    predictions: Sequence[SamplePrediction] = ()
 
     @property
     def scores(self) -> dict[str, float]:
@@ -105,6 +118,7 @@ def evaluate(
     weights: Weights = "auto",
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
+    keep_predictions: bool = False,
 ) -> Evaluation:
     """Evaluate weights on the "val" split of their recipe's data.
 
@@ -114,6 +128,7 @@ def evaluate(
         weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
         scales: Average over these sizes of the crop.
+        keep_predictions: Keep what is predicted for each sample, for `Evaluation.predictions`.
 
     Raises:
         CheckpointError: As `open_session`.
@@ -133,8 +148,9 @@ def evaluate(
     with settings(recipe):
         trainer = trainer_for(recipe, [ProgressLine()])
         data = loader(session.task, recipe, "val", trainer)
-        module = _Judge(session.task, model)
+        module = _Judge(session.task, model, keep_predictions)
         trainer.validate(module, data, verbose=False)
+        dataset: Any = data.dataset.dataset  # type: ignore[attr-defined]  # behind the one that catches errors
     for message in module.skipped:
         log.warning("left out: %s", message)
     return Evaluation(
@@ -146,6 +162,9 @@ def evaluate(
         samples=module.samples,
         skipped=module.skipped,
         results=module.results,
+        predictions=[
+            SamplePrediction(index, dataset.name(index), value) for index, value in module.predictions
+        ],
     )
 
 
@@ -153,18 +172,23 @@ def check_folder(folder: str | Path) -> None:
     """Make the folder for results, before the evaluation, so that a failure costs no work.
 
     Raises:
-        OutputError: It cannot be made or written to.
+        OutputError: It cannot be made or written to, or a folder has a name that a file may need.
     """
-    probe = Path(folder) / ".probe"
+    folder = Path(folder)
     try:
-        write_atomically(probe, "")
-        probe.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # it has no name that several processes could share
+            pass
+        entries = list(folder.iterdir())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+    for entry in entries:  # which files a task writes is known only when it is loaded
+        if entry.suffix in (".json", ".csv", ".png") and entry.is_dir():
+            raise OutputError(f"{entry}: a folder, where a file of results may be written; move it away")
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
-    """Write results.json, and the task's tables and pictures, into a folder.
+    """Write results.json, and the task's tables, pictures and predictions, into a folder.
 
     Raises:
         OutputError: A file cannot be written.
@@ -183,5 +207,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
     try:
         write_atomically(folder / "results.json", json.dumps(values, indent=2) + "\n")
         evaluation.task.report(evaluation.results, folder)
+        if evaluation.predictions:
+            evaluation.task.report_predictions(evaluation.predictions, folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error

@@ -19,6 +19,8 @@ from vmamba.environment import environment
 from vmamba.errors import DataError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
 from vmamba.models.checkpoints import CONTENTS, contents, run_folder
+from vmamba.nn import SS2D
+from vmamba.ops import default_backend
 from vmamba.train.best import describe_model
 from vmamba.train.callbacks import Checkpoints, Milestones
 from vmamba.train.checkpoint import newest_checkpoint
@@ -321,6 +323,7 @@ def _introduce(
     """Log at the start what is trained on which data and devices."""
     parameters = sum(parameter.numel() for parameter in session.model.parameters())
     device, processes = trainer.strategy.root_device, trainer.world_size
+    states = [module.config.d_state for module in session.model.modules() if isinstance(module, SS2D)]
     log.info(
         "%s of %s M parameters for %d classes; %d samples to train on, %d to evaluate",
         session.recipe.model.name,
@@ -330,12 +333,13 @@ def _introduce(
         samples["val"],
     )
     log.info(
-        "%d steps of %d samples on %s%s, %s",
+        "%d steps of %d samples on %s%s, %s%s",
         module.steps,
         session.recipe.train.batch_size,
         device,
         f", {processes} processes" if processes > 1 else "",
         f"{torch.get_num_threads()} threads" if device.type == "cpu" else session.recipe.train.precision,
+        f", scans by the backend {default_backend(device, max(states))}" if states else "",
     )
 
 

@@ -8,6 +8,7 @@ command are the same for all tasks. To add one, write a module in
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -50,6 +51,21 @@ class Metrics(Protocol):
         """Results by name. Those of one value are scores, the others are tables for `Task.report`."""
 
     def reset(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class SamplePrediction:
+    """What was predicted for a sample of an evaluation.
+
+    Attributes:
+        index: The sample's index in the split "val".
+        name: Its name, as the dataset gives it.
+        value: The prediction, from `Task.report_step`.
+    """
+
+    index: int
+    name: str
+    value: Any
 
 
 class Task(ABC):
@@ -146,6 +162,26 @@ class Task(ABC):
         if tables:
             text = json.dumps({"classes": list(self.classes), **tables})
             write_atomically(folder / "tables.json", text + "\n")
+
+    def report_step(
+        self, model: nn.Module, batch: Batch, metrics: Any
+    ) -> tuple[Mapping[str, Tensor] | None, Sequence[Any]]:
+        """`validation_step` that also says what is predicted for each sample, for `report_predictions`.
+
+        Returns:
+            The losses, and a value for each sample of the batch, in order: it is held in memory until the
+            evaluation ends, and pickled to reach the first process. By default none.
+        """
+        return self.validation_step(model, batch, metrics), ()
+
+    def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
+        """Write the predictions of `report_step`, if it returns any, as files.
+
+        Args:
+            predictions: One for each sample that could be read, in the dataset's order.
+            folder: Of the other results.
+        """
+        raise NotImplementedError(f"{self.name}: report_step returns predictions that nothing writes")
 
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         """The model with test-time augmentation.

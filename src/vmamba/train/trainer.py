@@ -34,7 +34,6 @@ _NOISE = [
     ".*This DataLoader will create .* worker processes.*",  # more than processors: storage may be slow
     ".*Palette images with Transparency.*",  # Pillow's; we read them correctly
     ".*Image size .* exceeds limit of .* pixels, could be decompression bomb.*",  # below Pillow's own refusal
-    ".*Detected pickle protocol .* in the checkpoint.*",  # old files; we read them correctly
     ".*warmup_t.*t_initial.*",  # timm's schedule, if the warm-up is most of the run
 ]
 """Warnings of other libraries that do not concern the user."""

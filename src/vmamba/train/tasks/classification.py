@@ -29,8 +29,15 @@ from vmamba.pretrained import set_configuration
 from vmamba.train.averaging import AveragedViews
 from vmamba.train.confusion import ClassResult, draw_confusion, per_class, write_csv
 from vmamba.train.model import create_model, require_model
+from vmamba.train.predictions import (
+    PredictedClasses,
+    draw_mistakes,
+    most_confident_mistakes,
+    predicted_classes,
+    write_predictions,
+)
 from vmamba.train.recipe import Recipe
-from vmamba.train.task import Task
+from vmamba.train.task import SamplePrediction, Task
 
 
 class AugmentRecipe(Section):
@@ -203,8 +210,7 @@ class ClassificationTask(Task):
 
     def training_step(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
-        logits = model(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = _logits(model, images)
         labels, smoothing = targets, self.recipe.augment.label_smoothing
         if targets.ndim == 2:  # mixed, and smoothed already
             labels, targets, smoothing = targets.argmax(1), targets.to(logits), 0.0
@@ -247,13 +253,21 @@ class ClassificationTask(Task):
         self, model: nn.Module, batch: tuple[Tensor, Tensor], metrics: Any
     ) -> dict[str, Tensor]:
         images, labels = batch
-        logits = model(images)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._score(_logits(model, images), labels, metrics)
+
+    def _score(self, logits: Tensor, labels: Tensor, metrics: Any) -> dict[str, Tensor]:
         loss = F.cross_entropy(logits, labels)
         if len(self.classes) == 1:  # torchmetrics requires two: add one that is never predicted
             logits = F.pad(logits, (0, 1), value=-1e4)
         metrics.update(logits.float(), labels)
         return {"loss": loss}
+
+    def report_step(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], metrics: Any
+    ) -> tuple[dict[str, Tensor], list[PredictedClasses]]:
+        images, labels = batch
+        logits = _logits(model, images)
+        return self._score(logits, labels, metrics), predicted_classes(logits, labels)
 
     def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
         """per_class.csv, confusion.csv and confusion.png."""
@@ -266,11 +280,24 @@ class ClassificationTask(Task):
         write_csv(folder / "confusion.csv", ["true class", *self.classes], counts)
         draw_confusion(confusion, self.classes, folder / "confusion.png")
 
+    def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
+        """predictions.csv, and mistakes.csv and mistakes.png with the most confident first."""
+        write_predictions(predictions, self.classes, folder / "predictions.csv")
+        mistakes = most_confident_mistakes(predictions)
+        write_predictions(mistakes, self.classes, folder / "mistakes.csv")
+        draw_mistakes(mistakes, self.classes, self._source("val").image, folder / "mistakes.png")
+
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         return AveragedViews(model, flip, scales)
 
     def predictor(self, model: nn.Module) -> ClassificationPredictor:
         return ClassificationPredictor(model, self.preprocessing, self.classes)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's outputs, in at least float32."""
+    logits: Tensor = model(images)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _configuration(recipe: ClassificationRecipe) -> Any:

@@ -6,6 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
+from vmamba.data.decoding import DecodedImage
+from vmamba.files import replacing
+
 MOST = 1000
 """Most images on a sheet; a JPEG cannot be much larger."""
 
@@ -23,15 +28,23 @@ class Cell:
 
     Attributes:
         name: The image's name.
-        image: A Pillow image, or None if it could not be read.
+        image: The image, or None if it could not be read.
         title: The most likely class, or the error.
         detail: Its probability, at the right of the title.
     """
 
     name: str
-    image: Any
+    image: Image.Image | None
     title: str
     detail: str = ""
+
+
+def picture(image: DecodedImage) -> Image.Image:
+    """A decoded image as Pillow's; of a tensor (c, h, w) the first three channels, or the first one."""
+    if isinstance(image, Image.Image):
+        return image
+    pixels = image[: 3 if len(image) >= 3 else 1].mul(255).byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def draw_sheet(cells: Sequence[Cell], path: Path) -> None:
@@ -40,10 +53,6 @@ def draw_sheet(cells: Sequence[Cell], path: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    from PIL import Image, ImageDraw
-
-    from vmamba.files import replacing
-
     columns = max(1, min(len(cells), round((1.4 * len(cells)) ** 0.5)))
     rows = -(-len(cells) // columns)
     width, height = _SIDE + _MARGIN, _SIDE + 2 * _LINE + 4 + _MARGIN
@@ -63,7 +72,8 @@ def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
     draw.rectangle((left, top, left + _SIDE - 1, top + _SIDE - 1), fill=(238, 238, 238))
     if cell.image is not None:
         scale = _SIDE / max(cell.image.size)
-        size = tuple(max(1, round(side * scale)) for side in cell.image.size)
+        width, height = (max(1, round(side * scale)) for side in cell.image.size)
+        size = (width, height)
         thumbnail = cell.image.convert("RGB").resize(size)
         sheet.paste(thumbnail, (left + (_SIDE - size[0]) // 2, top + (_SIDE - size[1]) // 2))
     large, small = _font(_SIZES[0]), _font(_SIZES[1])
@@ -81,8 +91,6 @@ def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
 
 @cache
 def _font(size: int) -> Any:
-    from PIL import ImageFont
-
     try:
         return ImageFont.load_default(size)
     except (TypeError, OSError):  # a Pillow before 10.1, or without FreeType: one size, Latin-1 alone
