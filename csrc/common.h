@@ -283,9 +283,7 @@ template <class Work> void deal(int64_t tasks, int64_t threads, const Work &work
   work(next);
   for (std::thread &other : others) other.join();
 #else
-  // All threads, even if there are fewer tasks: libgomp ends the threads that a smaller team leaves over, and has to
-  // start them again for PyTorch's next operation.
-#pragma omp parallel num_threads(int(threads))
+#pragma omp parallel num_threads(int(std::min(threads, tasks)))
   work(next);
 #endif
 }
