@@ -2,8 +2,8 @@
 
     python benchmarks/loaded_machine.py --rounds 5 --out benchmarks/results/loaded-machine.json
 
-Each model has a process for each number of threads, and "recipe" is what a run without `train.threads` uses. They take
-turns; printed is the median over rounds.
+Each model has a process for each number of threads, and "recipe" is what a run without `train.threads` uses.
+They take turns; printed is the median over rounds.
 """
 
 import argparse

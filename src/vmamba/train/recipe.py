@@ -187,8 +187,8 @@ class TrainRecipe(Section):
         default=None,
         ge=1,
         le=1024,
-        description="threads of PyTorch on the CPU; null for 1 where the model has little work in a layer, else "
-        "for OMP_NUM_THREADS or PyTorch's default",
+        description="threads of PyTorch on the CPU; null for 1 where a layer of the model has little work, "
+        "else for OMP_NUM_THREADS or PyTorch's default",
     )
     grad_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
     compile: bool = Field(default=False, description="run the model through torch.compile")

@@ -81,7 +81,7 @@ class Task(ABC):
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
-        """Shape of one sample's tensor, from which the model's work is counted; None if inputs are not tensors."""
+        """Shape of one sample, from which the model's work is counted; None if it is not one tensor."""
         return None
 
     @classmethod

@@ -12,9 +12,9 @@ from vmamba.train.session import Session
 SMALL_WORK = 2**24
 """Multiply-adds of a pass for each layer with parameters, below which one thread is used.
 
-Below it threads spend much of their time on waiting for each other, and other busy processes slow them down
-by a factor. It lies midway between vmamba_pico (3.6 M) and ResNet-18 (53 M) at 28² pixels and batch 64, the two
-that `benchmarks/loaded_machine.py` measures; where between them two threads begin to pay was not measured."""
+Below it threads spend much of their time on waiting for each other, and other busy processes slow them
+down by a factor. It lies midway between vmamba_pico (3.6 M) and ResNet-18 (53 M) at 28² pixels and batch 64,
+which `benchmarks/loaded_machine.py` times; where between them two threads begin to pay was not measured."""
 
 
 def work_of_a_layer(model: nn.Module, sample_shape: tuple[int, ...], samples: int) -> float:
