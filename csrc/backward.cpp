@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t most_groups = 16;   // of images: bounds the memory of the partial sums, one for each group
 constexpr int64_t enough_tasks = 64;  // with more tasks, groups would only add work to the final sums
+constexpr int64_t rows_of_task = 256;  // of the sums over blocks
 constexpr int plain = 16;             // positions whose share of A's gradient is summed plainly; then Kahan's sum
 
 // Loops copy the members that they read to locals: after a vector store the compiler must assume that any
@@ -70,13 +71,13 @@ template <class F> struct Backward {
         dx_row(new F *[size_t(span + ahead)]),
         out_row(new F *[size_t(span)]),
         next_rows(new const char *[size_t(3 * span + 3 * pack<F>)]()) {
-    F **const parts[] = {&d, &slope, &decay, &h, &d_delta};
-    for (int i = 0; i < 5; ++i) *parts[i] = vectors.get() + i * (stretch + lanes<F>);
+    F **const buffers[] = {&d, &slope, &decay, &h, &d_delta};
+    for (int i = 0; i < 5; ++i) *buffers[i] = vectors.get() + i * (stretch + lanes<F>);
   }
 
   // A group of images, b0 to b1.
   void images(int64_t b0, int64_t b1, int64_t group, int64_t block, int64_t first, int64_t count) {
-    p.take(first, count);
+    p.load_block(first, count);
     std::fill_n(sum_A.get(), 2 * rest_A, F(0));
     std::fill_n(sum_bias.get(), 2 * rest_bias, F(0));
     std::fill_n(sum_W.get(), 2 * rest_W, F(0));
@@ -109,7 +110,7 @@ template <class F> struct Backward {
       const int64_t start = slot * s.state_stride;
       const F *saved = static_cast<const F *>(g.states) +
                        ((b * s.n_routes + k) * slots + slot) * s.n_state * s.channels + p.first;
-      if (slot) find_next(b, k, start - s.state_stride, int(s.state_stride));
+      if (slot) note_next_rows(b, k, start - s.state_stride, int(s.state_stride));
       for (int64_t i = 0; slot && i < s.n_state * s.channels; i += s.channels)
         for (int64_t c = 0; c < p.count; c += lanes<F>) __builtin_prefetch(saved - s.n_state * s.channels + i + c);
       segment(b, k, block, start, int(std::min(s.state_stride, length - start)), saved);
@@ -122,7 +123,7 @@ template <class F> struct Backward {
 
   // Stores pointers to the next segment's rows, to prefetch them: the hardware does not where they lie in
   // different rows of the image.
-  void find_next(int64_t b, int64_t k, int64_t start, int n) {
+  void note_next_rows(int64_t b, int64_t k, int64_t start, int n) {
     const auto note = [&](const vmamba_image &image, int64_t size, const Run &run, const char **to) {
       const char *const from = static_cast<const char *>(image.data) +
                                (b * image.stride[0] + run.at(image) + p.first) * size;
@@ -146,12 +147,12 @@ template <class F> struct Backward {
 
   // n positions of a route, from the `start`-th on; `saved`: the state before them, (n, d).
   void segment(int64_t b, int64_t k, int64_t block, int64_t start, int n, const F *saved) {
-    take_rows(s.x, b, k, start, n, x.get());
-    take_rows(g.y, b, k, start, n, dy.get());
+    load_rows(s.x, b, k, start, n, x.get());
+    load_rows(g.y, b, k, start, n, dy.get());
     each_run(s, s.routes[k], start, n, [&](const Run &run) {
       delta_rows(p, b, k, run, delta_copies.get(), delta_row.get());
-      read_few(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
-      read_few(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
+      copy_rows(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
+      copy_rows(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
       const int64_t position = b * length + run.flat(s.width), step = run.flat_step(s.width);
       for (int i = 0; i < run.count; ++i) {
         const int64_t at = position + i * step;
@@ -194,7 +195,7 @@ template <class F> struct Backward {
   }
 
   // The block's channels of n positions, vector by vector.
-  void take_rows(const vmamba_image &image, int64_t b, int64_t k, int64_t start, int n, F *to) {
+  void load_rows(const vmamba_image &image, int64_t b, int64_t k, int64_t start, int n, F *to) {
     each_run(s, s.routes[k], start, n, [&](const Run &run) {
       rows_of(image, b * image.stride[0] + p.first, run, p.count, p.pitch, copies.get(), row_of.get());
     });
@@ -248,9 +249,9 @@ template <class F> struct Backward {
       prefetch_next(t, j);
       const Pack<F, pack<F>> in = row<F, pack<F>>(z_j + t * L);
       if constexpr (activated) {
-        const Softplus<F, pack<F>> found = softplus<F, usual, true>(in);
-        keep(to_step + t * L, found.value);
-        keep(to_slope + t * L, found.slope);
+        const Softplus<F, pack<F>> activated_step = softplus<F, usual, true>(in);
+        keep(to_step + t * L, activated_step.value);
+        keep(to_slope + t * L, activated_step.slope);
       } else {
         keep(to_step + t * L, in);
       }
@@ -382,16 +383,16 @@ template <class F> struct Backward {
   }
 
   template <int R, int J> VMAMBA_INLINE void outer_tile(int n, int64_t j, int64_t r, F *sum) const {
-    Vector<F> part[R][J] = {};
+    Vector<F> sums_of[R][J] = {};
     for (int t = 0; t < n; ++t) {
       const F *in = delta_row[t] + r, *of_t = &dz[j * stretch + t * lanes<F>];
       Vector<F> v[J];
       for (int a = 0; a < J; ++a) v[a] = load(of_t + a * stretch);
       for (int i = 0; i < R; ++i)
-        for (int a = 0; a < J; ++a) part[i][a] += v[a] * in[i];
+        for (int a = 0; a < J; ++a) sums_of[i][a] += v[a] * in[i];
     }
     for (int i = 0; i < R; ++i)
-      for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + (j + a) * lanes<F>, rest_W, part[i][a]);
+      for (int a = 0; a < J; ++a) add(sum + (r + i) * p.pitch + (j + a) * lanes<F>, rest_W, sums_of[i][a]);
   }
 
   // The gradients of values r to r + R of low-rank delta: Σ_d dz[t][d] weight[r][d], for as many positions at
@@ -400,20 +401,20 @@ template <class F> struct Backward {
     constexpr int T = lanes<F> / R;
     if constexpr (T > 0) {
       for (int t = 0; t < n; t += T) {
-        Vector<F> part[T * R] = {};
+        Vector<F> products[T * R] = {};
         for (int64_t j = 0; j < p.pitch / lanes<F>; ++j) {
           Vector<F> w[R];
           for (int i = 0; i < R; ++i) w[i] = load(weight + (r + i) * p.pitch + j * lanes<F>);
           for (int a = 0; a < T; ++a) {
             const Vector<F> v = load(&dz[j * stretch + (t + a) * lanes<F>]);
-            for (int i = 0; i < R; ++i) part[a * R + i] += v * w[i];
+            for (int i = 0; i < R; ++i) products[a * R + i] += v * w[i];
           }
         }
-        F found[lanes<F>];
-        store(found, sum_lanes<F>(part) * (p.usual ? Simd<F>::ln2 : F(1)));
+        F totals[lanes<F>];
+        store(totals, sum_lanes<F>(products) * (p.usual ? Simd<F>::ln2 : F(1)));
         const int last = std::min(T, n - t);
         for (int a = 0; a < last; ++a)
-          for (int i = 0; i < R; ++i) out_row[t + a][r + i] = found[a * R + i];
+          for (int i = 0; i < R; ++i) out_row[t + a][r + i] = totals[a * R + i];
       }
     } else {
       inner_product<R / 2>(n, r, weight), inner_product<R / 2>(n, r + R / 2, weight);
@@ -426,14 +427,15 @@ template <class F>
 void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, const F *by_block, int64_t groups,
             const F *by_group) {
   const int64_t rows = s.batch * s.height * s.width * s.n_routes, sums = s.rank + 2 * s.n_state;
-  in_shares(rows, s.threads, [&](int64_t row, int64_t last) {
-    const auto totals = allocate<F>(tile * sums);
-    for (int64_t n; row < last; row += n) {
-      n = std::min<int64_t>(tile, last - row);
+  const int64_t pieces = (rows + rows_of_task - 1) / rows_of_task;
+  deal(pieces, s.threads, [&](const auto &next) {
+    const auto totals = allocate<F>(rows_of_task * sums);
+    for (int64_t piece; (piece = next()) < pieces;) {
+      const int64_t row = piece * rows_of_task, n = std::min(rows_of_task, rows - row);
       std::copy_n(by_block + row * sums, n * sums, totals.get());
       for (int64_t block = 1; block < blocks; ++block) {
-        const F *const share = by_block + (block * rows + row) * sums;
-        for (int64_t i = 0; i < n * sums; ++i) totals[i] += share[i];
+        const F *const addend = by_block + (block * rows + row) * sums;
+        for (int64_t i = 0; i < n * sums; ++i) totals[i] += addend[i];
       }
       const F *from = totals.get();
       const auto give = [&](void *to, int64_t count, int64_t at) {
@@ -445,8 +447,9 @@ void finish(const vmamba_scan &s, const vmamba_gradients &g, int64_t blocks, con
   });
 
   const int64_t each = Backward<F>::per_group(s), blocks_of_route = (s.channels + widest - 1) / widest;
-  in_shares(s.n_routes * blocks_of_route, s.threads, [&](int64_t task, int64_t last) {
-    for (; task < last; ++task) {
+  const int64_t tasks = s.n_routes * blocks_of_route;
+  deal(tasks, s.threads, [&](const auto &next) {
+    for (int64_t task; (task = next()) < tasks;) {
       const int64_t k = task / blocks_of_route, first = task % blocks_of_route * widest;
       const int64_t count = std::min<int64_t>(widest, s.channels - first);
       // Value i of the n of each channel of a route; it is in row `row` of each group's sums.

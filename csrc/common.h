@@ -130,7 +130,7 @@ VMAMBA_INLINE void rows_of(const vmamba_image &image, int64_t offset, const Run 
 
 // Copies rows of n values contiguously.
 template <class F>
-VMAMBA_INLINE void read_few(const vmamba_image &image, int64_t offset, const Run &run, int64_t n, F *to) {
+VMAMBA_INLINE void copy_rows(const vmamba_image &image, int64_t offset, const Run &run, int64_t n, F *to) {
   const int64_t at = offset + run.at(image), step = run.step(image);
   to += run.first * n;
   if (image.type != type_of<F>) {
@@ -189,7 +189,7 @@ template <class F> struct Parameters {
       turn_rows(static_cast<const F *>(from) + (k * s.channels + first) * n, n, factor, to + k * n * pitch);
   }
 
-  void take(int64_t start, int64_t n) {
+  void load_block(int64_t start, int64_t n) {
     if (start == first && n == count) return;
     first = start, count = n, pitch = (n + lanes<F> - 1) / lanes<F> * lanes<F>;
     const F scale = usual ? Simd<F>::log2e : F(1);
@@ -271,33 +271,41 @@ VMAMBA_NOINLINE void preactivation(const Parameters<F> &p, int64_t k, const F *c
             load(delta[t] + j * lanes<F>) + load(p.b(k) + j * lanes<F>));
 }
 
-// Splits the tasks into one range per thread, and runs `body(first, last)` for each in its thread.
-template <class Body> void in_shares(int64_t tasks, int64_t threads, const Body &body) {
-  const int64_t shares = std::max<int64_t>(1, std::min(threads, tasks));
-  const auto share = [&](int64_t i) { body(i * tasks / shares, (i + 1) * tasks / shares); };
+// Runs `work(next)` in each of up to `threads` threads. next() is the number of a task that no thread has had yet;
+// from `tasks` on there is none left. A thread that gets no processor for a while leaves its tasks to the others.
+template <class Work> void deal(int64_t tasks, int64_t threads, const Work &work) {
+  std::atomic<int64_t> dealt = 0;
+  const auto next = [&] { return dealt.fetch_add(1, std::memory_order_relaxed); };
+  if (threads <= 1 || tasks <= 1) return work(next);
 #ifdef __SANITIZE_THREAD__  // the sanitizer does not know OpenMP's synchronisation
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < shares; ++i) others.emplace_back(share, i);
-  share(0);
+  for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back([&] { work(next); });
+  work(next);
   for (std::thread &other : others) other.join();
 #else
-#pragma omp parallel for num_threads(int(shares)) schedule(static)
-  for (int64_t i = 0; i < shares; ++i) share(i);
+#pragma omp parallel num_threads(int(std::min(threads, tasks)))
+  work(next);
 #endif
 }
 
 // Runs `body(worker, group, block, first, count)` for each of `groups` and each block of `width` channels; each
-// thread has one worker.
+// thread that gets a task makes one worker. A task is several groups of one block, as the worker has to prepare the
+// block's parameters, and small enough that each thread has about 8.
 template <class Worker, class Make, class Body>
 int each_block(const vmamba_scan &s, int64_t width, int64_t groups, const Make &make, const Body &body) {
   const int64_t blocks = (s.channels + width - 1) / width;
+  const int64_t size = std::max<int64_t>(1, std::min(groups, blocks * groups / (8 * s.threads)));
+  const int64_t of_block = (groups + size - 1) / size, tasks = blocks * of_block;
   std::atomic<int> status = VMAMBA_OK;
-  in_shares(blocks * groups, s.threads, [&](int64_t task, int64_t last) {
+  deal(tasks, s.threads, [&](const auto &next) {
     try {
-      const std::unique_ptr<Worker> worker(make());
-      for (; task < last; ++task) {
-        const int64_t block = task / groups, first = block * width;
-        body(*worker, task % groups, block, first, std::min(width, s.channels - first));
+      std::unique_ptr<Worker> worker;
+      for (int64_t task; (task = next()) < tasks;) {
+        if (!worker) worker.reset(make());
+        const int64_t block = task / of_block, channel = block * width;
+        const int64_t first = task % of_block * size, last = std::min(first + size, groups);
+        for (int64_t group = first; group < last; ++group)
+          body(*worker, group, block, channel, std::min(width, s.channels - channel));
       }
     } catch (const std::bad_alloc &) {
       status = VMAMBA_OUT_OF_MEMORY;

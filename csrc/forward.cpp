@@ -30,7 +30,7 @@ template <class F> struct Forward {
         delta_copies(allocate<F>(tile * (s.rank ? s.rank : widest))) {}
 
   void image(int64_t b, int64_t first, int64_t count) {
-    p.take(first, count);
+    p.load_block(first, count);
     for (int64_t k = 0; k < s.n_routes; ++k) route(b, k);
   }
 
@@ -57,8 +57,8 @@ template <class F> struct Forward {
     each_run(s, s.routes[k], start, n, [&](const Run &run) {
       rows_of(s.x, b * s.x.stride[0] + p.first, run, p.count, p.pitch, x_copies, x_row);
       delta_rows(p, b, k, run, delta_copies.get(), delta_row);
-      read_few(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
-      read_few(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
+      copy_rows(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
+      copy_rows(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
       F *const home = y + (b * s.height * s.width + run.flat(s.width)) * s.channels + p.first;
       for (int i = 0; i < run.count; ++i)
         y_row[run.first + i] = home + i * run.flat_step(s.width) * s.channels;
@@ -101,7 +101,7 @@ template <class F> struct Forward {
   }
 
   // The argument of softplus at position t, for the i-th vector after channel j.
-  VMAMBA_INLINE Vector<F> taken(int64_t j, int64_t i, int64_t t) const {
+  VMAMBA_INLINE Vector<F> argument(int64_t j, int64_t i, int64_t t) const {
     return load(z + j * tile + (i * tile + t) * lanes<F>);
   }
 
@@ -118,12 +118,12 @@ template <class F> struct Forward {
     Pack<F, P> state = row<F, P>(&h[j]);
     in_pieces<positions_at_once<F>>(n, [&](int64_t t, auto T) VMAMBA_INLINED {
       using All = Pack<F, T * P>;
-      const All d = step_size<activated, usual>(All::of([&](int i) { return taken(j, i % P, t + i / P); }));
+      const All d = step_size<activated, usual>(All::of([&](int i) { return argument(j, i % P, t + i / P); }));
       const All decay = exp2<true, usual>(rounded(d * All::of([&](int i) { return a.v[i % P]; })));
       for (int i = 0; i < T; ++i, ++t) {
         prefetch<P>(t + ahead, j);
         const Pack<F, P> x = row<F, P>(x_row[t] + j);
-        state = fma(part<P>(decay, i), state, part<P>(d, i) * x * B[t]);
+        state = fma(slice<P>(decay, i), state, slice<P>(d, i) * x * B[t]);
         keep(y_row[t] + j, fma(state, Pack<F, P>(C[t]), writes ? skip * x : row<F, P>(y_row[t] + j)));
       }
     });
@@ -135,7 +135,7 @@ template <class F> struct Forward {
     const Pack<F, P> skip = row<F, P>(p.skip + j);
     for (int t = 0; t < n; ++t) {
       const Pack<F, P> x = row<F, P>(x_row[t] + j);
-      d[t] = step_size<activated, usual>(Pack<F, P>::of([&](int i) { return taken(j, i, t); }));
+      d[t] = step_size<activated, usual>(Pack<F, P>::of([&](int i) { return argument(j, i, t); }));
       dx[t] = d[t] * x;
       sum[t] = k ? row<F, P>(y_row[t] + j) : skip * x;
     }
@@ -185,18 +185,22 @@ int forward(const vmamba_scan &s, void *y, void *last, void *states) {
 void bare_loop(int64_t values, int64_t threads) {
   constexpr int64_t cached = 1024;
   constexpr int at_once = pack<float>;
-  const int64_t rounds = (values + cached - 1) / cached;
-  in_shares(rounds, threads, [](int64_t round, int64_t last) {
+  constexpr int64_t rounds_of_task = 64;
+  const int64_t rounds = (values + cached - 1) / cached, tasks = (rounds + rounds_of_task - 1) / rounds_of_task;
+  deal(tasks, threads, [&](const auto &next) {
     alignas(64) float from[cached], to[cached];
     for (int64_t i = 0; i < cached; ++i) from[i] = float(i % 37) / 10 - 3;
     constexpr float a = -1.4f;
-    for (; round < last; ++round) {
-      for (int64_t i = 0; i < cached; i += at_once * lanes<float>) {
-        const auto z = Pack<float, at_once>::of([&](int j) { return load(from + i + j * lanes<float>); });
-        const auto decay = exp2<true, true>(rounded(softplus<float, true, false>(z).value * a));
-        for (int j = 0; j < at_once; ++j) store(to + i + j * lanes<float>, decay.v[j]);
+    for (int64_t task; (task = next()) < tasks;) {
+      const int64_t last = std::min(rounds, (task + 1) * rounds_of_task);
+      for (int64_t round = task * rounds_of_task; round < last; ++round) {
+        for (int64_t i = 0; i < cached; i += at_once * lanes<float>) {
+          const auto z = Pack<float, at_once>::of([&](int j) { return load(from + i + j * lanes<float>); });
+          const auto decay = exp2<true, true>(rounded(softplus<float, true, false>(z).value * a));
+          for (int j = 0; j < at_once; ++j) store(to + i + j * lanes<float>, decay.v[j]);
+        }
+        asm volatile("" : : "r"(to), "r"(from) : "memory");  // keeps the loop from being optimised away
       }
-      asm volatile("" : : "r"(to), "r"(from) : "memory");  // keeps the loop from being optimised away
     }
   });
 }

@@ -184,7 +184,7 @@ template <class F, int P> VMAMBA_INLINE void keep(F *to, Pack<F, P> v) {
 }
 
 // The i-th P vectors of more.
-template <int P, class F, int all> VMAMBA_INLINE Pack<F, P> part(const Pack<F, all> &of, int i) {
+template <int P, class F, int all> VMAMBA_INLINE Pack<F, P> slice(const Pack<F, all> &of, int i) {
   return Pack<F, P>::of([&](int l) { return of.v[i * P + l]; });
 }
 
@@ -313,13 +313,13 @@ template <bool with_rest, int P> VMAMBA_INLINE Pack<float, P> exp2_by_table(Pack
     });
   };
   const Floats head = look_up(tables.exp2), poly = fma(fma(r, q[2], q[1]), r, q[0]);
-  Floats found;
+  Floats power;
   if constexpr (with_rest)
-    found = fma(head, fma(r, poly, look_up(tables.exp2_rest)), head);
+    power = fma(head, fma(r, poly, look_up(tables.exp2_rest)), head);
   else
-    found = fma(head * r, poly, head);
+    power = fma(head * r, poly, head);
   return Floats::of([&](int i) {  // times 2^⌊n⌋
-    return (Vector<float>)_mm512_scalef_ps((__m512)found.v[i], (__m512)n.v[i]);
+    return (Vector<float>)_mm512_scalef_ps((__m512)power.v[i], (__m512)n.v[i]);
   });
 }
 
@@ -388,11 +388,11 @@ VMAMBA_INLINE Softplus<F, P> softplus(Pack<F, P> t) {
       Pack<F, P>::of([&](int i) { return (Vector<F>)((I)t.v[i] | S::sign); });  // -|t|
   const Pack<F, P> u = scaled ? exp2<false, true>(magnitude) : exp_negative(magnitude);
   const Pack<F, P> linear = Pack<F, P>::of([&](int i) { return greater<F>(t.v[i], Vector<F>{}); });
-  Softplus<F, P> found;
-  found.value = scaled ? fma(linear, Pack<F, P>(S::ln2), log1p(u)) : linear + log1p(u);
+  Softplus<F, P> result;
+  result.value = scaled ? fma(linear, Pack<F, P>(S::ln2), log1p(u)) : linear + log1p(u);
   if constexpr (with_slope)
-    found.slope = Pack<F, P>::of([&](int i) { return (I)t.v[i] < 0 ? u.v[i] : splat<F>(1); }) / (u + F(1));
-  return found;
+    result.slope = Pack<F, P>::of([&](int i) { return (I)t.v[i] < 0 ? u.v[i] : splat<F>(1); }) / (u + F(1));
+  return result;
 }
 
 // The sum over the lanes of each of `lanes` vectors, as one vector. `v` is overwritten.

@@ -16,6 +16,7 @@ from vmamba.train.recipe import Recipe, ScheduleRecipe
 from vmamba.train.session import training_session
 from vmamba.train.stop import at_step
 from vmamba.train.tasks import task_type
+from vmamba.train.threads import with_threads
 from vmamba.train.trainer import settings, trainer_for
 
 
@@ -127,6 +128,8 @@ def bench_step(recipe: Recipe, rounds: int = 5) -> float:
         trainer.accumulate_grad_batches = passes
         trainer.fit_loop.max_epochs = 1
         session = training_session(recipe)
+        if trainer.strategy.root_device.type == "cpu":
+            session = with_threads(session, size)
         data = _SameBatch(loader(session.task, session.recipe, "train", trainer), steps * passes)
         trainer.fit(TaskModule(session.task, session.recipe, session.model, steps), data)
     return size * passes / statistics.median(times.seconds[2:])

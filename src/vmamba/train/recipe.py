@@ -184,7 +184,11 @@ class TrainRecipe(Section):
     ema_warmup: bool = Field(default=False, description="let the average follow faster at first")
     workers: int = Field(default=4, ge=0, description="of the data, in each process")
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="threads of PyTorch on the CPU; null for its default"
+        default=None,
+        ge=1,
+        le=1024,
+        description="threads of PyTorch on the CPU; null for 1 where a layer of the model has little work, "
+        "else for OMP_NUM_THREADS or PyTorch's default",
     )
     grad_checkpointing: bool = Field(default=False, description="recompute each block in the backward pass")
     compile: bool = Field(default=False, description="run the model through torch.compile")

@@ -36,6 +36,7 @@ from vmamba.train.session import Session, training_session
 from vmamba.train.stop import StopOnSignal, holds_run, how_to_go_on
 from vmamba.train.task import Task
 from vmamba.train.tasks import task_type
+from vmamba.train.threads import with_threads
 from vmamba.train.trainer import is_first_process, settings, trainer_for
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,9 @@ def resume(
         after = check(task_class.recipe_type, changed, str(newest))
         if recipe is not None:
             after = task_class.resolve(recipe)
+            if after.train.threads is None:
+                train = after.train.model_copy(update={"threads": before.train.threads})
+                after = after.model_copy(update={"train": train})
         changes = _changes(before, after)
         if refused := [key for key in changes if not _may_change(key, extend)]:
             raise RecipeError(
@@ -213,8 +217,11 @@ def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | 
         recipe = task_type(recipe.task).resolve(recipe)
         progress = ProgressLine()
         trainer = trainer_for(recipe, [progress], loggers_for(recipe, folder))
-        trainer.accumulate_grad_batches = batches_of_a_step(recipe, trainer.world_size)[1]
+        samples_of_a_pass, trainer.accumulate_grad_batches = batches_of_a_step(recipe, trainer.world_size)
         session = training_session(recipe)
+        if resumed is None and trainer.strategy.root_device.type == "cpu":  # a resumed run keeps its threads
+            session = with_threads(session, samples_of_a_pass)
+            recipe = session.recipe
         training = loader(session.task, recipe, "train", trainer)
         validation = loader(session.task, recipe, "val", trainer)
         samples = {"train": training.sampler.length, "val": validation.sampler.length}
@@ -317,6 +324,11 @@ def _prepare(
         raise OutputError(f"{folder}: cannot be written to ({error})") from error
 
 
+def _threads() -> str:
+    threads = torch.get_num_threads()
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 def _introduce(
     session: Session, trainer: lightning.Trainer, samples: Mapping[str, int], module: TaskModule
 ) -> None:
@@ -338,7 +350,7 @@ def _introduce(
         session.recipe.train.batch_size,
         device,
         f", {processes} processes" if processes > 1 else "",
-        f"{torch.get_num_threads()} threads" if device.type == "cpu" else session.recipe.train.precision,
+        _threads() if device.type == "cpu" else session.recipe.train.precision,
         f", scans by the backend {default_backend(device, max(states))}" if states else "",
     )
 

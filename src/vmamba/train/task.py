@@ -95,6 +95,11 @@ class Task(ABC):
     @abstractmethod
     def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...
 
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample, from which the model's work is counted; None if it is not one tensor."""
+        return None
+
     @classmethod
     def resolve(cls, recipe: Any) -> Any:
         """The recipe with what it leaves to the model (image size, mean, std, …) filled in.

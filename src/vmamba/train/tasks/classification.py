@@ -123,6 +123,10 @@ class ClassificationTask(Task):
             )
         self.needs_pairs = self.mixup is not None
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return (self.recipe.data.channels, *self.preprocessing.size)
+
     @classmethod
     def resolve(cls, recipe: ClassificationRecipe) -> ClassificationRecipe:
         """Channels, size, crop, interpolation, mean and std from the model's pretrained configuration."""
