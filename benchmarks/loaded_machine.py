@@ -46,8 +46,8 @@ def serve(connection: Any, name: str, threads: str) -> None:
     for _ in range(3):
         step()
     connection.send((number, work))
-    while True:
-        seconds, steps, start = connection.recv(), 0, time.perf_counter()
+    while (seconds := connection.recv()) is not None:
+        steps, start = 0, time.perf_counter()
         while steps < 2 or time.perf_counter() - start < seconds:
             step()
             steps += 1
@@ -78,6 +78,8 @@ def measure(rounds: int, seconds: float) -> list[dict[str, Any]]:
                 for other in others:
                     other.kill()
                     other.wait()
+    for connection in connections:
+        connection.send(None)
     return rows
 
 

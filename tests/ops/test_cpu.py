@@ -37,7 +37,7 @@ def test_the_same_bits_on_any_number_of_threads(batch: int, n_state: int) -> Non
             assert torch.equal(other[name], t), name
 
 
-@pytest.mark.parametrize(("side", "threads"), [(4, 1), (16, 1), (32, 2), (64, 3)])
+@pytest.mark.parametrize(("side", "threads"), [(4, 1), (32, 1), (48, 2), (64, 3)])
 def test_a_small_call_stays_on_one_thread(side: int, threads: int) -> None:
     """By its work: positions, channels, routes and states."""
     torch.set_num_threads(3)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vmamba.nn.modes import evaluating
 from vmamba.train.session import Session
 
 SMALL_WORK = 2**24
@@ -21,20 +22,15 @@ def work_of_a_layer(model: nn.Module, sample_shape: tuple[int, ...], samples: in
     """Multiply-adds of one forward pass, divided by the number of layers that have parameters.
 
     Args:
-        model: It is put to evaluation mode meanwhile.
+        model: Its modes stay as they are.
         sample_shape: (c, h, w).
         samples: Of a pass.
     """
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter:
-            model.eval()(parameter.new_zeros((1, *sample_shape)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    layers = sum(1 for module in modes if next(module.parameters(recurse=False), None) is not None)
+    with evaluating(model), torch.no_grad(), counter:
+        model(parameter.new_zeros((1, *sample_shape)))
+    layers = sum(1 for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None)
     return counter.get_total_flops() / 2 * samples / layers
 
 
