@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadgroup
+# As many processes as cores: in each, one thread, which sleeps where it waits.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadgroup
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/models/test_official.py
 
 .PHONY: help demo test test-all test-triton exhaustive lint typecheck docs serve conformance compat wheel clean

@@ -2,7 +2,8 @@
 
 Three rules mark a case `full`, and so leave it out of the quick tier:
 
-- Tests of the documentation and of the developers' tools (`BESIDE_THE_LIBRARY`) are left out.
+- Tests of the documentation, of the developers' tools and of training by several processes (`LEFT_OUT`) are left
+  out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
@@ -15,36 +16,12 @@ from typing import Any
 
 import pytest
 
-BESIDE_THE_LIBRARY = ("tests/docs/", "tests/tools/")
+LEFT_OUT = ("tests/docs/", "tests/tools/", "tests/train/test_distributed.py")
 
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
-    "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[evaluation]": (
-        "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[run]"
-    ),
-    "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[runs]": (
-        "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks[run]"
-    ),
     "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'d_state': 4, 'gate': True}]": (
         "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'routes': 'cascade'}]"
-    ),
-    "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width[{'stem': 'patch', 'downsample': 'merge', 'mlp_ratio': 0.0, 'gate': True, 'd_state': 2}]": (
-        "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width[{}]"
-    ),
-    "tests/train/test_distributed.py::test_a_run_goes_on_with_another_number_of_processes": (
-        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
-    ),
-    "tests/train/test_distributed.py::test_two_processes_go_on_with_a_run": (
-        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
-    ),
-    "tests/train/test_distributed.py::test_the_second_process_gets_a_signal": (
-        "tests/train/test_faults.py::test_a_signal_of_the_scheduler"
-    ),
-    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[two shards]": (
-        "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[two processes]"
-    ),
-    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[two processes of two passes]": (
-        "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[two processes]"
     ),
     "tests/train/test_faults.py::test_killed_runs_end_with_the_same_weights": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
@@ -58,8 +35,53 @@ COVERED = {
     "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 10]": (
         "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 6]"
     ),
-    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[four passes]": (
-        "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing[two processes]"
+    "tests/cli/test_train_eval_predict.py::test_no_warnings_of_other_libraries": (
+        "tests/cli/test_train_eval_predict.py::test_train_eval_predict"
+    ),
+    "tests/cli/test_train_eval_predict.py::test_each_verbs_module_knows_the_tasks": (
+        "tests/cli/test_train_eval_predict.py::test_train_eval_predict"
+    ),
+    "tests/cli/test_train_eval_predict.py::test_ctrl_c_and_resume": (
+        "tests/train/test_faults.py::test_a_signal_of_the_scheduler"
+    ),
+    "tests/cli/test_predict.py::test_odd_names_narrow_terminals_and_full_disks": (
+        "tests/cli/test_train_eval_predict.py::test_a_full_device"
+    ),
+    "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width": (
+        "tests/ops/test_transforms.py::test_is_as_in_plain_pytorch"
+    ),
+    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at work-spawn]": (
+        "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at the first-fork]"
+    ),
+    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at the last-forkserver]": (
+        "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at the first-fork]"
+    ),
+    "tests/ops/test_cpu.py::test_does_not_leak": (
+        "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"
+    ),
+    "tests/ops/test_cpu.py::test_freed_memory_stays_for_the_next_call": (
+        "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"
+    ),
+    "tests/ops/test_backends.py::test_long_and_steep[chunked]": (
+        "tests/ops/test_backends.py::test_float32_is_as_accurate_as_the_reference[chunked]"
+    ),
+    "tests/ops/test_routes.py::test_a_saved_model_finds_its_route_in_another_process": (
+        "tests/ops/test_transforms.py::test_torchscript_fx_and_checkpointing"
+    ),
+    "tests/test_imports.py::test_the_library_imports_without_the_extras_packages": (
+        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+    ),
+    "tests/test_imports.py::test_the_library_imports_no_extras_package": (
+        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+    ),
+    "tests/test_inference.py::test_it_needs_nothing_of_training": (
+        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+    ),
+    "tests/train/test_resume.py::test_rows_of_a_run_without_checkpoint_go": (
+        "tests/train/test_resume.py::test_an_extended_run_is_resumed_as_it_is"
+    ),
+    "tests/data/test_loading.py::test_a_worker_that_dies_with_a_lock": (
+        "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending"
     ),
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""
@@ -111,7 +133,7 @@ def mark(items: Sequence[pytest.Item]) -> None:
             is_extra = bool(values_of(case)) and index not in chosen
             if (
                 is_extra
-                or case.nodeid.startswith(BESIDE_THE_LIBRARY)
+                or case.nodeid.startswith(LEFT_OUT)
                 or case.nodeid in COVERED
                 or function_of(case.nodeid) in COVERED
             ):

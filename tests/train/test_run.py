@@ -284,7 +284,7 @@ def test_what_is_trained_is_told_at_the_start_and_each_epoch(
     assert what.startswith("vmamba_pico of 0.0")
     assert what.endswith(" M parameters for 3 classes; 18 samples to train on, 18 to evaluate")
     backend = default_backend("cpu")
-    assert how == f"8 steps of 4 samples on cpu, 1 threads, scans by the backend {backend}"
+    assert how == f"8 steps of 4 samples on cpu, 1 thread, scans by the backend {backend}"
     assert [line.partition(": ")[0] for line in epochs] == [
         "epoch 1, step 4 of 8",
         "epoch 2, step 8 of 8",

