@@ -1,6 +1,7 @@
-"""Comparing our UPerNet with what mmseg's computed, on files laid out like tests/data/upernet_micro.safetensors.
+"""Comparing our UPerNet with what mmseg's computed.
 
-Sizes and numbers of classes are read from the weights.
+The files are laid out like tests/data/upernet_micro.safetensors. Sizes and numbers of classes are read from
+the weights.
 """
 
 from collections.abc import Mapping

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import ModelError
+from vmamba.models import VMamba
 from vmamba.models.checkpoints import Checkpoint, Weights
 from vmamba.models.factory import create_model, create_on_meta
 from vmamba.models.official import authors_names, convert_names
@@ -62,7 +63,7 @@ class Features(nn.Module):
         self.channels = tuple(int(level["num_chs"]) for level in levels)
         self.strides = tuple(int(level["reduction"]) for level in levels)
         model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        patches = getattr(model, "patch_embed", None)
+        patches: Any = getattr(model, "patch_embed", None)
         if getattr(patches, "dynamic_img_pad", None) is False:
             patches.dynamic_img_pad = True  # pad sizes that are no multiple of the patch
         self.model = model
@@ -107,7 +108,9 @@ class Features(nn.Module):
         takes = inspect.signature(type(create_on_meta(name, **args)).__init__).parameters
         args = {**{key: value for key, value in _ANY_SIZE.items() if key in takes}, **args}
         _check_maps(name, create_on_meta(name, **args, num_classes=0), args.get("in_chans"))
-        features = cls(create_model(name, pretrained=pretrained, **args, num_classes=0), norm=norm)
+        if not pretrained:  # with another classifier than its weights' timm would hide missing weights
+            args["num_classes"] = 0
+        features = cls(create_model(name, pretrained=pretrained, **args), norm=norm)
         if checkpoint is not None:
             features.load(checkpoint, weights=weights)
         return features
@@ -177,7 +180,7 @@ def _indices(model: Any) -> list[int]:
         raise ModelError(f"{kind}: this version of timm gives no feature maps of it (forward_intermediates)")
     last = {level["reduction"]: index for index, level in enumerate(model.feature_info)}
     if missing := [stride for stride in STRIDES if stride not in last]:
-        stem = "; create it with stem_stride=4" if hasattr(model, "config") and 2 in last else ""
+        stem = "; create it with stem_stride=4" if isinstance(model, VMamba) and 2 in last else ""
         raise ModelError(
             f"{kind}: expected feature maps at the strides {STRIDES}, it has none at {missing} but at "
             f"{sorted(last)}{stem}"

@@ -1,7 +1,9 @@
 """Segmenting larger images by windows, and averaging over scales and mirror images.
 
 A segmenter here is any call from images (b, c, h, w) to logits (b, k, h, w), such as a `UPerNet` in
-evaluation mode: called as it is, it takes each image whole. b batch, c channels, h height, w width, k classes.
+evaluation mode: called as it is, it takes each image whole.
+
+b batch, c channels, h height, w width, k classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +16,7 @@ from vmamba.heads.upernet import resize
 Segmenter = Callable[[Tensor], Tensor]
 
 
-def sliding(
-    segmenter: Segmenter, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]
-) -> Tensor:
+def sliding(segmenter: Segmenter, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """Logits (b, k, h, w), averaged where windows overlap.
 
     The last window of a row or column ends at the image's border. Where one window covers the image, the

@@ -37,6 +37,7 @@ class Head(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
+        assert self.conv_seg.bias is not None
         nn.init.zeros_(self.conv_seg.bias)
 
     def classify(self, x: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits at the image's size, in float32 at least: half precision would make equal classes of close ones."""
+    """Logits at the image's size, in float32 at least: in half precision close classes would become equal."""
     return resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
 
 
@@ -245,4 +246,3 @@ def _of_backbone(names: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name.removeprefix("backbone."): value for name, value in names.items() if name.startswith("backbone.")
     }
-
