@@ -170,6 +170,10 @@ def test_weights_that_do_not_fit_are_named(classifier: Any) -> None:
     ):
         assert line in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in features.state_dict().items())
+    weights = of_a_detector(classifier)
+    del weights["backbone.outnorm1.bias"]
+    with pytest.raises(CheckpointError, match=r"norms for some maps only, missing: outnorm1\.bias$"):
+        features.load(weights)
     with pytest.raises(CheckpointError, match=r"missing: model\.stem\.conv1\.weight"):
         backbone(checkpoint=timm.create_model("test_resnet").state_dict())
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vmamba.errors import ModelError
+from vmamba.errors import CheckpointError, ModelError
 from vmamba.models import VMamba
-from vmamba.models.checkpoints import Checkpoint, Weights
+from vmamba.models.checkpoints import Checkpoint, Weights, open_checkpoint
 from vmamba.models.factory import create_model, create_on_meta
 from vmamba.models.official import authors_names, convert_names
 from vmamba.models.weights import LoadReport, load_weights
@@ -141,7 +141,13 @@ class Features(nn.Module):
             CheckpointError: It cannot be read, or weights of the model are missing in it or differ in shape;
                 all are listed, and nothing was loaded.
         """
-        return load_weights(self, checkpoint, classifier="drop", in_chans=in_chans, weights=weights)
+        file = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        names = file.state_dict(weights)
+        norms = [name for name in self.state_dict() if name.startswith("outnorm")]
+        missing = [norm for norm in norms if not any(name.endswith(norm) for name in names)]
+        if missing and len(missing) < len(norms):
+            raise CheckpointError(f"{file.path}: has norms for some maps only, missing: {', '.join(missing)}")
+        return load_weights(self, file, classifier="drop", in_chans=in_chans, weights=weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As of the model: keep less for backward, and recompute it there."""

@@ -282,7 +282,8 @@ class _Plan:
         wrong = [problem.split(": ", 1)[1].split(" ")[0] for problem in self.problems if ": " in problem]
         if any(name.startswith("outnorm") for name in wrong):
             hints.append(
-                "'outnorm*' belong to a backbone of a detector or segmenter, which norms every stage's map"
+                "'outnorm*' belong to a backbone of a detector or segmenter, which norms every stage's map: "
+                "vmamba.heads.Features"
             )
         behind = [name for name in wrong if target.is_behind_the_stages(name)]
         elsewhere = [name for name in wrong if name not in self.weights and name not in target.tensors]
