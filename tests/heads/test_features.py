@@ -194,7 +194,7 @@ def test_weights_of_timm(tmp_path: Path) -> None:
     incomplete = pico.state_dict()
     del incomplete["stages.2.blocks.0.op.A_log"]
     torch.save(incomplete, path)
-    with pytest.raises(CheckpointError, match=r"(?s)vmamba_pico .* stages\.2\.blocks\.0\.op\.A_log"):
+    with pytest.raises(CheckpointError, match=r"(?s)vmamba_pico .*stages\.2\.blocks\.0\.op\.A_log"):
         Features.create(
             "vmamba_pico", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, stem_stride=4
         )
