@@ -4,7 +4,7 @@ No weight is skipped, kept or converted in silence: a difference that was not pe
 model is changed, and the others are listed in the report.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -85,6 +85,7 @@ class _Target:
         tensors: Its state dict, without the prefix.
         classifiers: Names of its classifiers, or of those that it would have.
         first_convs: Names of the convolutions that take the image.
+        convert: From the names in a file to the model's: its method `convert_names`, if it has one.
     """
 
     model: nn.Module
@@ -92,6 +93,7 @@ class _Target:
     tensors: Mapping[str, Tensor]
     classifiers: Sequence[str]
     first_convs: Sequence[str]
+    convert: Callable[[Mapping[str, Any], Mapping[str, torch.Size]], dict[str, Any]]
 
     def is_classifier(self, name: str) -> bool:
         return name.rpartition(".")[0] in self.classifiers
@@ -280,7 +282,8 @@ class _Plan:
         wrong = [problem.split(": ", 1)[1].split(" ")[0] for problem in self.problems if ": " in problem]
         if any(name.startswith("outnorm") for name in wrong):
             hints.append(
-                "'outnorm*' belong to a backbone of a detector or segmenter, which norms every stage's map"
+                "'outnorm*' belong to a backbone of a detector or segmenter, which norms every stage's map: "
+                "vmamba.heads.Features"
             )
         behind = [name for name in wrong if target.is_behind_the_stages(name)]
         elsewhere = [name for name in wrong if name not in self.weights and name not in target.tensors]
@@ -333,7 +336,8 @@ def _target(model: nn.Module) -> _Target:
         prefix += f"{wrapper}."
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     inner = model.get_submodule(prefix.rstrip(".")) if prefix else model
-    return _Target(model, prefix, tensors, _classifiers(inner), _first_convs(inner))
+    convert = getattr(inner, "convert_names", convert_names)
+    return _Target(model, prefix, tensors, _classifiers(inner), _first_convs(inner), convert)
 
 
 def _configured(model: nn.Module, key: str) -> list[str]:
@@ -377,7 +381,7 @@ def _strip_wrappers(state_dict: Mapping[str, Any], target: _Target) -> tuple[str
             for name, weight in state_dict.items()
             if name.startswith(prefix)
         }
-        converted = _flattened(convert_names(inside, shapes), shapes)
+        converted = _flattened(target.convert(inside, shapes), shapes)
         results.append((len(converted.keys() & shapes.keys()), prefix, converted))
     _, prefix, converted = max(results, key=lambda result: result[0])  # the shortest of equal ones
     return prefix, converted
