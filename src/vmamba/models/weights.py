@@ -4,9 +4,10 @@ No weight is skipped, kept or converted in silence: a difference that was not pe
 model is changed, and the others are listed in the report.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import groupby
 from os import PathLike
 from typing import Any, Literal
@@ -85,6 +86,7 @@ class _Target:
         tensors: Its state dict, without the prefix.
         classifiers: Names of its classifiers, or of those that it would have.
         first_convs: Names of the convolutions that take the image.
+        convert_names: Turns other code's names into the model's; a model with heads brings its own.
     """
 
     model: nn.Module
@@ -92,6 +94,7 @@ class _Target:
     tensors: Mapping[str, Tensor]
     classifiers: Sequence[str]
     first_convs: Sequence[str]
+    convert_names: Callable[[Mapping[str, Any]], dict[str, Any]]
 
     def is_classifier(self, name: str) -> bool:
         return name.rpartition(".")[0] in self.classifiers
@@ -333,7 +336,9 @@ def _target(model: nn.Module) -> _Target:
         prefix += f"{wrapper}."
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     inner = model.get_submodule(prefix.rstrip(".")) if prefix else model
-    return _Target(model, prefix, tensors, _classifiers(inner), _first_convs(inner))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    names = getattr(inner, "convert_names", None) or partial(convert_names, shapes=shapes)
+    return _Target(model, prefix, tensors, _classifiers(inner), _first_convs(inner), names)
 
 
 def _configured(model: nn.Module, key: str) -> list[str]:
@@ -377,7 +382,7 @@ def _strip_wrappers(state_dict: Mapping[str, Any], target: _Target) -> tuple[str
             for name, weight in state_dict.items()
             if name.startswith(prefix)
         }
-        converted = _flattened(convert_names(inside, shapes), shapes)
+        converted = _flattened(target.convert_names(inside), shapes)
         results.append((len(converted.keys() & shapes.keys()), prefix, converted))
     _, prefix, converted = max(results, key=lambda result: result[0])  # the shortest of equal ones
     return prefix, converted
