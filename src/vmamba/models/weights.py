@@ -7,7 +7,6 @@ model is changed, and the others are listed in the report.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import groupby
 from os import PathLike
 from typing import Any, Literal
@@ -86,7 +85,7 @@ class _Target:
         tensors: Its state dict, without the prefix.
         classifiers: Names of its classifiers, or of those that it would have.
         first_convs: Names of the convolutions that take the image.
-        convert_names: Turns other code's names into the model's; a model with heads brings its own.
+        convert: From the names in a file to the model's: its method `convert_names`, if it has one.
     """
 
     model: nn.Module
@@ -94,7 +93,7 @@ class _Target:
     tensors: Mapping[str, Tensor]
     classifiers: Sequence[str]
     first_convs: Sequence[str]
-    convert_names: Callable[[Mapping[str, Any]], dict[str, Any]]
+    convert: Callable[[Mapping[str, Any], Mapping[str, torch.Size]], dict[str, Any]]
 
     def is_classifier(self, name: str) -> bool:
         return name.rpartition(".")[0] in self.classifiers
@@ -336,9 +335,8 @@ def _target(model: nn.Module) -> _Target:
         prefix += f"{wrapper}."
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     inner = model.get_submodule(prefix.rstrip(".")) if prefix else model
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names = getattr(inner, "convert_names", None) or partial(convert_names, shapes=shapes)
-    return _Target(model, prefix, tensors, _classifiers(inner), _first_convs(inner), names)
+    convert = getattr(inner, "convert_names", convert_names)
+    return _Target(model, prefix, tensors, _classifiers(inner), _first_convs(inner), convert)
 
 
 def _configured(model: nn.Module, key: str) -> list[str]:
@@ -382,7 +380,7 @@ def _strip_wrappers(state_dict: Mapping[str, Any], target: _Target) -> tuple[str
             for name, weight in state_dict.items()
             if name.startswith(prefix)
         }
-        converted = _flattened(target.convert_names(inside), shapes)
+        converted = _flattened(target.convert(inside, shapes), shapes)
         results.append((len(converted.keys() & shapes.keys()), prefix, converted))
     _, prefix, converted = max(results, key=lambda result: result[0])  # the shortest of equal ones
     return prefix, converted
