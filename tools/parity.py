@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import upernet_parity
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 import vmamba
-from vmamba.heads import from_mmdet, mask_rcnn
+from vmamba.heads import mask_rcnn
 from vmamba.heads.masks import mask_targets
+from vmamba.heads.names import from_mmdet
 
 Tensors = Mapping[str, Tensor]
 
@@ -247,11 +249,21 @@ def _mask_targets(file: ParityFile) -> Difference:
     return Difference("mask targets: wrong cells", (actual != expected).sum().item(), 0)
 
 
+# --- UPerNet ---------------------------------------------------------------------------------------------
+
+
+def check_upernet(file: ParityFile) -> Iterator[Difference]:
+    """Logits within 1e-5, losses within 1e-6."""
+    for name, value in upernet_parity.compare_upernet(file.below("")).items():
+        yield Difference(name, value, upernet_parity.TOLERANCES[name])
+
+
 # --- All files ------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, tuple[set[str], Callable[[ParityFile], Iterator[Difference]]]] = {
     "VMamba": ({"input", "stage.0", "logits"}, check_vmamba),
     "Mask R-CNN": ({"feature.0", "fpn.0", "proposals", "boxes", "masks"}, check_mask_rcnn),
+    "UPerNet": ({"feature.0", "label", "logits", "aux_logits"}, check_upernet),
 }
 """Kinds of files: the keys by which one is recognised, and its check."""
 

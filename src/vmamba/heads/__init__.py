@@ -1,6 +1,17 @@
-"""Detection and segmentation heads on any backbone with feature maps at strides 4, 8, 16 and 32."""
+"""Heads for dense tasks on any backbone of timm's."""
 
+from vmamba.heads.features import Features
 from vmamba.heads.mask_rcnn import FixedRegions, MaskRCNN, MaskRCNNConfig, mask_rcnn
-from vmamba.heads.names import from_mmdet, to_mmdet
+from vmamba.heads.names import mmdet_names
+from vmamba.heads.upernet import UPerNet, upernet
 
-__all__ = ["FixedRegions", "MaskRCNN", "MaskRCNNConfig", "from_mmdet", "mask_rcnn", "to_mmdet"]
+__all__ = [
+    "Features",
+    "FixedRegions",
+    "MaskRCNN",
+    "MaskRCNNConfig",
+    "UPerNet",
+    "mask_rcnn",
+    "mmdet_names",
+    "upernet",
+]

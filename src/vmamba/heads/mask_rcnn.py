@@ -27,6 +27,9 @@ from vmamba.heads.regions import RegionHeads
 from vmamba.heads.resizing import Resize
 from vmamba.models.official import convert_names
 
+_BODY = "backbone.body."
+"""Where the backbone's names begin in a detector."""
+
 
 @dataclass(frozen=True)
 class MaskRCNNConfig:
@@ -81,8 +84,8 @@ def mask_rcnn(backbone: nn.Module, num_classes: int = 81, **settings: Any) -> "M
 
     Args:
         backbone: Takes images (b, 3, h, w) and returns a list of four maps (b, c, h', w') at strides 4, 8, 16
-            and 32. It names their channels as `channels`, or as timm's feature extractors do by
-            `feature_info.channels()`.
+            and 32: `vmamba.heads.Features`, or another module that names their channels as `channels`, or by
+            `feature_info.channels()` as timm's feature extractors do.
         num_classes: With the background: 81 for COCO.
         settings: The other fields of `MaskRCNNConfig`.
 
@@ -142,19 +145,22 @@ class MaskRCNN(generalized_rcnn.GeneralizedRCNN):
         )
         return result
 
-    def convert_names(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Weights under mmdet's names → under this model's; `vmamba.load_weights` calls it.
+    def convert_names(self, weights: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+        """Weights under mmdet's names → under this model's, for `load_weights`; ours pass as they are.
 
-        The backbone's weights may have the VMamba authors' names, or the backbone's own.
+        Args:
+            weights: The backbone's may have its own names or, of a VMamba, its authors'.
+            shapes: Of this model's weights.
         """
-        converted = from_mmdet(state_dict)
-        prefix = "backbone.body."
-        names = [name for name in converted if name.startswith(prefix)]
-        body = {name.removeprefix(prefix): converted.pop(name) for name in names}
-        shapes = {name: weight.shape for name, weight in self.backbone.body.state_dict().items()}
-        own = getattr(self.backbone.body, "convert_names", None)
-        body = own(body) if own is not None else convert_names(body, shapes)
-        return {**{prefix + name: weight for name, weight in body.items()}, **converted}
+        named = from_mmdet(weights)
+        body, body_shapes = _below(_BODY, named), _below(_BODY, shapes)
+        convert = getattr(self.backbone.body, "convert_names", convert_names)
+        converted = {_BODY + name: weight for name, weight in convert(body, body_shapes).items()}
+        return {**converted, **{name: named[name] for name in named if not name.startswith(_BODY)}}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As of the backbone: keep less for backward, and recompute it there."""
+        self.backbone.body.set_grad_checkpointing(enable)
 
 
 class Pyramid(nn.Module):
@@ -216,6 +222,10 @@ class FixedRegions(nn.Module):
         return logits, differences, heads.mask_predictor(heads.mask_head(regions))
 
 
+def _below(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+
+
 def _channels(body: nn.Module) -> tuple[int, ...]:
     """The channels of a backbone's four maps."""
     info: Any = getattr(body, "feature_info", None)
@@ -227,7 +237,7 @@ def _channels(body: nn.Module) -> tuple[int, ...]:
     else:
         raise TypeError(
             f"backbone: {type(body).__name__} does not say how many channels its maps have; give it "
-            "`channels`, or create it with timm.create_model(…, features_only=True)"
+            "`channels`, or take vmamba.heads.Features.create(…)"
         )
     if tuple(strides) != STRIDES[:4] or len(channels) != 4:
         raise ValueError(

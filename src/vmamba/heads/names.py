@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmamba.heads.features import backbone_names
+
 _NAMES = (
     ("backbone.", "backbone.body."),
     ("neck.lateral_convs.{}.conv.", "backbone.fpn.inner_blocks.{}.0."),
@@ -56,22 +58,26 @@ def from_mmdet(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def to_mmdet(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights of our Mask R-CNN → under mmdet's names; `from_mmdet` turns them back.
+def mmdet_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a `MaskRCNN` under mmdet's names; those of a VMamba get its authors' names and shapes.
 
-    The rows of the background's box and mask are left out: nothing reads them, and here they are 0. The names
-    inside `backbone.` stay the backbone's own.
+    With `torch.save({"state_dict": mmdet_names(model.state_dict())}, file)` their code reads them, and
+    `vmamba.load_weights` reads them back without loss. The rows of the background's box and mask are left
+    out: they are 0 from the beginning on, and nothing reads them.
     """
     swapped = tuple((ours, theirs) for theirs, ours in _NAMES)
-    converted = {}
+    heads: dict[str, Any] = {}
+    body: dict[str, Any] = {}
     for name, weight in state_dict.items():
         if isinstance(weight, Tensor) and weight.ndim:
             if name.startswith(_SCORES):
                 weight = weight.roll(-1, dims=0)
             elif rows := _background(name):
                 weight = weight[rows:].clone()
-        converted[_renamed(name, swapped)] = weight
-    return converted
+        theirs = _renamed(name, swapped)
+        inside = theirs.startswith("backbone.")
+        (body if inside else heads)[theirs.removeprefix("backbone.") if inside else theirs] = weight
+    return {**{f"backbone.{name}": weight for name, weight in backbone_names(body).items()}, **heads}
 
 
 def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:

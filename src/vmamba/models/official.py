@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmamba.models.checkpoints import safe_globals
 
-__all__ = ["checkpoint_filter_fn", "convert_names", "load_official", "safe_globals"]
+__all__ = ["authors_names", "checkpoint_filter_fn", "convert_names", "load_official", "safe_globals"]
 
 _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # The first released vanilla models had these names.
@@ -38,6 +38,23 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^classifier\.head\.", "head.fc."),
 ]
 
+_NAMES_OF_THE_AUTHORS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"^stem\.conv1\.", "patch_embed.0."),
+    (r"^stem\.norm1\.", "patch_embed.2."),
+    (r"^stem\.conv2\.", "patch_embed.5."),
+    (r"^stem\.norm2\.", "patch_embed.7."),
+    (r"^stages\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
+    (r"^stages\.", "layers."),
+    (r"\.downsample\.conv\.", ".downsample.1."),
+    (r"(\.blocks\.\d+)\.norm1\.", r"\1.norm."),
+    (r"\.op\.conv\.", ".op.conv2d."),
+    (r"\.op\.A_log$", ".op.A_logs"),
+    (r"\.op\.D$", ".op.Ds"),
+    (r"\.op\.dt_(weight|bias)$", r".op.dt_projs_\1"),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.fc\.", "classifier.head."),
+]
+
 
 def convert_names(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
     """Weights under the authors' names and shapes → under ours; others pass as they are.
@@ -62,6 +79,23 @@ def convert_names(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size
         as_conv = weight.ndim == 4 and weight.shape[2:] == (1, 1)
         if (grouped or as_conv) and weight.numel() == shape.numel():
             converted[name] = weight.reshape(shape)
+    return converted
+
+
+def authors_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a `VMamba` → under the authors' names and shapes; those of other models as they are."""
+    if not any(name.endswith(".op.A_log") for name in state_dict):
+        return dict(state_dict)
+    converted: dict[str, Any] = {}
+    for name, weight in state_dict.items():
+        grouped = name.endswith((".op.A_log", ".op.D"))  # (k, d, n) → (k·d, n), (k, d) → (k·d,)
+        for pattern, replacement in _NAMES_OF_THE_AUTHORS:
+            name = re.sub(pattern, replacement, name)
+        # Beside a convolution the authors' norm has an index; in patch merging it has a name.
+        if name.endswith(("downsample.norm.weight", "downsample.norm.bias")):
+            beside = f"stages.{int(name.split('.')[1]) + 1}.downsample.conv.weight"
+            name = name.replace(".norm.", ".3.") if beside in state_dict else name
+        converted[name] = weight.flatten(0, 1) if grouped else weight
     return converted
 
 
