@@ -21,6 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from vmamba.heads.boxes import STRIDES
+from vmamba.heads.features import Features
 from vmamba.heads.names import from_mmdet
 from vmamba.heads.proposals import ProposalNetwork
 from vmamba.heads.regions import RegionHeads
@@ -79,20 +80,24 @@ class MaskRCNNConfig:
             raise ValueError(f"min_size: expected one or several sizes from 1 on, got {self.min_size!r}")
 
 
-def mask_rcnn(backbone: nn.Module, num_classes: int = 81, **settings: Any) -> "MaskRCNN":
+def mask_rcnn(backbone: str | nn.Module, num_classes: int = 81, **settings: Any) -> "MaskRCNN":
     """Mask R-CNN with a feature pyramid on a backbone, with new weights in the heads.
 
     Args:
-        backbone: Takes images (b, 3, h, w) and returns a list of four maps (b, c, h', w') at strides 4, 8, 16
-            and 32: `vmamba.heads.Features`, or another module that names their channels as `channels`, or by
-            `feature_info.channels()` as timm's feature extractors do.
+        backbone: The name of a model of timm's, ours among them, or a module that takes images (b, 3, h, w)
+            and returns a list of four maps (b, c, h', w') at strides 4, 8, 16 and 32, such as
+            `vmamba.heads.Features`. It names their channels as `channels`, or by `feature_info.channels()`
+            as timm's feature extractors do.
         num_classes: With the background: 81 for COCO.
         settings: The other fields of `MaskRCNNConfig`.
 
     Raises:
+        ModelError: There is no model of that name, or it has no maps at these strides.
         TypeError: The backbone does not name its channels, or a setting is unknown.
         ValueError: The backbone has other maps than these, or a setting is out of range.
     """
+    if isinstance(backbone, str):
+        backbone = Features.create(backbone)
     return MaskRCNN(backbone, MaskRCNNConfig(num_classes=num_classes, **settings))
 
 
@@ -157,6 +162,11 @@ class MaskRCNN(generalized_rcnn.GeneralizedRCNN):
         convert = getattr(self.backbone.body, "convert_names", convert_names)
         converted = {_BODY + name: weight for name, weight in convert(body, body_shapes).items()}
         return {**converted, **{name: named[name] for name in named if not name.startswith(_BODY)}}
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The layers that depend on the number of classes; `load_weights(…, classifier="new")` keeps them."""
+        boxes, masks = self.roi_heads.box_predictor, self.roi_heads.mask_predictor
+        return boxes.cls_score, boxes.bbox_pred, masks.mask_fcn_logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As of the backbone: keep less for backward, and recompute it there."""
