@@ -57,7 +57,7 @@ def target(boxes: list[list[float]], size: tuple[int, int]) -> dict[str, Tensor]
     for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
         mask[int(y1) : int(y2), int(x1) : int(x2)] = 1
     labels = 1 + torch.arange(len(boxes)) % 3
-    return {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": labels, "masks": masks}
+    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": labels, "masks": masks}
 
 
 def test_mmdets_numbers(capsys: pytest.CaptureFixture[str]) -> None:
