@@ -103,7 +103,7 @@ def test_another_number_of_classes(source: Any) -> None:
     assert unchanged(model, before)
     report = vmamba.load_weights(model, source.state_dict(), classifier="new")
     assert list(report.missing) == list(report.left_out) == ["head.fc.weight", "head.fc.bias"]
-    assert "its classifier is for 10 classes, the model's for 4" in str(report)
+    assert "its classifier head.fc has 10 outputs, the model's 4" in str(report)
     after = model.state_dict()
     assert all(torch.equal(after[n], before[n]) == n.startswith("head") for n in after)
     same = micro()

@@ -259,8 +259,8 @@ class _Plan:
             self.missing.append(name)
             if weight.ndim > 1:
                 self.notes.append(
-                    f"its classifier is for {len(weight)} classes, the model's for {shape[0]}: the model "
-                    "keeps its own"
+                    f"its classifier {name.rpartition('.')[0]} has {len(weight)} outputs, the model's "
+                    f"{shape[0]}: the model keeps its own"
                 )
             return
         if convert_channels and self._other_channels(name, weight):
