@@ -209,6 +209,8 @@ def _regions(
     proposals, scores = _proposals(detector.rpn, images, levels)
     order, distance = nearest(proposals, file["proposals"])
     yield Difference("proposals", distance, 1e-3)
+    if distance == float("inf"):
+        return  # another number of them, or one that is no number: nothing can be computed from these
     yield Difference("proposal_scores", absolute(scores[order], file["proposal_scores"]), 1e-6)
     detections, _ = detector.roi_heads(levels, [file["proposals"]], [size])
     (result,) = detector.transform.postprocess(detections, [size], [(height, width)])
