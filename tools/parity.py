@@ -209,8 +209,8 @@ def _regions(
     proposals, scores = _proposals(detector.rpn, images, levels)
     order, distance = nearest(proposals, file["proposals"])
     yield Difference("proposals", distance, 1e-3)
-    if distance == float("inf"):
-        return  # another number of them, or one that is no number: nothing can be computed from these
+    if not distance < float("inf"):  # what follows begins with the file's
+        return
     yield Difference("proposal_scores", absolute(scores[order], file["proposal_scores"]), 1e-6)
     detections, _ = detector.roi_heads(levels, [file["proposals"]], [size])
     (result,) = detector.transform.postprocess(detections, [size], [(height, width)])
@@ -218,7 +218,7 @@ def _regions(
     ours = torch.cat([result["boxes"], result["labels"][:, None] - 1], dim=1)
     order, distance = nearest(ours, torch.cat([file["boxes"], file["labels"][:, None]], dim=1))
     yield Difference("boxes and labels", distance, 1e-3)
-    if distance == float("inf"):
+    if not distance < float("inf"):
         return
     yield Difference("scores", absolute(result["scores"][order], file["scores"]), 1e-6)
     bits = file["masks"][..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1
