@@ -225,6 +225,13 @@ def test_resume_is_a_verb(place: Path) -> None:
     done = vmamba(place, "resume", "extended/checkpoints", "schedule.epochs=3", "--extend")
     assert done.status == 0, done.stderr
     assert "epoch 3, step 12 of 12: " in done.stderr
+    done = vmamba(place, "resume", "extended")
+    assert done.status == 0, done.stderr
+    longer = (
+        "this run is finished: 3 of 3 epochs; to train it longer: vmamba resume extended schedule.epochs=6"
+    )
+    assert f"{longer} --extend\n" in done.stderr
+    assert done.stdout.endswith("nothing left to train in extended; next: vmamba eval extended\n")
     assert_told(vmamba(place, "resume", "extendet"), "extendet: no such run; did you mean extended?")
 
 

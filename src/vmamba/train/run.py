@@ -52,6 +52,7 @@ class Outcome:
         monitor: The score that chooses the best checkpoint.
         best: Its best value.
         best_step: The step after which that was reached.
+        trained: Whether this call took any step; a finished run that is resumed takes none.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Outcome:
     monitor: str
     best: float | None
     best_step: int
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,20 @@ def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | 
                 _introduce(session, trainer, samples, module)
             with stop.listening(), _lost_process_explained(folder, trainer):
                 trainer.fit(module, training, ckpt_path=start)
-    return Outcome(folder, milestones.scores, module.monitor, milestones.best, milestones.best_step)
+    trained = resumed is None or trainer.global_step > resumed.step
+    if not trained and trainer.global_step >= module.steps:
+        _tell_finished(folder, recipe)
+    return Outcome(folder, milestones.scores, module.monitor, milestones.best, milestones.best_step, trained)
+
+
+def _tell_finished(folder: Path, recipe: Recipe) -> None:
+    """Log that a resumed run has nothing left to do, and how to train it longer."""
+    unit = "steps" if recipe.schedule.epochs is None else "epochs"
+    length = getattr(recipe.schedule, unit)
+    log.info(
+        "this run is finished: %d of %d %s; to train it longer: vmamba resume %s schedule.%s=%d --extend",
+        *(length, length, unit, folder, unit, 2 * length),
+    )
 
 
 def _module(
