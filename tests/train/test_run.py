@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from io import StringIO
@@ -290,6 +291,16 @@ def test_what_is_trained_is_told_at_the_start_and_each_epoch(
         "epoch 1, step 4 of 8",
         "epoch 2, step 8 of 8",
     ]
+
+
+def test_a_single_class_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        for name in ("blue", "green"):
+            shutil.rmtree(root / split / name)
+    run.train(recipe(root, "schedule.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
+    warning = "warning: the data have one class alone, 'red': every score will be perfect"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_evaluations_show_how_far_they_are(
