@@ -270,8 +270,24 @@ def test_a_half_precision_that_the_processor_lacks_is_told(
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not a run, or .*/last\.ckpt$"):
         run.resume(tmp_path)
+
+
+def test_a_folder_of_runs_is_not_a_run(tmp_path: Path) -> None:
+    for name in "abcde":
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        if name != "a":
+            (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+    named = ", ".join(str(tmp_path / name) for name in "bcd")
+    for read, problem in (
+        (run.resume, "not a run, or one that has no checkpoint yet"),
+        (open_session, "no checkpoint in this folder"),
+    ):
+        with pytest.raises(CheckpointError) as raised:
+            read(tmp_path)
+        assert str(raised.value).startswith(f"{tmp_path}: {problem}")
+        assert str(raised.value).endswith(f"; name one of the runs in it: {named} and 1 more")
 
 
 def test_what_is_trained_is_told_at_the_start_and_each_epoch(

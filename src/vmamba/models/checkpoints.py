@@ -104,8 +104,18 @@ def _in_folder(folder: Path) -> Path:
         raise MissingCheckpointError(f"{folder}: holds several files of weights, name one: {names}")
     raise MissingCheckpointError(
         f"{folder}: no checkpoint in this folder; expected a run with checkpoints/best.ckpt, or a folder "
-        "with best.safetensors"
+        f"with best.safetensors{runs_hint(folder)}"
     )
+
+
+_RUNS_SHOWN = 3
+
+
+def runs_hint(folder: Path) -> str:
+    """The first runs in a folder that is no run itself, for a message; empty if there are none."""
+    runs = sorted(str(path.parent.parent) for path in folder.glob("*/checkpoints/last.ckpt"))
+    more = f" and {len(runs) - _RUNS_SHOWN} more" if len(runs) > _RUNS_SHOWN else ""
+    return f"; name one of the runs in it: {', '.join(runs[:_RUNS_SHOWN])}{more}" if runs else ""
 
 
 def _hint(path: Path) -> str:

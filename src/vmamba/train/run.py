@@ -16,9 +16,9 @@ import torch
 
 from vmamba.data import ResumableLoader
 from vmamba.environment import environment
-from vmamba.errors import DataError, OutputError, ProcessError, RecipeError
+from vmamba.errors import DataError, MissingCheckpointError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
-from vmamba.models.checkpoints import CONTENTS, contents, run_folder
+from vmamba.models.checkpoints import CONTENTS, contents, run_folder, runs_hint
 from vmamba.nn import SS2D
 from vmamba.ops import default_backend
 from vmamba.train.best import describe_model
@@ -151,11 +151,17 @@ def resume(
             history.jsonl and the checkpoints record what changed at which step.
 
     Raises:
+        MissingCheckpointError: The folder has no checkpoint.
         RecipeError: An override or `recipe` would change what is learnt.
         DataError: The classes, or the number of samples, are not those that the run began with.
     """
     with run_log(is_first_process()) as file_log:
         folder = run_folder(folder)
+        if not holds_run(folder):
+            raise MissingCheckpointError(
+                f"{folder}: not a run, or one that has no checkpoint yet; expected a folder with "
+                f"checkpoints/last.ckpt{runs_hint(folder)}"
+            )
         newest, checkpoint = newest_checkpoint(folder / "checkpoints")
         values, _ = contents(checkpoint, newest)
         task_class = task_type(values.get("task"))
