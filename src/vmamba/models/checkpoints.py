@@ -64,7 +64,7 @@ def resolve_checkpoint(place: Place) -> Path:
     if path.is_dir():
         return _in_folder(path)
     if path.suffix in (".yaml", ".yml", ".json", ".csv") and path.is_file():
-        return _in_folder(path.parent)
+        return _beside(path)
     if not path.exists():
         raise MissingCheckpointError(f"{path}: no such checkpoint{_hint(path)}")
     return path
@@ -92,10 +92,23 @@ def expand(place: Place) -> Path:
         return path
 
 
+def _beside(path: Path) -> Path:
+    """The best weights in the folder of a file of text, such as a run's recipe.yaml."""
+    if (weights := _best_in(path.parent)) is None:
+        raise MissingCheckpointError(
+            f"{path}: no checkpoint, and not the {path.name} of a run: there are no weights beside it; "
+            "expected a run, a file of weights (.ckpt, .pth, .safetensors), or a folder with best.safetensors"
+        )
+    return weights
+
+
+def _best_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _IN_A_RUN if (folder / name).is_file()), None)
+
+
 def _in_folder(folder: Path) -> Path:
-    for name in _IN_A_RUN:
-        if (folder / name).is_file():
-            return folder / name
+    if (best := _best_in(folder)) is not None:
+        return best
     weights = [path for suffix in ("safetensors", "pth", "ckpt") for path in folder.glob(f"*.{suffix}")]
     if len(weights) == 1:
         return weights[0]
