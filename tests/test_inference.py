@@ -346,7 +346,7 @@ def test_a_registered_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("vmamba_tny", MissingCheckpointError, "vmamba_tny: no such checkpoint; .*did you mean vmamba_tiny"),
         ("none/best.ckpt", MissingCheckpointError, "there is no folder none"),
         ("vmamba_pico.foo", ModelError, "vmamba_pico has 'untrained', not 'foo'"),
-        ("vmamba_pico", CheckpointError, "the pretrained weights of vmamba_pico cannot be had"),
+        ("vmamba_pico", CheckpointError, "^no pretrained weights of vmamba_pico were released; train"),
     ],
 )
 def test_sources_that_are_not_there(
