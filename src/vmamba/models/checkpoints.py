@@ -295,18 +295,30 @@ def _read(path: Path) -> Any:
         with safe_globals(), warnings.catch_warnings():  # old files are read correctly
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged file can raise any exception
+        raise CheckpointError(f"{path}: {_unreadable(start, error)}") from error
+
+
+_STARTS = (b"PK", b"\x80")
+"""First bytes of what `torch.save` writes: a zip archive, or a pickle."""
+
+
+def _unreadable(start: bytes, error: Exception) -> str:
+    """Why a file could not be read, from its first bytes and what PyTorch raised."""
+    if not start:
+        return "damaged, the file is empty; get it again"
+    if not start.startswith(_STARTS):
+        return "no checkpoint, by its first bytes; expected a file that torch.save wrote, or .safetensors"
+    if isinstance(error, pickle.UnpicklingError):
         # Not PyTorch's whole message: it goes on to explain how to run the code in the file anyway.
         match = re.search(
             r"(Unsupported|Trying to load unsupported|Can only|Trying to call) [^\n]*", str(error)
         )
         reason = match[0] if match else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
-        ) from error
-    except Exception as error:  # a damaged file can raise any exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({reason}); get it again") from error
+        return f"refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
+    if isinstance(error, OSError | MemoryError):
+        return f"cannot be read ({error})"
+    return "damaged, or no PyTorch checkpoint; get it again"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
