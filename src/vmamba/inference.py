@@ -22,6 +22,7 @@ from vmamba.errors import DataError, MissingCheckpointError, ModelError
 from vmamba.models.checkpoints import Place, Weights, expand, open_checkpoint
 from vmamba.models.factory import check_name, create_model
 from vmamba.pretrained import CLASSIFICATION, default_classes, restore, task_of
+from vmamba.words import counted
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,8 @@ class Predictor(ABC):
                 return self.model(inputs.to(self.device, self.dtype))
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"{self.device} has not enough memory for {len(inputs)} images at once; lower the batch size"
+                f"{self.device} has not enough memory for {counted(len(inputs), 'image')} at once; lower the "
+                "batch size"
             ) from error
         except (AssertionError, ValueError, RuntimeError) as error:  # by which models refuse a size
             size = "×".join(map(str, shape))
@@ -290,7 +292,8 @@ class ClassificationPredictor(Predictor):
     ) -> None:
         number = getattr(model, "num_classes", len(classes))
         if number != len(classes):
-            raise ModelError(f"classes: the model has {number} classes, and {len(classes)} names were given")
+            expected = counted(number, "class", "classes")
+            raise ModelError(f"classes: the model has {expected}, and {counted(len(classes), 'name')} given")
         super().__init__(model, preprocessing, classes, device=device, dtype=dtype)
 
     def decode(self, outputs: Tensor, names: Sequence[str | None], top: int | None) -> list[Prediction]:

@@ -9,6 +9,7 @@ from vmamba.data import ResumableLoader, sampler_for
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task
+from vmamba.words import counted
 
 
 def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
@@ -63,8 +64,8 @@ def loader(
     )
     if training and not len(sampler):
         raise DataError(
-            f"{len(dataset)} training samples do not fill one batch: set train.batch_size, which is "
-            f"{train.batch_size}, to at most {len(dataset)}"
+            f"{counted(len(dataset), 'training sample')} cannot fill one batch: set train.batch_size, which "
+            f"is {train.batch_size}, to at most {len(dataset)}"
         )
     return ResumableLoader(
         dataset,

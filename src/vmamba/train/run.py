@@ -38,6 +38,7 @@ from vmamba.train.task import Task
 from vmamba.train.tasks import task_type
 from vmamba.train.threads import with_threads
 from vmamba.train.trainer import is_first_process, settings, trainer_for
+from vmamba.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -308,8 +309,8 @@ def _compare_data(resumed: _Resumption, task: Task, samples: Mapping[str, int]) 
     for split, number in resumed.contents.get("samples", {}).items():
         if samples[split] != number:
             raise DataError(
-                f"the split {split!r} has {samples[split]} samples, and had {number} when the run was "
-                f"started; give it its data again (data.root=…), or start a new run from its weights "
+                f"the split {split!r} has {counted(samples[split], 'sample')}, and had {number} when the run "
+                f"was started; give it its data again (data.root=…), or start a new run from its weights "
                 f"(model.weights={resumed.path})"
             )
 
@@ -345,11 +346,6 @@ def _prepare(
         raise OutputError(f"{folder}: cannot be written to ({error})") from error
 
 
-def _threads() -> str:
-    threads = torch.get_num_threads()
-    return "1 thread" if threads == 1 else f"{threads} threads"
-
-
 def _introduce(
     session: Session, trainer: lightning.Trainer, samples: Mapping[str, int], module: TaskModule
 ) -> None:
@@ -358,20 +354,22 @@ def _introduce(
     device, processes = trainer.strategy.root_device, trainer.world_size
     states = [module.config.d_state for module in session.model.modules() if isinstance(module, SS2D)]
     log.info(
-        "%s of %s M parameters for %d classes; %d samples to train on, %d to evaluate",
+        "%s of %s M parameters for %s; %s to train on, %d to evaluate",
         session.recipe.model.name,
         f"{parameters / 1e6:.2f}",
-        len(session.task.classes),
-        samples["train"],
+        counted(len(session.task.classes), "class", "classes"),
+        counted(samples["train"], "sample"),
         samples["val"],
     )
     log.info(
-        "%d steps of %d samples on %s%s, %s%s",
-        module.steps,
-        session.recipe.train.batch_size,
+        "%s of %s on %s%s, %s%s",
+        counted(module.steps, "step"),
+        counted(session.recipe.train.batch_size, "sample"),
         device,
         f", {processes} processes" if processes > 1 else "",
-        _threads() if device.type == "cpu" else session.recipe.train.precision,
+        counted(torch.get_num_threads(), "thread")
+        if device.type == "cpu"
+        else session.recipe.train.precision,
         f", scans by the backend {default_backend(device, max(states))}" if states else "",
     )
 
