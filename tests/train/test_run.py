@@ -217,6 +217,7 @@ def test_a_corrupt_image_is_named(workers: int, tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         run.train(recipe(root, f"train.workers={workers}"), tmp_path / "out")
     assert str(raised.value).startswith(f"{bad}: not an image, or a damaged one")
+    assert str(raised.value).endswith("train.on_error=skip")
     assert "Traceback" not in str(raised.value)
 
 
