@@ -19,6 +19,7 @@ from PIL import Image
 
 from images import COLOURS, make_folder, tiny_values
 from vmamba.train.run import Outcome
+from vmamba_cli import __main__
 from vmamba_cli.__main__ import VERBS, app, main
 from vmamba_cli.train import show
 
@@ -175,6 +176,29 @@ def test_bad_recipes_are_told(place: Path) -> None:
     assert_told(done, "optim.lrr: no such key; did you mean 'lr'?", "train.batch_size: ", "got 'many'")
     assert_told(vmamba(place, "train", "none.yaml"), "none.yaml: no such recipe")
     assert not (place / "none").exists()
+
+
+def test_what_is_no_recipe_is_told(place: Path, trained: Path) -> None:
+    """The guesses of those who know other programs."""
+    for arguments in (["--epochs", "3", "recipe.yaml"], ["recipe.yaml", "--epochs=3"]):
+        done = vmamba(place, "train", *arguments)
+        assert_told(done, "train: no option --epochs; ", "without dashes behind it: schedule.epochs=…")
+    assert "No such option: --epoxy" in vmamba(place, "train", "recipe.yaml", "--epoxy").stderr
+    done = vmamba(place, "train", "data.root=images", "optim.lr=1")
+    assert_told(done, "data.root=images: a setting, and the recipe is missing before it: recipes/")
+    done = vmamba(place, "train", "images")
+    assert_told(
+        done, "images: a folder; expected a recipe (.yaml), whose data.root is the folder of images\n"
+    )
+    done = vmamba(place, "train", str(trained.parent.parent))
+    assert_told(done, f"; to go on with the run in it: vmamba resume {trained.parent.parent}\n")
+
+
+@pytest.mark.parametrize("option", __main__._KEYS)
+def test_options_point_to_keys_that_exist(option: str, place: Path) -> None:
+    section, key = __main__._KEYS[option].split(".")
+    done = vmamba(place, "train", "recipe.yaml", "--print-config")
+    assert key in yaml.safe_load(done.stdout)[section]
 
 
 def test_bad_images_and_checkpoints_are_told(place: Path, trained: Path) -> None:
