@@ -293,7 +293,7 @@ class ClassificationPredictor(Predictor):
         number = getattr(model, "num_classes", len(classes))
         if number != len(classes):
             expected = counted(number, "class", "classes")
-            raise ModelError(f"classes: the model has {expected}, and {counted(len(classes), 'name')} given")
+            raise ModelError(f"classes: {counted(len(classes), 'name')} for a model of {expected}")
         super().__init__(model, preprocessing, classes, device=device, dtype=dtype)
 
     def decode(self, outputs: Tensor, names: Sequence[str | None], top: int | None) -> list[Prediction]:

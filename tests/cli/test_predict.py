@@ -187,7 +187,7 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, place: 
     lines = [
         line
         for line in done.stderr.splitlines()
-        if "images, 3 classes" not in line and "left out" not in line
+        if "1 image, 3 classes" not in line and "left out" not in line
     ]
     assert_refused(Done(done.status, "", "\n".join(lines) + "\n"), message)
 
