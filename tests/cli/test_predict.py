@@ -115,7 +115,16 @@ def test_a_contact_sheet(place: Path, tmp_path: Path) -> None:
 
 def test_a_sheet_of_any_name(tmp_path: Path) -> None:
     image = Image.new("RGB", (10, 300), (200, 30, 30))
-    names = ["a very long name of a class that does not fit", "$\\frac$", "狐", "café", "", "\\xff.png"]
+    names = [
+        "a very long name of a class that does not fit",
+        "a\nb",
+        "\udcff.png",
+        "$\\frac$",
+        "狐",
+        "café",
+        "",
+        "\\xff.png",
+    ]
     draw_sheet([Cell(name, image, name, "100%") for name in names], tmp_path / "a.png")
     draw_sheet([Cell("a", None, "not an image")], tmp_path / "b.png")
     with Image.open(tmp_path / "a.png") as many, Image.open(tmp_path / "b.png") as one:

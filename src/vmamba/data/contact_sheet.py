@@ -95,7 +95,9 @@ def _font(size: int) -> Any:
     try:  # Pillow's font has not even the letters of French; Matplotlib brings one that has most alphabets
         import matplotlib
 
-        return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+        path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+        # The other layout raises for characters that are no text, such as a line break.
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
     except (ImportError, OSError):
         pass
     try:

@@ -28,8 +28,8 @@ def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
     size = min(train.micro_batch_size or share, share)
     if share % size:
         raise RecipeError(
-            f"train.micro_batch_size: {size} does not divide the {counted(share, 'sample')} that a process takes "
-            f"of train.batch_size {train.batch_size} ({counted(processes, 'process', 'processes')})"
+            f"train.micro_batch_size: {size} does not divide the {counted(share, 'sample')} that a process "
+            f"takes of train.batch_size {train.batch_size} ({counted(processes, 'process', 'processes')})"
         )
     return size, share // size
 
