@@ -133,6 +133,51 @@ def test_damaged_images_do_not_lose_the_others(
     assert predictor([]) == []
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((0, 0, 3), np.uint8), r"^array: it has no pixels, its shape is \(0, 0, 3\)"),
+        (torch.zeros(3, 0, 4, dtype=torch.uint8), "^tensor: it has no pixels"),
+        (torch.zeros(3, 0, 0), r"^tensor: it has no pixels, its shape is \(3, 0, 0\)"),
+        (
+            np.zeros((3, 20, 16), np.uint8),
+            r"^array: 16 channels, .*expected \(height, width, channels\), which array\.transpose\(1, 2, 0\)",
+        ),
+        (
+            torch.zeros(20, 16, 3, dtype=torch.uint8),
+            r"^tensor: 20 channels, .*expected \(channels, height, width\), which tensor\.permute\(2, 0, 1\)",
+        ),
+        (np.zeros((4, 4, 3), np.float32), r"of float32; if its values are from 0 to 1: \(array \* 255\)"),
+        (np.zeros((4, 4, 3), np.int64), "of int64$"),
+        (torch.zeros(3, 5, 4, dtype=torch.int64), r"^tensor: expected .*, got \(3, 5, 4\) of int64$"),
+    ],
+)
+def test_images_of_a_wrong_form(image: Any, message: str, predictor: ClassificationPredictor) -> None:
+    with pytest.raises(DataError, match=message):
+        predictor(image)
+
+
+@pytest.mark.parametrize("images", [None, 3, 3.5, object()])
+def test_what_is_no_image(images: Any, predictor: ClassificationPredictor) -> None:
+    kind = type(images).__name__
+    message = f"expected a path, an image, an array or a tensor, or several of these, got {kind}"
+    for call in (predictor, predictor.stream):
+        with pytest.raises(TypeError, match=message):
+            call(images)
+
+
+def test_a_folder_is_not_an_image(predictor: ClassificationPredictor, photos: list[Path]) -> None:
+    folder = photos[0].parent
+    with pytest.raises(DataError, match=r": a folder is not opened here: .*rglob.*`vmamba predict`"):
+        predictor(folder)
+    with pytest.raises(DataError, match=r"\*\.png: no such image; a pattern is not opened here"):
+        predictor(str(folder / "*.png"))
+    bracketed = folder / "a[1].png"
+    bracketed.write_bytes(photos[0].read_bytes())
+    assert predictor(bracketed).classes == predictor(photos[0]).classes
+    bracketed.unlink()
+
+
 def test_images_are_read_as_they_are_needed(predictor: ClassificationPredictor, photos: list[Path]) -> None:
     asked = 0
 
@@ -199,7 +244,7 @@ def test_a_folder_for_timm_and_for_us(saved: Path, photos: list[Path]) -> None:
         )
         assert (predictor.classes, predictor.preprocessing) == (CLASSES, PREPROCESSING)
     assert vmamba.load(saved, classes=["a", "b", "c"]).classes == ["a", "b", "c"]
-    with pytest.raises(ModelError, match="the model has 3 classes, and 2 names were given"):
+    with pytest.raises(ModelError, match="classes: 2 names for a model of 3 classes"):
         vmamba.load(saved, classes=["a", "b"])
 
 
@@ -346,7 +391,7 @@ def test_a_registered_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("vmamba_tny", MissingCheckpointError, "vmamba_tny: no such checkpoint; .*did you mean vmamba_tiny"),
         ("none/best.ckpt", MissingCheckpointError, "there is no folder none"),
         ("vmamba_pico.foo", ModelError, "vmamba_pico has 'untrained', not 'foo'"),
-        ("vmamba_pico", CheckpointError, "the pretrained weights of vmamba_pico cannot be had"),
+        ("vmamba_pico", CheckpointError, "^no pretrained weights of vmamba_pico were released; train"),
     ],
 )
 def test_sources_that_are_not_there(

@@ -22,6 +22,7 @@ from vmamba.errors import DataError, MissingCheckpointError, ModelError
 from vmamba.models.checkpoints import Place, Weights, expand, open_checkpoint
 from vmamba.models.factory import check_name, create_model
 from vmamba.pretrained import CLASSIFICATION, default_classes, restore, task_of
+from vmamba.words import counted
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Predictor(ABC):
             that failed.
 
         Raises:
+            TypeError: `images` is neither an image nor several.
             DataError: The only image is missing, damaged or of other channels, or its outputs are NaN.
         """
         if not _is_one_image(images):
@@ -157,12 +159,17 @@ class Predictor(ABC):
         """As a call with several images, but lazily: images are read one batch at a time.
 
         Raises:
+            TypeError: `images` cannot be iterated over.
             ValueError: `batch_size` or `top` is below 1.
             ModelError: The device has not enough memory, or the model does not take the images' size.
         """
         for name, value in (("batch_size", batch_size), ("top", top)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        try:
+            images = iter(images)
+        except TypeError:
+            raise TypeError(f"{_EXPECTED}, or several of these, got {type(images).__name__}") from None
         return self._stream(images, batch_size, top)
 
     def _stream(self, images: Iterable[ImageLike], batch_size: int, top: int | None) -> Iterator[Prediction]:
@@ -185,6 +192,7 @@ class Predictor(ABC):
     def _read(self, image: ImageLike, name: str | None) -> Tensor:
         preprocessing = self.preprocessing
         if name is not None:
+            _refuse_several(name)
             return self.transform(preprocessing.read(expand(name), printable(name)))
         if isinstance(image, Image.Image):
             try:
@@ -197,28 +205,40 @@ class Predictor(ABC):
                 raise DataError(
                     f"tensor: expected ({preprocessing.channels}, height, width), preprocessed, got {shape}"
                 )
+            _refuse_empty("tensor", image)
             return image
         if isinstance(image, Tensor):
-            image = image.movedim(0, -1).cpu().numpy() if image.ndim == 3 else image.cpu().numpy()
+            if image.dtype != torch.uint8 or image.ndim not in (2, 3):
+                raise DataError(
+                    "tensor: expected (channels, height, width), of uint8 or of floats that are preprocessed,"
+                    f" got {tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
+                )
+            pixels = image.movedim(0, -1) if image.ndim == 3 else image
+            return self.transform(self._decoded(pixels.cpu().numpy(), "tensor"))
         if not isinstance(image, np.ndarray):
-            raise DataError(f"expected a path, an image, an array or a tensor, got {type(image).__name__}")
-        return self.transform(self._decoded(image))
+            raise DataError(f"{_EXPECTED}, got {type(image).__name__}")
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            floats = "; if its values are from 0 to 1: (array * 255).round().astype('uint8')"
+            raise DataError(
+                f"array: expected (height, width) or (height, width, channels) of uint8, got {image.shape} "
+                f"of {image.dtype}{floats if np.issubdtype(image.dtype, np.floating) else ''}"
+            )
+        return self.transform(self._decoded(image, "array"))
 
-    def _decoded(self, pixels: np.ndarray) -> Any:
+    def _decoded(self, pixels: np.ndarray, what: str) -> Any:
         """An array (h, w) or (h, w, c) of uint8 as a decoded image."""
         channels = self.preprocessing.channels
-        shape = pixels.shape
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-            raise DataError(
-                f"array: expected (height, width) or (height, width, channels) of uint8, got {shape} of "
-                f"{pixels.dtype}"
-            )
-        if pixels.ndim == 3 and shape[2] == 1:
+        _refuse_empty(what, pixels)
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
         if pixels.ndim == 2 or pixels.shape[2] in (3, 4):
-            return self.preprocessing.convert(Image.fromarray(np.ascontiguousarray(pixels)), "array")
+            return self.preprocessing.convert(Image.fromarray(np.ascontiguousarray(pixels)), what)
         if pixels.shape[2] != channels:
-            raise DataError(f"array: {pixels.shape[2]} channels, and the model takes {channels}")
+            order, turn = _ORDERS[what]
+            raise DataError(
+                f"{what}: {pixels.shape[2]} channels, and the model takes {channels}; expected {order}, "
+                f"which {turn} gives if they are in the other order"
+            )
         return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)
 
     def _judge(
@@ -244,7 +264,8 @@ class Predictor(ABC):
                 return self.model(inputs.to(self.device, self.dtype))
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"{self.device} has not enough memory for {len(inputs)} images at once; lower the batch size"
+                f"{self.device} has not enough memory for {counted(len(inputs), 'image')} at once; lower the "
+                "batch size"
             ) from error
         except (AssertionError, ValueError, RuntimeError) as error:  # by which models refuse a size
             size = "×".join(map(str, shape))
@@ -271,7 +292,8 @@ class ClassificationPredictor(Predictor):
     ) -> None:
         number = getattr(model, "num_classes", len(classes))
         if number != len(classes):
-            raise ModelError(f"classes: the model has {number} classes, and {len(classes)} names were given")
+            expected = counted(number, "class", "classes")
+            raise ModelError(f"classes: {counted(len(classes), 'name')} for a model of {expected}")
         super().__init__(model, preprocessing, classes, device=device, dtype=dtype)
 
     def decode(self, outputs: Tensor, names: Sequence[str | None], top: int | None) -> list[Prediction]:
@@ -289,6 +311,31 @@ class ClassificationPredictor(Predictor):
                 Classification(name, [ClassScore(self.classes[index], score) for index, score in pairs])
             )
         return predictions
+
+
+_EXPECTED = "expected a path, an image, an array or a tensor"
+_ORDERS = {
+    "array": ("(height, width, channels)", "array.transpose(1, 2, 0)"),
+    "tensor": ("(channels, height, width)", "tensor.permute(2, 0, 1)"),
+}
+"""The order of dimensions that an image has, and how to turn the other one into it."""
+
+
+def _refuse_empty(what: str, image: np.ndarray | Tensor) -> None:
+    if 0 in image.shape:
+        raise DataError(f"{what}: it has no pixels, its shape is {tuple(image.shape)}")
+
+
+def _refuse_several(name: str) -> None:
+    """Refuse a folder or a pattern where the path of one image is expected."""
+    path = expand(name)
+    folder = os.path.isdir(path)
+    if folder or (any(char in name for char in "*?[") and not os.path.lexists(path)):
+        what = "a folder" if folder else "no such image; a pattern"
+        raise DataError(
+            f"{printable(name)}: {what} is not opened here: give the paths in it, such as "
+            "sorted(Path(FOLDER).rglob('*.jpg')), or run `vmamba predict`, which takes folders and patterns"
+        )
 
 
 def _is_one_image(images: Any) -> bool:

@@ -42,6 +42,8 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
+            if type(error).__name__ == "NoSuchOption":
+                _refuse_setting(error)
             if ctx.params["debug"] or not _is_the_users(error):
                 raise
             interrupted = type(error).__name__ == "Interrupted"
@@ -49,6 +51,34 @@ class _Verbs(TyperGroup):
                 raise typer.Exit(0) from error  # only the first process prints the message
             _say(_message(error))
             raise typer.Exit(130 if interrupted else 2) from error
+
+
+_KEYS = {
+    "--epochs": "schedule.epochs",
+    "--steps": "schedule.steps",
+    "--lr": "optim.lr",
+    "--learning-rate": "optim.lr",
+    "--batch-size": "train.batch_size",
+    "--workers": "train.workers",
+    "--devices": "train.devices",
+    "--seed": "train.seed",
+    "--model": "model.name",
+    "--weights": "model.weights",
+    "--data": "data.root",
+    "--image-size": "data.image_size",
+}
+"""Settings of a recipe, by the options that other programs have for them."""
+
+
+def _refuse_setting(error: Any) -> None:
+    """Stop with the key of the recipe that an unknown option probably means, if there is one."""
+    key = _KEYS.get(error.option_name)
+    if key is not None and error.ctx is not None and error.ctx.info_name in ("train", "resume", "eval"):
+        _say(
+            f"{error.ctx.info_name}: no option {error.option_name}; settings of the recipe go without dashes "
+            f"behind it: {key}=…"
+        )
+        raise typer.Exit(2) from error
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -41,7 +41,16 @@ def require_recipe(path: Path) -> Path:
     """Stop with a message if a path is not a file with a YAML mapping; returns it with `~` expanded."""
     import yaml
 
+    if "=" in str(path) and not _exists(path):
+        refuse(f"{path}: a setting, and the recipe is missing before it: recipes/mnist_pico.yaml {path}")
     expanded = require_path(path, "recipe")
+    if expanded.is_dir():
+        run = (
+            f"; to go on with the run in it: vmamba resume {path}"
+            if (expanded / "checkpoints").is_dir()
+            else ""
+        )
+        refuse(f"{path}: a folder; expected a recipe (.yaml), whose data.root is the folder of images{run}")
     problem = ""
     try:
         node = yaml.compose(expanded.read_text(encoding="utf-8"), yaml.SafeLoader)

@@ -79,13 +79,15 @@ def command(
 def _show(evaluations: Sequence[Any], per_class: bool, as_json: bool) -> None:
     import json
 
+    from vmamba.words import counted
+
     if as_json:
         values = [_plain(each, per_class) for each in evaluations]
         typer.echo(json.dumps(values if len(values) > 1 else values[0]))
         return
     for each in evaluations:
         left_out = f", {len(each.skipped)} left out" if each.skipped else ""
-        typer.echo(f"{each.source}, {each.weights} weights, {each.samples} samples{left_out}")
+        typer.echo(f"{each.source}, {each.weights} weights, {counted(each.samples, 'sample')}{left_out}")
         for name, value in each.scores.items():
             typer.echo(f"{name} {value:.4f}")
         if per_class:

@@ -40,8 +40,9 @@ def _machine() -> dict[str, Any]:
     import torch
 
     import vmamba
+    from vmamba.words import counted
 
-    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices = [f"cpu ({counted(torch.get_num_threads(), 'thread')})"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     devices += [f"xpu:{i} ({torch.xpu.get_device_name(i)})" for i in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():

@@ -69,6 +69,7 @@ def command(
     """Say what images show."""
     _check(images, checkpoint, model, out)  # before the import below, which takes seconds
     import vmamba
+    from vmamba.words import counted
 
     paths = list(_find(images))
     source = checkpoint if checkpoint is not None else model
@@ -79,12 +80,13 @@ def command(
         dtype=precision.value,
         weights=weights.value,
     )
-    _say(f"{len(paths):,} images, {len(predictor.classes):,} classes, {predictor.device}, {precision.value}")
+    what = f"{counted(len(paths), 'image')}, {counted(len(predictor.classes), 'class', 'classes')}"
+    _say(f"{what}, {predictor.device}, {precision.value}")
     shown = _progress(predictor.stream(paths, batch_size=batch_size, top=top), len(paths))
     with _writing(out, predictor) as keep:
         failed = _print(_kept(shown, keep), as_json, needed=out is not None)
     if failed:
-        _say(f"vmamba: {failed:,} of {len(paths):,} images could not be judged", error=True)
+        _say(f"vmamba: {failed:,} of {counted(len(paths), 'image')} could not be judged", error=True)
         raise typer.Exit(1 if failed < len(paths) else 2)
 
 

@@ -83,4 +83,5 @@ def show(outcome: Any) -> None:
         typer.echo(f"{name} {value:.4f}")
     if outcome.best is not None:
         typer.echo(f"best {outcome.monitor} {outcome.best:.4f}, after step {outcome.best_step}")
-    typer.echo(f"wrote {outcome.folder}; next: vmamba eval {outcome.folder}")
+    wrote = "wrote" if outcome.trained else "nothing left to train in"
+    typer.echo(f"{wrote} {outcome.folder}; next: vmamba eval {outcome.folder}")

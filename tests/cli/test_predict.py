@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import nn
 
 from images import COLOURS, make_folder
+from vmamba.data import contact_sheet
 from vmamba.data.contact_sheet import Cell, draw_sheet
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.pretrained import model_config, save_pretrained
@@ -114,11 +115,34 @@ def test_a_contact_sheet(place: Path, tmp_path: Path) -> None:
 
 def test_a_sheet_of_any_name(tmp_path: Path) -> None:
     image = Image.new("RGB", (10, 300), (200, 30, 30))
-    names = ["a very long name of a class that does not fit", "$\\frac$", "狐", "café", "", "\\xff.png"]
+    names = [
+        "a very long name of a class that does not fit",
+        "a\nb",
+        "\udcff.png",
+        "$\\frac$",
+        "狐",
+        "café",
+        "",
+        "\\xff.png",
+    ]
     draw_sheet([Cell(name, image, name, "100%") for name in names], tmp_path / "a.png")
     draw_sheet([Cell("a", None, "not an image")], tmp_path / "b.png")
     with Image.open(tmp_path / "a.png") as many, Image.open(tmp_path / "b.png") as one:
         assert many.width > one.width > 150
+
+
+@pytest.mark.parametrize("size", [11, 14])
+def test_a_sheet_writes_letters_as_letters(size: int) -> None:
+    """With Matplotlib's font as they are, with Pillow's own without accents; never as numbers."""
+    pytest.importorskip("matplotlib")
+    font = contact_sheet._font(size)
+    for name in ("café à la carte.png", "Größe Ångström", "лиса ёж", "αλεπού", "a b\u00a0c"):
+        assert contact_sheet._drawable(name, font) == name
+    assert contact_sheet._drawable("cafe\u0301", font) == "café"
+    assert contact_sheet._drawable("狐", font) == "\\u72d0"
+    plain = contact_sheet._drawable("café à\u00a0la Ångström", ImageFont.load_default(size))
+    assert "\\u" not in plain
+    assert len(plain) == len("café à\u00a0la Ångström")
 
 
 def test_a_damaged_image_does_not_lose_the_others(place: Path, tmp_path: Path) -> None:
@@ -172,7 +196,7 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, place: 
     lines = [
         line
         for line in done.stderr.splitlines()
-        if "images, 3 classes" not in line and "left out" not in line
+        if "1 image, 3 classes" not in line and "left out" not in line
     ]
     assert_refused(Done(done.status, "", "\n".join(lines) + "\n"), message)
 

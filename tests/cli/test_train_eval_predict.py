@@ -19,6 +19,7 @@ from PIL import Image
 
 from images import COLOURS, make_folder, tiny_values
 from vmamba.train.run import Outcome
+from vmamba_cli import __main__
 from vmamba_cli.__main__ import VERBS, app, main
 from vmamba_cli.train import show
 
@@ -177,6 +178,29 @@ def test_bad_recipes_are_told(place: Path) -> None:
     assert not (place / "none").exists()
 
 
+def test_what_is_no_recipe_is_told(place: Path, trained: Path) -> None:
+    """The guesses of those who know other programs."""
+    for arguments in (["--epochs", "3", "recipe.yaml"], ["recipe.yaml", "--epochs=3"]):
+        done = vmamba(place, "train", *arguments)
+        assert_told(done, "train: no option --epochs; ", "without dashes behind it: schedule.epochs=…")
+    assert "No such option: --epoxy" in vmamba(place, "train", "recipe.yaml", "--epoxy").stderr
+    done = vmamba(place, "train", "data.root=images", "optim.lr=1")
+    assert_told(done, "data.root=images: a setting, and the recipe is missing before it: recipes/")
+    done = vmamba(place, "train", "images")
+    assert_told(
+        done, "images: a folder; expected a recipe (.yaml), whose data.root is the folder of images\n"
+    )
+    done = vmamba(place, "train", str(trained.parent.parent))
+    assert_told(done, f"; to go on with the run in it: vmamba resume {trained.parent.parent}\n")
+
+
+@pytest.mark.parametrize("option", __main__._KEYS)
+def test_options_point_to_keys_that_exist(option: str, place: Path) -> None:
+    section, key = __main__._KEYS[option].split(".")
+    done = vmamba(place, "train", "recipe.yaml", "--print-config")
+    assert key in yaml.safe_load(done.stdout)[section]
+
+
 def test_bad_images_and_checkpoints_are_told(place: Path, trained: Path) -> None:
     (place / "broken.png").write_bytes((place / "images/val/red/0.png").read_bytes()[:99])
     done = vmamba(place, "predict", "images/val/red/0.png", "broken.png", "--checkpoint", str(trained))
@@ -225,6 +249,13 @@ def test_resume_is_a_verb(place: Path) -> None:
     done = vmamba(place, "resume", "extended/checkpoints", "schedule.epochs=3", "--extend")
     assert done.status == 0, done.stderr
     assert "epoch 3, step 12 of 12: " in done.stderr
+    done = vmamba(place, "resume", "extended")
+    assert done.status == 0, done.stderr
+    longer = (
+        "this run is finished: 3 of 3 epochs; to train it longer: vmamba resume extended schedule.epochs=6"
+    )
+    assert f"{longer} --extend\n" in done.stderr
+    assert done.stdout.endswith("nothing left to train in extended; next: vmamba eval extended\n")
     assert_told(vmamba(place, "resume", "extendet"), "extendet: no such run; did you mean extended?")
 
 

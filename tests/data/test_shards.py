@@ -206,7 +206,7 @@ def test_without_a_list_of_sizes_shards_are_counted_once(
 ) -> None:
     fsspec.filesystem("memory").rm("/bucket/sizes.json")
     assert len(remote(bucket, tmp_path)) == 18
-    assert "fetching 5 shards to count their samples" in caplog.text
+    assert "fetching 5 shards to count the samples" in caplog.text
     caplog.clear()
     assert remote(bucket, tmp_path).groups.sizes == [4, 4, 4, 4, 2]
     assert not caplog.text

@@ -369,6 +369,15 @@ def test_what_is_not_there(run: Path) -> None:
         resolve_checkpoint(run / "empty")
 
 
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.yml", "mine.json", "mine.csv"])
+def test_a_file_of_text_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    """Nor does it stand for a file of weights that lies beside it by chance."""
+    (tmp_path / name).write_text("text")
+    (tmp_path / "others.pth").write_bytes(b"")
+    with pytest.raises(MissingCheckpointError, match=rf"/{name}: no checkpoint, and not the {name} of a run"):
+        resolve_checkpoint(tmp_path / name)
+
+
 def test_an_address_keeps_its_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -547,5 +556,5 @@ def test_a_model_made_for_one_size() -> None:
 
 
 def test_no_pretrained_weights() -> None:
-    with pytest.raises(CheckpointError, match="the pretrained weights of vmamba_pico cannot be had"):
+    with pytest.raises(CheckpointError, match=r"^no pretrained weights of vmamba_pico were released; train"):
         create_model("vmamba_pico", pretrained=True)

@@ -110,6 +110,28 @@ def test_a_folder_or_nothing_is_no_checkpoint(tmp_path: Path) -> None:
             read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged, the file is empty; get it again"),
+        (b"hello there", "no checkpoint, by its first bytes; expected a file that torch.save wrote"),
+        (b"e\n", "no checkpoint, by its first bytes"),
+        (b"\x89PNG\r\n\x1a\n", "no checkpoint, by its first bytes"),
+        (b"<!DOCTYPE html>", "no checkpoint, by its first bytes"),
+        (b"PK\x03\x04" + 100 * b"0", "damaged, or no PyTorch checkpoint; get it again"),
+        (b"\x80\x02e", "damaged, or no PyTorch checkpoint; get it again"),
+    ],
+    ids=["empty", "text", "two bytes", "an image", "a web page", "a zip", "a pickle"],
+)
+def test_what_is_no_checkpoint_says_so_in_words(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(path)
+    assert str(raised.value).startswith(f"{path}: {message}")
+    assert "(" not in str(raised.value)
+
+
 class Code:
     """Pickled, it makes a folder when it is read without care."""
 

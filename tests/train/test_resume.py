@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_a_run_stops_early(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(run.TaskModule, "evaluate", evaluate)
     outcome = run.train(recipe(folder, "schedule.epochs=9", "schedule.patience=2"), tmp_path)
     assert (last(tmp_path)["global_step"], outcome.best, outcome.best_step) == (20, 0.6, 12)
-    assert run.resume(tmp_path) == outcome
+    assert run.resume(tmp_path) == replace(outcome, trained=False)
+    assert "this run is finished" not in (tmp_path / "log.txt").read_text()
     assert "stopped early: 2 evaluations without a better val/top1" in (tmp_path / "log.txt").read_text()
     run.resume(tmp_path, ["schedule.patience=3"], extend=True)
     assert last(tmp_path)["global_step"] > 20

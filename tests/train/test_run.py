@@ -1,7 +1,9 @@
 import csv
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -166,7 +168,7 @@ def test_workers_change_nothing(folder: Path, whole: Path, tmp_path: Path) -> No
 def test_a_finished_run_resumed_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
     outcome = run.train(recipe(folder, "schedule.epochs=2"), tmp_path)
     before = weights(tmp_path)
-    assert run.resume(tmp_path) == outcome
+    assert run.resume(tmp_path) == replace(outcome, trained=False)
     assert_same(weights(tmp_path), before)
 
 
@@ -215,6 +217,7 @@ def test_a_corrupt_image_is_named(workers: int, tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         run.train(recipe(root, f"train.workers={workers}"), tmp_path / "out")
     assert str(raised.value).startswith(f"{bad}: not an image, or a damaged one")
+    assert str(raised.value).endswith("train.on_error=skip")
     assert "Traceback" not in str(raised.value)
 
 
@@ -237,8 +240,8 @@ def test_weights_of_a_run_start_another(folder: Path, whole: Path, tmp_path: Pat
         ("data.root=/nowhere", "/nowhere/train: no such folder"),
         ("train.batch_size=20", "18 training samples .* at most 18"),
         ("train.strategy=fsdp | train.precision=64-true", "64-true does not go with train.strategy fsdp"),
-        ("train.micro_batch_size=3", "3 does not divide the 4 samples that each of 1 processes takes"),
-        ("train.micro_batch_size=1", "gives each of 1 processes 1 samples at a time, an odd number"),
+        ("train.micro_batch_size=3", r"3 does not divide the 4 samples that a process takes .*\(1 process\)"),
+        ("train.micro_batch_size=1", "1 gives a process 1 sample at a time, an odd number"),
         ("train.loggers=[wandb]", "wandb is not installed; pip install wandb"),
         ("model.weights=/nowhere.ckpt", "/nowhere.ckpt: no such checkpoint"),
     ],
@@ -268,8 +271,24 @@ def test_a_half_precision_that_the_processor_lacks_is_told(
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not a run, or .*/last\.ckpt$"):
         run.resume(tmp_path)
+
+
+def test_a_folder_of_runs_is_not_a_run(tmp_path: Path) -> None:
+    for name in "abcde":
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        if name != "a":
+            (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+    named = ", ".join(str(tmp_path / name) for name in "bcd")
+    for read, problem in (
+        (run.resume, "not a run, or one that has no checkpoint yet"),
+        (open_session, "no checkpoint in this folder"),
+    ):
+        with pytest.raises(CheckpointError) as raised:
+            read(tmp_path)
+        assert str(raised.value).startswith(f"{tmp_path}: {problem}")
+        assert str(raised.value).endswith(f"; name one of the runs in it: {named} and 1 more")
 
 
 def test_what_is_trained_is_told_at_the_start_and_each_epoch(
@@ -289,6 +308,16 @@ def test_what_is_trained_is_told_at_the_start_and_each_epoch(
         "epoch 1, step 4 of 8",
         "epoch 2, step 8 of 8",
     ]
+
+
+def test_a_single_class_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        for name in ("blue", "green"):
+            shutil.rmtree(root / split / name)
+    run.train(recipe(root, "schedule.epochs=1", "schedule.warmup_epochs=0"), tmp_path / "run")
+    warning = "warning: the data have one class alone, 'red': every score will be perfect"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_evaluations_show_how_far_they_are(

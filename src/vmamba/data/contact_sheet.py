@@ -1,5 +1,6 @@
 """Contact sheets: thumbnails in a grid, with the model's prediction below each."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -91,6 +92,14 @@ def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
 
 @cache
 def _font(size: int) -> Any:
+    try:  # Pillow's font has not even the letters of French; Matplotlib brings one that has most alphabets
+        import matplotlib
+
+        path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+        # The other layout raises for characters that are no text, such as a line break.
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    except (ImportError, OSError):
+        pass
     try:
         return ImageFont.load_default(size)
     except (TypeError, OSError):  # a Pillow before 10.1, or without FreeType: one size, Latin-1 alone
@@ -98,8 +107,14 @@ def _font(size: int) -> Any:
 
 
 def _drawable(text: str, font: Any) -> str:
-    """The text with the characters that the font lacks written as their numbers."""
-    return "".join(char if _has(font, char) else f"\\u{ord(char):04x}" for char in text)
+    """The text; where the font lacks a character, it goes without its accents, or as its number."""
+    composed = unicodedata.normalize("NFC", text)  # macOS keeps names with the accents apart
+    return "".join(char if _has(font, char) else _plain(font, char) for char in composed)
+
+
+def _plain(font: Any, char: str) -> str:
+    letters = "".join(each for each in unicodedata.normalize("NFKD", char) if not unicodedata.combining(each))
+    return letters if letters and all(_has(font, each) for each in letters) else f"\\u{ord(char):04x}"
 
 
 @cache

@@ -63,9 +63,9 @@ class LoadedBatch(NamedTuple):
 class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` over an `EpochSampler`, with a state; it yields `LoadedBatch`.
 
-    A `DataError` in a worker is raised unchanged, where PyTorch would put a traceback into its message. If a
-    worker died or hangs, `WorkerError` is raised. Workers ignore signals: the process that runs the steps
-    decides when to stop.
+    A `DataError` in a worker is raised as it is, where PyTorch would put a traceback into its message, with
+    one more sentence: how to leave such samples out. If a worker died or hangs, `WorkerError` is raised.
+    Workers ignore signals: the process that runs the steps decides when to stop.
 
     Args:
         dataset: Indexed by `SampleKey`.
@@ -104,6 +104,7 @@ class ResumableLoader(DataLoader[Any]):
             timeout=min(timeout, 1) if num_workers else 0,
             **kwargs,
         )
+        self.on_error = on_error
         self.patience = timeout
         self.consumed = 0
         self.skipped: dict[str, None] = {}
@@ -117,6 +118,10 @@ class ResumableLoader(DataLoader[Any]):
             if isinstance(loaded, DataError):
                 # Not left to the garbage collector, which would wait seconds for each worker.
                 end_loader_workers(self, batches)
+                if self.on_error == "raise":
+                    loaded.args = (
+                        f"{loaded}; to leave out samples that cannot be read: train.on_error=skip",
+                    )
                 raise loaded
             self.skipped.update(dict.fromkeys(loaded.skipped))
             if loaded.keys:  # otherwise all samples of the batch were dropped

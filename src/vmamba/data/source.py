@@ -18,6 +18,7 @@ from torch import Tensor
 from vmamba.data.decoding import RGB, DecodedImage, Decoding, read_image
 from vmamba.data.sampling import SampleGroups
 from vmamba.errors import DataError
+from vmamba.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,8 @@ class ClassifiedImages(ImageSource[int]):
         missing = [name for name in classes if name not in self.classes]
         if extra:
             raise DataError(
-                f"{self}: not {whose}'s {len(classes)} classes; missing [{_listed(missing)}], "
-                f"extra [{_listed(extra)}]"
+                f"{self}: not {whose}'s {counted(len(classes), 'class', 'classes')}; "
+                f"missing [{_listed(missing)}], extra [{_listed(extra)}]"
             )
         self._numbers = [number_of.get(name, -1) for name in self.classes]
         self.classes = classes

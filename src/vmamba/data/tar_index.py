@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vmamba.data.decoding import printable
 from vmamba.data.strings import PackedStrings
 from vmamba.errors import DataError
+from vmamba.words import counted
 
 CACHED_FROM = 100_000
 """Fewest files for which the index is cached beside the tars; with fewer it is rebuilt in seconds."""
@@ -105,7 +106,7 @@ def _members(path: str) -> list[tuple[str, int, int]]:
             mark = file.read(tarfile.BLOCKSIZE)
             if len(mark) < tarfile.BLOCKSIZE or any(mark):
                 raise DataError(
-                    f"{shown}: damaged or cut short at byte {end:,}, behind {len(members):,} files"
+                    f"{shown}: damaged or cut short at byte {end:,}, behind {counted(len(members), 'file')}"
                 )
             while block := file.read(2**20):
                 if any(block):

@@ -64,7 +64,7 @@ def resolve_checkpoint(place: Place) -> Path:
     if path.is_dir():
         return _in_folder(path)
     if path.suffix in (".yaml", ".yml", ".json", ".csv") and path.is_file():
-        return _in_folder(path.parent)
+        return _beside(path)
     if not path.exists():
         raise MissingCheckpointError(f"{path}: no such checkpoint{_hint(path)}")
     return path
@@ -92,10 +92,23 @@ def expand(place: Place) -> Path:
         return path
 
 
+def _beside(path: Path) -> Path:
+    """The best weights in the folder of a file of text, such as a run's recipe.yaml."""
+    if (weights := _best_in(path.parent)) is None:
+        raise MissingCheckpointError(
+            f"{path}: no checkpoint, and not the {path.name} of a run: there are no weights beside it; "
+            "expected a run, a file of weights (.ckpt, .pth, .safetensors), or a folder with best.safetensors"
+        )
+    return weights
+
+
+def _best_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _IN_A_RUN if (folder / name).is_file()), None)
+
+
 def _in_folder(folder: Path) -> Path:
-    for name in _IN_A_RUN:
-        if (folder / name).is_file():
-            return folder / name
+    if (best := _best_in(folder)) is not None:
+        return best
     weights = [path for suffix in ("safetensors", "pth", "ckpt") for path in folder.glob(f"*.{suffix}")]
     if len(weights) == 1:
         return weights[0]
@@ -104,8 +117,18 @@ def _in_folder(folder: Path) -> Path:
         raise MissingCheckpointError(f"{folder}: holds several files of weights, name one: {names}")
     raise MissingCheckpointError(
         f"{folder}: no checkpoint in this folder; expected a run with checkpoints/best.ckpt, or a folder "
-        "with best.safetensors"
+        f"with best.safetensors{runs_hint(folder)}"
     )
+
+
+_RUNS_SHOWN = 3
+
+
+def runs_hint(folder: Path) -> str:
+    """The first runs in a folder that is no run itself, for a message; empty if there are none."""
+    runs = sorted(str(path.parent.parent) for path in folder.glob("*/checkpoints/last.ckpt"))
+    more = f" and {len(runs) - _RUNS_SHOWN} more" if len(runs) > _RUNS_SHOWN else ""
+    return f"; name one of the runs in it: {', '.join(runs[:_RUNS_SHOWN])}{more}" if runs else ""
 
 
 def _hint(path: Path) -> str:
@@ -272,18 +295,30 @@ def _read(path: Path) -> Any:
         with safe_globals(), warnings.catch_warnings():  # old files are read correctly
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged file can raise any exception
+        raise CheckpointError(f"{path}: {_unreadable(start, error)}") from error
+
+
+_STARTS = (b"PK", b"\x80")
+"""First bytes of what `torch.save` writes: a zip archive, or a pickle."""
+
+
+def _unreadable(start: bytes, error: Exception) -> str:
+    """Why a file could not be read, from its first bytes and what PyTorch raised."""
+    if not start:
+        return "damaged, the file is empty; get it again"
+    if not start.startswith(_STARTS):
+        return "no checkpoint, by its first bytes; expected a file that torch.save wrote, or .safetensors"
+    if isinstance(error, pickle.UnpicklingError):
         # Not PyTorch's whole message: it goes on to explain how to run the code in the file anyway.
         match = re.search(
             r"(Unsupported|Trying to load unsupported|Can only|Trying to call) [^\n]*", str(error)
         )
         reason = match[0] if match else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
-        ) from error
-    except Exception as error:  # a damaged file can raise any exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or no PyTorch checkpoint ({reason}); get it again") from error
+        return f"refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
+    if isinstance(error, OSError | MemoryError):
+        return f"cannot be read ({error})"
+    return "damaged, or no PyTorch checkpoint; get it again"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

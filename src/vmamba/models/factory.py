@@ -48,7 +48,7 @@ def create_model(
     Raises:
         ModelError: There is no such model, tag or argument, an argument is out of range, or the model does
             not work with them.
-        CheckpointError: The pretrained weights cannot be downloaded, or do not fit.
+        CheckpointError: No pretrained weights were released, they cannot be downloaded, or do not fit.
     """
     check_name(name)
     _check_args(name, args)
@@ -60,6 +60,12 @@ def create_model(
     except (RuntimeError, OSError) as error:
         if not pretrained:
             raise
+        config = timm.get_pretrained_cfg(name)
+        if "pretrained_cfg_overlay" not in args and not (config and config.has_weights):
+            raise CheckpointError(
+                f"no pretrained weights of {name} were released; train it without them, or give a checkpoint "
+                "that you have: vmamba.load(PATH), --checkpoint PATH, or model.weights=PATH in a recipe"
+            ) from None
         raise CheckpointError(
             f"the pretrained weights of {name} cannot be had, or do not fit: {error}"
         ) from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vmamba.errors import CheckpointError
 from vmamba.models.checkpoints import Checkpoint, Weights, open_checkpoint
 from vmamba.models.official import convert_names
+from vmamba.words import counted
 
 _WRAPPERS = {"module", "model", "backbone", "ema", "_orig_mod"}
 """Prefixes by which DDP, Lightning, mmengine, detectors, averages and torch.compile wrap a model's names."""
@@ -56,7 +57,7 @@ class LoadReport:
     @property
     def summary(self) -> str:
         """One line: the numbers of each."""
-        numbers = [f"{len(self.loaded)} weights loaded"]
+        numbers = [f"{counted(len(self.loaded), 'weight')} loaded"]
         if self.converted:
             numbers.append(f"{len(self.converted)} of them converted")
         if self.left_out or self.elsewhere:
@@ -157,7 +158,7 @@ def load_weights(
         hints = "".join(f"\n{hint}" for hint in plan.hints(classifier, in_chans))
         raise CheckpointError(
             f"{checkpoint.path}: does not fit {type(model).__name__}; nothing was loaded. "
-            f"{len(plan.problems)} problems:\n  {listed}{hints}"
+            f"{counted(len(plan.problems), 'problem')}:\n  {listed}{hints}"
         )
     model.load_state_dict({target.prefix + name: value for name, value in plan.loaded.items()}, strict=False)
     return LoadReport(

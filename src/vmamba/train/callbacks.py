@@ -16,6 +16,7 @@ from vmamba.train.means import gather
 from vmamba.train.optim import base_rate
 from vmamba.train.progress import ProgressLine
 from vmamba.train.stop import at_step
+from vmamba.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ class Milestones(Callback):
         patience = module.recipe.schedule.patience
         trainer.should_stop = trainer.global_step >= module.steps
         if not trainer.should_stop and patience is not None and self.stale >= patience:
-            log.info("stopped early: %d evaluations without a better %s", self.stale, module.monitor)
+            evaluations = counted(self.stale, "evaluation")
+            log.info("stopped early: %s without a better %s", evaluations, module.monitor)
             trainer.should_stop = True
 
     def _is_better(self, score: float, mode: str) -> bool:

@@ -9,6 +9,7 @@ from vmamba.data import ResumableLoader, sampler_for
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import Task
+from vmamba.words import counted
 
 
 def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
@@ -21,14 +22,14 @@ def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
     share, rest = divmod(train.batch_size, processes)
     if rest or not share:
         raise RecipeError(
-            f"train.batch_size: {train.batch_size} samples of a step do not divide among {processes} "
-            "processes"
+            f"train.batch_size: a step's {counted(train.batch_size, 'sample')} cannot be divided among "
+            f"{counted(processes, 'process', 'processes')}"
         )
     size = min(train.micro_batch_size or share, share)
     if share % size:
         raise RecipeError(
-            f"train.micro_batch_size: {size} does not divide the {share} samples that each of {processes} "
-            f"processes takes of train.batch_size {train.batch_size}"
+            f"train.micro_batch_size: {size} does not divide the {counted(share, 'sample')} that a process "
+            f"takes of train.batch_size {train.batch_size} ({counted(processes, 'process', 'processes')})"
         )
     return size, share // size
 
@@ -49,8 +50,8 @@ def loader(
     if task.needs_pairs and size % 2:
         key = "train.batch_size" if train.micro_batch_size is None else "train.micro_batch_size"
         raise RecipeError(
-            f"{key}: {getattr(train, key.removeprefix('train.'))} gives each of {trainer.world_size} "
-            f"processes {size} samples at a time, an odd number; Mixup and CutMix pair them"
+            f"{key}: {getattr(train, key.removeprefix('train.'))} gives a process "
+            f"{counted(size, 'sample')} at a time, an odd number; Mixup and CutMix pair them"
         )
     sampler = sampler_for(
         dataset,
@@ -63,8 +64,8 @@ def loader(
     )
     if training and not len(sampler):
         raise DataError(
-            f"{len(dataset)} training samples do not fill one batch: set train.batch_size, which is "
-            f"{train.batch_size}, to at most {len(dataset)}"
+            f"{counted(len(dataset), 'training sample')} cannot fill one batch: set train.batch_size, which "
+            f"is {train.batch_size}, to at most {len(dataset)}"
         )
     return ResumableLoader(
         dataset,

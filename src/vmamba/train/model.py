@@ -10,6 +10,7 @@ from vmamba.errors import CheckpointError, ModelError, RecipeError
 from vmamba.models import factory
 from vmamba.models.weights import load_weights
 from vmamba.train.recipe import ModelRecipe
+from vmamba.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +94,8 @@ def create_model(
 
 def _new_classifier(model: Any, recipe: ModelRecipe, pretrained: int, classes: int) -> None:
     """Replace the classifier of a pretrained model by an untrained one, if the recipe permits it."""
-    difference = (
-        f"{recipe.name}: the pretrained classifier is for {pretrained} classes, the model's for {classes}"
-    )
+    number = counted(pretrained, "class", "classes")
+    difference = f"{recipe.name}: the pretrained classifier is for {number}, the model's for {classes}"
     if not recipe.new_classifier:
         raise CheckpointError(difference)
     log.warning("%s: it starts anew", difference)

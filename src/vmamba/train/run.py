@@ -16,9 +16,9 @@ import torch
 
 from vmamba.data import ResumableLoader
 from vmamba.environment import environment
-from vmamba.errors import DataError, OutputError, ProcessError, RecipeError
+from vmamba.errors import DataError, MissingCheckpointError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
-from vmamba.models.checkpoints import CONTENTS, contents, run_folder
+from vmamba.models.checkpoints import CONTENTS, contents, run_folder, runs_hint
 from vmamba.nn import SS2D
 from vmamba.ops import default_backend
 from vmamba.train.best import describe_model
@@ -38,6 +38,7 @@ from vmamba.train.task import Task
 from vmamba.train.tasks import task_type
 from vmamba.train.threads import with_threads
 from vmamba.train.trainer import is_first_process, settings, trainer_for
+from vmamba.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Outcome:
         monitor: The score that chooses the best checkpoint.
         best: Its best value.
         best_step: The step after which that was reached.
+        trained: Whether this call took any step; a finished run that is resumed takes none.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Outcome:
     monitor: str
     best: float | None
     best_step: int
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,17 @@ def resume(
             history.jsonl and the checkpoints record what changed at which step.
 
     Raises:
+        MissingCheckpointError: The folder has no checkpoint.
         RecipeError: An override or `recipe` would change what is learnt.
         DataError: The classes, or the number of samples, are not those that the run began with.
     """
     with run_log(is_first_process()) as file_log:
         folder = run_folder(folder)
+        if not holds_run(folder):
+            raise MissingCheckpointError(
+                f"{folder}: not a run, or one that has no checkpoint yet; expected a folder with "
+                f"checkpoints/last.ckpt{runs_hint(folder)}"
+            )
         newest, checkpoint = newest_checkpoint(folder / "checkpoints")
         values, _ = contents(checkpoint, newest)
         task_class = task_type(values.get("task"))
@@ -245,7 +254,20 @@ def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | 
                 _introduce(session, trainer, samples, module)
             with stop.listening(), _lost_process_explained(folder, trainer):
                 trainer.fit(module, training, ckpt_path=start)
-    return Outcome(folder, milestones.scores, module.monitor, milestones.best, milestones.best_step)
+    trained = resumed is None or trainer.global_step > resumed.step
+    if not trained and trainer.global_step >= module.steps:
+        _tell_finished(folder, recipe)
+    return Outcome(folder, milestones.scores, module.monitor, milestones.best, milestones.best_step, trained)
+
+
+def _tell_finished(folder: Path, recipe: Recipe) -> None:
+    """Log that a resumed run has nothing left to do, and how to train it longer."""
+    unit = "steps" if recipe.schedule.epochs is None else "epochs"
+    length = getattr(recipe.schedule, unit)
+    log.info(
+        "this run is finished: %d of %d %s; to train it longer: vmamba resume %s schedule.%s=%d --extend",
+        *(length, length, unit, folder, unit, 2 * length),
+    )
 
 
 def _module(
@@ -287,8 +309,8 @@ def _compare_data(resumed: _Resumption, task: Task, samples: Mapping[str, int]) 
     for split, number in resumed.contents.get("samples", {}).items():
         if samples[split] != number:
             raise DataError(
-                f"the split {split!r} has {samples[split]} samples, and had {number} when the run was "
-                f"started; give it its data again (data.root=…), or start a new run from its weights "
+                f"the split {split!r} has {counted(samples[split], 'sample')}, and had {number} when the run "
+                f"was started; give it its data again (data.root=…), or start a new run from its weights "
                 f"(model.weights={resumed.path})"
             )
 
@@ -324,11 +346,6 @@ def _prepare(
         raise OutputError(f"{folder}: cannot be written to ({error})") from error
 
 
-def _threads() -> str:
-    threads = torch.get_num_threads()
-    return "1 thread" if threads == 1 else f"{threads} threads"
-
-
 def _introduce(
     session: Session, trainer: lightning.Trainer, samples: Mapping[str, int], module: TaskModule
 ) -> None:
@@ -337,20 +354,22 @@ def _introduce(
     device, processes = trainer.strategy.root_device, trainer.world_size
     states = [module.config.d_state for module in session.model.modules() if isinstance(module, SS2D)]
     log.info(
-        "%s of %s M parameters for %d classes; %d samples to train on, %d to evaluate",
+        "%s of %s M parameters for %s; %s to train on, %d to evaluate",
         session.recipe.model.name,
         f"{parameters / 1e6:.2f}",
-        len(session.task.classes),
-        samples["train"],
+        counted(len(session.task.classes), "class", "classes"),
+        counted(samples["train"], "sample"),
         samples["val"],
     )
     log.info(
-        "%d steps of %d samples on %s%s, %s%s",
-        module.steps,
-        session.recipe.train.batch_size,
+        "%s of %s on %s%s, %s%s",
+        counted(module.steps, "step"),
+        counted(session.recipe.train.batch_size, "sample"),
         device,
         f", {processes} processes" if processes > 1 else "",
-        _threads() if device.type == "cpu" else session.recipe.train.precision,
+        counted(torch.get_num_threads(), "thread")
+        if device.type == "cpu"
+        else session.recipe.train.precision,
         f", scans by the backend {default_backend(device, max(states))}" if states else "",
     )
 

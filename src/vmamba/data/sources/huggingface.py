@@ -17,6 +17,7 @@ from vmamba.data.decoding import RGB, Decoding
 from vmamba.data.section import ClassificationSection, Split
 from vmamba.data.source import ClassifiedImages
 from vmamba.errors import DataError
+from vmamba.words import counted
 
 
 class HuggingFaceImages(ClassifiedImages):
@@ -60,7 +61,8 @@ class HuggingFaceImages(ClassifiedImages):
         number = int(self._labels.max()) + 1
         self.classes = list(names or classes or map(str, range(number)))
         if number > len(self.classes):
-            raise DataError(f"{self.where}: label {number - 1} of {len(self.classes)} classes")
+            there = counted(len(self.classes), "class", "classes")
+            raise DataError(f"{self.where}: label {number - 1} of {there}")
 
     def _open_dataset(self, root: str, split: str) -> Any:
         try:

@@ -29,6 +29,7 @@ from vmamba.data.sources.webdataset import Shards, first_and_last
 from vmamba.data.storage import download, file_system, is_url
 from vmamba.errors import DataError
 from vmamba.files import write_atomically
+from vmamba.words import counted
 
 SIZES = "sizes.json"
 """The file beside the shards with their numbers of samples: {"<shard>.tar": 1000, …}."""
@@ -149,8 +150,9 @@ class RemoteShards(ClassifiedImages):
                 with self._fetched(self.urls[shard]) as source:
                     if len(source) != self.groups.sizes[shard]:
                         raise DataError(
-                            f"the shard holds {len(source)} samples, and {self.groups.sizes[shard]} by the "
-                            f"list of sizes; mend {SIZES} beside it, or remove those in {self.folder}"
+                            f"the shard holds {counted(len(source), 'sample')}, and "
+                            f"{self.groups.sizes[shard]} by the list of sizes; mend {SIZES} beside it, or "
+                            f"remove those in {self.folder}"
                         )
                     self._open[shard] = source
             except DataError as error:
@@ -229,7 +231,7 @@ class RemoteShards(ClassifiedImages):
             missing = [url for url in self.urls if url not in listed and url not in samples]
             if missing:
                 log.warning(
-                    "fetching %d shards to count their samples: no %s beside them", len(missing), SIZES
+                    "fetching %s to count the samples: no %s there", counted(len(missing), "shard"), SIZES
                 )
             for url in missing:
                 with self._fetched(url) as source:

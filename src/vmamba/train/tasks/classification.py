@@ -1,5 +1,6 @@
 """Image classification."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields, replace
 from functools import cached_property
@@ -38,6 +39,8 @@ from vmamba.train.predictions import (
 )
 from vmamba.train.recipe import Recipe
 from vmamba.train.task import SamplePrediction, Task
+
+log = logging.getLogger(__name__)
 
 
 class AugmentRecipe(Section):
@@ -110,6 +113,12 @@ class ClassificationTask(Task):
         self.preprocessing: Preprocessing = self.recipe.data.preprocessing(_configuration(self.recipe))
         self._sources: dict[str, ClassifiedImages] = {}
         self.classes = list(classes) if classes is not None else self._source("train").classes
+        if classes is None and len(self.classes) == 1:
+            log.warning(
+                "the data have one class alone, %r: every score will be perfect, and the model learns "
+                "nothing; give it two classes or more to tell apart",
+                self.classes[0],
+            )
         augment = self.recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
