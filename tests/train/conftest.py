@@ -1,3 +1,5 @@
+"""What tests of training share. They run in one process: each would import Lightning and train the fixtures' runs."""
+
 from pathlib import Path
 
 import pytest
@@ -9,3 +11,10 @@ from images import make_folder
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small images of three classes, to train on and to judge by."""
     return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("train"))
