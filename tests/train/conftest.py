@@ -1,4 +1,4 @@
-"""What tests of training share. They run in one process: each would import Lightning and train the fixtures' runs."""
+"""Tests of training run in one process, which alone imports Lightning and trains the runs that they share."""
 
 from pathlib import Path
 
