@@ -6,6 +6,7 @@ mmdetection and mmsegmentation save.
 
 import collections
 import difflib
+import errno
 import hashlib
 import json
 import pickle
@@ -316,7 +317,8 @@ def _unreadable(start: bytes, error: Exception) -> str:
         )
         reason = match[0] if match else str(error).splitlines()[0]
         return f"refused, since reading it would run code or it is no PyTorch checkpoint ({reason})"
-    if isinstance(error, OSError | MemoryError):
+    # A damaged file can send PyTorch's reader to a place before its beginning, which is EINVAL.
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
         return f"cannot be read ({error})"
     return "damaged, or no PyTorch checkpoint; get it again"
 
