@@ -1,4 +1,4 @@
-"""The quick tier holds every test function, every value of its parameters, and what covers the rest."""
+"""The quick tier holds every value of a test's parameters, and what covers the tests that it leaves out."""
 
 from pathlib import Path
 

@@ -27,9 +27,9 @@ def mask_targets(masks: Tensor, boxes: Tensor, matches: Tensor, side: int) -> Te
     if not len(boxes):
         return boxes.new_zeros(0, side, side)
     indices = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-    chosen = masks[matches].to(boxes.dtype)[:, None]
+    matched = masks[matches].to(boxes.dtype)[:, None]
     regions = torch.cat([indices[:, None], boxes], dim=1)
-    return (roi_align(chosen, regions, side, aligned=True)[:, 0] >= 0.5).to(boxes.dtype)
+    return (roi_align(matched, regions, side, aligned=True)[:, 0] >= 0.5).to(boxes.dtype)
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

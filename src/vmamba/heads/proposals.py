@@ -55,11 +55,11 @@ class ProposalNetwork(rpn.RegionProposalNetwork):
             num_anchors_per_level: Their sum is n.
         """
         scores = objectness.detach().reshape(len(proposals), -1).float().sigmoid()
-        chosen = [
+        kept_by_image = [
             self._best(*each, num_anchors_per_level)
             for each in zip(proposals, scores, image_shapes, strict=True)
         ]
-        return [boxes for boxes, _ in chosen], [image_scores for _, image_scores in chosen]
+        return [boxes for boxes, _ in kept_by_image], [image_scores for _, image_scores in kept_by_image]
 
     def _best(
         self, boxes: Tensor, scores: Tensor, size: tuple[int, int], counts: Sequence[int]
