@@ -106,6 +106,11 @@ class Evaluation:
         return {name: value for name, value in self.results.items() if value.numel() != 1}
 
     @property
+    def class_table(self) -> list[dict[str, Any]]:
+        """A row for each class; see `Task.class_table`."""
+        return self.task.class_table(self.results)
+
+    @property
     def classes(self) -> list[str]:
         """Names of the classes."""
         return list(self.task.classes)

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from vmamba.train.progress import ProgressLine
 from vmamba.train.recipe import Recipe, check, override_values
 from vmamba.train.session import Session, training_session
 from vmamba.train.stop import StopOnSignal, holds_run, how_to_go_on
+from vmamba.train.sync_batchnorm import synchronise_batchnorm
 from vmamba.train.task import Task
 from vmamba.train.tasks import task_type
 from vmamba.train.threads import with_threads
@@ -228,9 +229,12 @@ def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | 
         trainer = trainer_for(recipe, [progress], loggers_for(recipe, folder))
         samples_of_a_pass, trainer.accumulate_grad_batches = batches_of_a_step(recipe, trainer.world_size)
         session = training_session(recipe)
-        if resumed is None and trainer.strategy.root_device.type == "cpu":  # a resumed run keeps its threads
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if resumed is None and on_cpu:  # a resumed run keeps its threads
             session = with_threads(session, samples_of_a_pass)
             recipe = session.recipe
+        if recipe.train.sync_batchnorm and trainer.world_size > 1:
+            session = replace(session, model=synchronise_batchnorm(session.model, on_cpu))
         training = loader(session.task, recipe, "train", trainer)
         validation = loader(session.task, recipe, "val", trainer)
         samples = {"train": training.sampler.length, "val": validation.sampler.length}

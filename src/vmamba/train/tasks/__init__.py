@@ -14,6 +14,8 @@ from vmamba.train.task import Task
 
 TASKS = {
     "classification": "vmamba.train.tasks.classification:ClassificationTask",
+    "detection": "vmamba.train.tasks.detection:DetectionTask",
+    "segmentation": "vmamba.train.tasks.segmentation:SegmentationTask",
 }
 """Module and class of every task, by its name in a recipe."""
 
