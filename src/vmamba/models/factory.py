@@ -160,14 +160,10 @@ def _try(name: str, args: Mapping[str, Any], image_size: tuple[int, int] | None,
     channels, *size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
     height, width = image_size or _pair(args.get("img_size")) or size
     images = torch.empty(_TRIAL_BATCH, args.get("in_chans", channels), height, width, device="meta")
-    try:
-        with torch.no_grad():
-            output = model(images)
-    except NotImplementedError:  # an operator without a meta kernel: this cannot be checked
+    listed = "".join(f", {key}={value!r}" for key, value in args.items())
+    output = output_on_meta(model, images, f"{name} does not work with {height}×{width} images{listed}")
+    if output is None:
         return
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        listed = "".join(f", {key}={value!r}" for key, value in args.items())
-        raise ModelError(f"{name} does not work with {height}×{width} images{listed}: {error}") from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if logits is not None and shape != (_TRIAL_BATCH, logits):
         listed = ", ".join(f"{key}={value!r}" for key, value in args.items())
@@ -175,6 +171,26 @@ def _try(name: str, args: Mapping[str, Any], image_size: tuple[int, int] | None,
             f"{name} with {listed} gives {shape} for {_TRIAL_BATCH} images, not logits of {logits} classes "
             f"({_TRIAL_BATCH}, {logits})"
         )
+
+
+def output_on_meta(model: nn.Module, images: torch.Tensor, refusal: str) -> Any:
+    """What a model gives for images; None if one of its operators cannot run on the meta device.
+
+    Args:
+        model: On the meta device.
+        images: There too.
+        refusal: How the message begins if the model does not take them.
+
+    Raises:
+        ModelError: It does not.
+    """
+    try:
+        with torch.no_grad():
+            return model(images)
+    except NotImplementedError:
+        return None
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(f"{refusal}: {error}") from error
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
