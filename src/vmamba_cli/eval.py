@@ -19,7 +19,8 @@ def command(
     what: Annotated[
         Path,
         typer.Argument(
-            help="A run's folder (its best.ckpt), a checkpoint, or a recipe whose model.weights to judge."
+            help="A run's folder (its best.ckpt), a checkpoint or best.safetensors of a run, or a recipe "
+            "whose model.weights to judge."
         ),
     ],
     overrides: Annotated[

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,30 @@ def test_the_average_is_taken_where_there_is_one(averaged: Path, folder: Path, t
     assert evaluate(tmp_path).weights == "raw"
     with pytest.raises(CheckpointError, match=r"best\.ckpt: has no 'ema' weights; it has 'raw'"):
         evaluate(tmp_path, weights="ema")
+
+
+def test_the_best_weights_of_a_run_by_their_file(averaged: Path, tmp_path: Path) -> None:
+    best = averaged / "best.safetensors"
+    actual = evaluate(best)
+    assert (actual.weights, actual.scores) == ("ema", evaluate(averaged).scores)
+    with pytest.raises(CheckpointError, match=r"has no 'raw' weights; it has 'ema'"):
+        evaluate(best, weights="raw")
+    for name in ("best.safetensors", "config.json"):
+        shutil.copy(averaged / name, tmp_path)
+    with pytest.raises(CheckpointError, match=r"vmamba eval RECIPE\.yaml model\.weights=.*best\.safetensors$"):
+        evaluate(tmp_path / best.name)
+
+
+def test_missing_data_are_told_before_the_model_is_built(
+    folder: Path, averaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(folder)))
+    monkeypatch.setattr(ClassificationTask, "build_model", lambda *_: pytest.fail("the model is built"))
+    weights = f"model.weights={averaged / 'best.safetensors'}"
+    for what, overrides in ((averaged, []), (averaged / "best.safetensors", []), (path, [weights])):
+        with pytest.raises(DataError, match="nowhere"):
+            evaluate(what, [*overrides, f"data.root={tmp_path / 'nowhere'}"])
 
 
 def test_a_recipe_names_the_weights(folder: Path, averaged: Path, tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def evaluate(
     """Evaluate weights on the "val" split of their recipe's data.
 
     Args:
-        what: A run, a checkpoint of it, or a recipe whose `model.weights` to evaluate; see `open_session`.
+        what: A run, a checkpoint or best.safetensors of it, or a recipe whose `model.weights` to evaluate;
+            see `open_session`.
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
@@ -144,7 +145,7 @@ def evaluate(
     """
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
-    session = open_session(what, overrides, weights)
+    session = open_session(what, overrides, weights, with_samples=True)
     recipe, model = session.recipe, session.model
     # Without training nothing needs sharding: each process holds the whole model.
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"strategy": "ddp"})})
@@ -152,7 +153,7 @@ def evaluate(
         model = session.task.averaged(model, flip, scales)
     with settings(recipe):
         trainer = trainer_for(recipe, [ProgressLine()])
-        data = loader(session.task, recipe, "val", trainer)
+        data = loader(session.task, recipe, "val", trainer, session.samples)
         module = _Judge(session.task, model, keep_predictions)
         trainer.validate(module, data, verbose=False)
         dataset: Any = data.dataset.dataset  # type: ignore[attr-defined]  # behind the one that catches errors
