@@ -112,7 +112,9 @@ def test_the_best_weights_of_a_run_by_their_file(averaged: Path, tmp_path: Path)
         evaluate(best, weights="raw")
     for name in ("best.safetensors", "config.json"):
         shutil.copy(averaged / name, tmp_path)
-    with pytest.raises(CheckpointError, match=r"vmamba eval RECIPE\.yaml model\.weights=.*best\.safetensors$"):
+    with pytest.raises(
+        CheckpointError, match=r"vmamba eval RECIPE\.yaml model\.weights=.*best\.safetensors$"
+    ):
         evaluate(tmp_path / best.name)
 
 

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from vmamba.data import Preprocessing
 from vmamba.data.annotated import AnnotatedImages
 from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
-from vmamba.data.objects import Objects
 from vmamba.data.sources import DetectionData
 from vmamba.data.sources.coco import CocoSection
 from vmamba.dense_inference import DetectionPredictor
-from vmamba.errors import RecipeError
 from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from vmamba.train.dense import (
     DenseModelRecipe,
@@ -24,10 +22,16 @@ from vmamba.train.dense import (
     dense_parameter_groups,
     load_recipe_weights,
 )
-from vmamba.train.detection_metrics import CocoMetric
+from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric
+from vmamba.train.detection_reports import (
+    JudgedDetections,
+    draw_worst_detections,
+    judge_detections,
+    write_detection_report,
+)
 from vmamba.train.optim import Groups
 from vmamba.train.recipe import OptimRecipe, Recipe
-from vmamba.train.task import Task
+from vmamba.train.task import SamplePrediction, Task
 
 _HEAD_NAMES = ("rpn.", "rpn_head.", "roi_heads.", "roi_head.")
 """How names begin of what a detector has beside its backbone: ours and mmdet's."""
@@ -84,7 +88,7 @@ class DetectionTask(Task):
         source = self._source(split)
         source.use_classes(self.classes)
         augment = self.recipe.augment if split == "train" else None
-        return DetectionDataset(source, self.recipe.train.seed, augment)
+        return DetectionDataset(source, self.recipe.train.seed, augment, self.recipe.data.limit)
 
     def collate(self) -> Callable[[list[Any]], Any]:
         return collate_dense
@@ -139,5 +143,33 @@ class DetectionTask(Task):
         metrics.update(detections, batch["objects"])
         return detections
 
+    def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        columns = [f"{kind}_{score}" for kind in KINDS for score in SCORES]
+        values = torch.cat([results[f"{kind}_per_class"] for kind in KINDS], 1).tolist()
+        return [
+            {"name": name, **dict(zip(columns, map(_defined, row), strict=True))}
+            for name, row in zip(self.classes, values, strict=True)
+        ]
+
+    def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
+        """ap.csv, precision_recall.csv and .png, confusion.csv and .png."""
+        write_detection_report(results, self.classes, folder)
+
+    def report_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> tuple[None, list[JudgedDetections]]:
+        detections = self._judge(model, batch, metrics)
+        pairs = zip(detections, batch["objects"], strict=True)
+        return None, [judge_detections(*pair, len(self.classes)) for pair in pairs]
+
+    def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
+        """worst.png: the images with the most mistakes, truth beside prediction."""
+        draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
+
     def predictor(self, model: nn.Module) -> DetectionPredictor:
         return DetectionPredictor(model, self.preprocessing, self.classes)
+
+
+def _defined(value: float) -> float | None:
+    """None for NaN, which a score is where a class has no such objects."""
+    return None if value != value else value

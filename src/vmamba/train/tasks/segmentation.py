@@ -26,8 +26,14 @@ from vmamba.train.dense import (
 )
 from vmamba.train.optim import Groups
 from vmamba.train.recipe import OptimRecipe, Recipe
-from vmamba.train.segmentation_metrics import IoUMetric
-from vmamba.train.task import Task
+from vmamba.train.segmentation_metrics import COLUMNS, IoUMetric
+from vmamba.train.segmentation_reports import (
+    JudgedSegmentation,
+    draw_worst_segmentations,
+    judge_segmentation,
+    write_segmentation_report,
+)
+from vmamba.train.task import SamplePrediction, Task
 
 _HEAD_NAMES = ("decode_head.",)
 """How names begin of what a segmenter has beside its backbone, here and in mmseg."""
@@ -92,7 +98,9 @@ class SegmentationTask(Task):
         source = self._source(split)
         source.use_classes(self.classes)
         augment = self.recipe.augment if split == "train" else None
-        return SegmentationDataset(source, self.preprocessing, self.recipe.train.seed, augment)
+        return SegmentationDataset(
+            source, self.preprocessing, self.recipe.train.seed, augment, self.recipe.data.limit
+        )
 
     def collate(self) -> Callable[[list[Any]], Any]:
         return collate_dense
@@ -150,6 +158,27 @@ class SegmentationTask(Task):
             predicted.append(views.labels(image[None])[0])
             metrics.update(predicted[-1], labels)
         return predicted
+
+    def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        rows = zip(self.classes, results["per_class"].tolist(), strict=True)
+        return [
+            {"name": name, **{c: None if v != v else v for c, v in zip(COLUMNS, values, strict=True)}}
+            for name, values in rows
+        ]
+
+    def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
+        """iou.csv, confusion.csv and confusion.png."""
+        write_segmentation_report(results, self.classes, folder)
+
+    def report_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric
+    ) -> tuple[None, list[JudgedSegmentation]]:
+        pairs = zip(self._judge(model, batch, metrics), batch["labels"], strict=True)
+        return None, [judge_segmentation(*pair, len(self.classes)) for pair in pairs]
+
+    def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
+        """worst.png: the images with the lowest mean IoU, truth beside prediction."""
+        draw_worst_segmentations(predictions, self.classes, self._source("val").load, folder / "worst.png")
 
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         return self._views(model, flip=flip, scales=scales)
