@@ -164,7 +164,7 @@ class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
     """Images with a class for each pixel.
 
     A training sample is `{"image", "labels"}`: normed float32 (c, crop, crop), and int64 (crop, crop), padded
-    right and below with 0 and `IGNORED`. One for evaluation has both at the size of the file, labels in uint8.
+    right and below with 0 and `IGNORED`. One for evaluation has both at the file's size, labels as uint8.
 
     Args:
         source: Where the images come from.

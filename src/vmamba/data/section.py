@@ -244,8 +244,8 @@ class _DenseSection(DataSection):
     short_side: int = Field(
         default=800,
         ge=1,
-        description="of images in evaluation and prediction, in pixels: their shorter side becomes at most this, "
-        "and they keep their ratio",
+        description="of images in evaluation and prediction, in pixels: their shorter side becomes at most "
+        "this, and they keep their ratio",
     )
     long_side: int = Field(default=1333, ge=1, description="their longer side at most")
     limit: int | None = Field(

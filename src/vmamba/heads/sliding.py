@@ -139,7 +139,7 @@ class SegmentedViews(nn.Module):
         return mean_probabilities(self._segment, views, (height, width), flip=self.flip)
 
     def labels(self, images: Tensor) -> Tensor:
-        """The class of each pixel, (b, h, w), without holding the scores of all classes at the images' size."""
+        """The class of each pixel, (b, h, w), without all classes' scores at the images' size in memory."""
         if len(self.scales) > 1 or self.flip:
             return self(images).argmax(1)
         logits = self._segment(self._view(images, self.scales[0]))
