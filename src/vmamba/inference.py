@@ -21,7 +21,7 @@ from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import DataError, MissingCheckpointError, ModelError
 from vmamba.models.checkpoints import Place, Weights, expand, open_checkpoint
 from vmamba.models.factory import check_name, create_model
-from vmamba.pretrained import CLASSIFICATION, default_classes, restore, task_of
+from vmamba.pretrained import CLASSIFICATION, default_classes, is_dense, restore, task_of
 from vmamba.words import counted
 
 
@@ -406,13 +406,14 @@ def load(
 
     Args:
         source: A run's folder or checkpoint; `best.safetensors` or another folder in timm's hub form; a file
-            of weights such as the VMamba authors' `.pth`; or a model's name, "vmamba_tiny", whose pretrained
-            weights are downloaded.
-        model: The model's name, for a file that does not contain it; None is enough if only one variant has
-            the file's shapes.
+            of weights such as the VMamba authors' `.pth` of classifiers, of mmdet's Mask R-CNN or mmseg's
+            UPerNet; or a model's name, "vmamba_tiny", whose pretrained weights are downloaded.
+        model: The name of the model, or of a detector's or segmenter's backbone, for a file that does not
+            contain it; None is enough if only one variant has the file's shapes.
         device: None or "auto" for the GPU if there is one; otherwise as PyTorch names it.
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", or PyTorch's type.
-        classes: Names of the classes; by default those of the run, or ImageNet's for models of its size.
+        classes: Names of the classes; by default those of the file, or ImageNet's, COCO's or ADE20K's for
+            models of as many.
         weights: "raw", as trained, "ema", their average, or "auto": a run's average if it has one.
 
     Raises:
@@ -437,9 +438,14 @@ def load(
         except ModelError as unknown:
             raise MissingCheckpointError(f"{error}; {unknown}") from None
         raise
+    predictor: Predictor
     if task_of(checkpoint) != CLASSIFICATION:
         tasks = importlib.import_module(_TASKS)
-        predictor: Predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        return predictor
+    if checkpoint.config is None and is_dense(checkpoint.state_dict(weights)):
+        dense = importlib.import_module(_DENSE)
+        predictor = dense.load_dense(checkpoint, model, weights, classes, device=target, dtype=dtype)
         return predictor
     network, preprocessing, names = restore(checkpoint, model, weights)
     if classes is not None:
@@ -450,6 +456,9 @@ def load(
 _TASKS = "vmamba.train.tasks"
 """The module with `load_predictor(checkpoint, weights, *, device, dtype)` for all tasks but classification.
 Imported only for those: a classifier does not need `vmamba.train`."""
+
+_DENSE = "vmamba.dense_inference"
+"""The module with the predictors of Mask R-CNN and UPerNet. Imported only for those: it takes a second."""
 
 
 def _device(device: str | torch.device | None) -> torch.device:
