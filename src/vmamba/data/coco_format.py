@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypeGuard
 
 from vmamba.data.decoding import printable
 from vmamba.data.objects import run_lengths
@@ -405,7 +406,7 @@ class _Reader:
             log.warning("%s: left out %s: %s", self.name, counted(total, "annotation"), reasons)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
@@ -421,7 +422,7 @@ def _coordinates(polygon: Any) -> "array[float] | None":
     return values if near.all() else None
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
