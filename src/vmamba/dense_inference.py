@@ -193,8 +193,8 @@ class DetectionPredictor(Predictor):
     def min_score(self, value: float) -> None:
         if not self._least_score <= value <= 1:
             raise ValueError(
-                f"min_score: expected {self._least_score:g} (the model gives no objects of a lower probability) to 1, "
-                f"got {value:g}"
+                f"min_score: expected {self._least_score:g} (the model gives no objects of a lower "
+                f"probability) to 1, got {value:g}"
             )
         self._min_score = value
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vmamba.errors import CheckpointError, ModelError
 from vmamba.models import model_names  # and this registers the models
@@ -86,7 +87,7 @@ def create_on_meta(name: str, image_size: tuple[int, int] | None = None, **args:
     _check_args(name, args)
     args = _with_size(name, args, image_size)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), _WithoutValues(), warnings.catch_warnings():
             # A layer without elements: the forward pass of `create_model` says what is wrong.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             model = timm.create_model(name, **args)
@@ -95,6 +96,28 @@ def create_on_meta(name: str, image_size: tuple[int, int] | None = None, **args:
         raise ModelError(f"{name} does not take ({listed}): {error}") from error
     _check_types(model, name, args)
     return model
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what only changes values: on the meta device there are none.
+
+    PyTorch would go through each such function in Python, which is most of the time that a model takes there.
+    """
+
+    _VALUES_ONLY = frozenset(
+        "add_ clamp_ clamp_max_ clamp_min_ copy_ div_ erfinv_ exp_ fill_ kaiming_normal_ kaiming_uniform_ "
+        "log_ mul_ neg_ normal_ pow_ sub_ trunc_normal_ uniform_ xavier_normal_ xavier_uniform_ zero_".split()
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._VALUES_ONLY:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def check_name(name: str) -> None:
