@@ -18,7 +18,7 @@ from vmamba.heads.masks import mask_targets, paste_masks
 from vmamba.heads.names import from_mmdet
 from vmamba.heads.proposals import PADDED_SIZE
 from vmamba.heads.regions import RegionFeatures, region_levels
-from vmamba.heads.resizing import scaled_size
+from vmamba.sizes import scaled_size
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import parity

@@ -163,6 +163,20 @@ def read_image(
         raise DataError(f"{name}: not an image, or a damaged one ({error})") from error
 
 
+def read_orientation(file: str | Path | BinaryIO, name: str | None = None) -> int:
+    """The orientation by which `read_image` turns a file upright: EXIF's, from 1 (as it is) to 8.
+
+    Args:
+        file: A path or an open file that `read_image` can read.
+        name: Its name for messages; default its path.
+    """
+    name = printable(str(file)) if name is None else name
+    if name.lower().endswith(".npy"):
+        return 1
+    with _without_warnings(name), Image.open(file, formats=readable_formats()) as image:
+        return _orientation(image)
+
+
 @contextmanager
 def _without_warnings(name: str) -> Iterator[None]:
     """Log Pillow's warnings about damaged metadata or many pixels at debug level instead of showing them."""
@@ -175,19 +189,25 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()  # this turns a TIFF upright and removes its orientation
-    # If there is no EXIF, Pillow takes longer to look for it than to decode a small PNG.
-    if image.format in ("JPEG", "PNG", "WEBP", None) and image.info.keys().isdisjoint(_METADATA):
-        return image
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata raise any exception, but the pixels are fine
-        orientation = 1
+    orientation = _orientation(image)
     if orientation not in _UPRIGHT:
         return image
     turned = image.transpose(_UPRIGHT[orientation])
     for key in _METADATA:
         turned.info.pop(key, None)  # otherwise the next reader would turn it again
     return turned
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, from 1 to 8; 1, upright, if there is none."""
+    # If there is no EXIF, Pillow takes longer to look for it than to decode a small PNG.
+    if image.format in ("JPEG", "PNG", "WEBP", None) and image.info.keys().isdisjoint(_METADATA):
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata raise any exception, but the pixels are fine
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _to_pillow(image: Image.Image, decoding: Decoding, name: str) -> Image.Image:

@@ -55,6 +55,8 @@ class EpochSampler(Sampler[SampleKey]):
         step: Samples of a step over all ranks, a multiple of `chunk * world_size`; an incomplete step at the
             end is dropped (training). With 1 none is, and ranks may differ by a chunk (evaluation).
         groups: If given, the groups are shuffled, and then the samples within each window of groups.
+        alike: If given, a number for each sample: when shuffled, samples 2i and 2i + 1 of the order have the
+            same, but for the last two where two numbers have a sample left over.
 
     Attributes:
         epoch: The epoch that an iteration reads.
@@ -75,6 +77,7 @@ class EpochSampler(Sampler[SampleKey]):
         chunk: int = 1,
         step: int = 1,
         groups: SampleGroups | None = None,
+        alike: Sequence[int] | NDArray[Any] | None = None,
     ) -> None:
         if step > 1 and step % (chunk * world_size):
             share = chunk * world_size
@@ -82,7 +85,7 @@ class EpochSampler(Sampler[SampleKey]):
         if groups is not None and sum(groups.sizes) != length:
             raise ValueError(f"groups: expected sizes that add up to {length}, got {sum(groups.sizes)}")
         self.seed, self.shuffle = seed, shuffle
-        self.groups = groups
+        self.groups, self.alike = groups, alike
         self.rank, self.world_size, self.chunk = rank, world_size, chunk
         self.length, self.total = length, length - length % step
         self.epoch = 0
@@ -110,7 +113,8 @@ class EpochSampler(Sampler[SampleKey]):
             return torch.arange(self.length)
         generator = torch.Generator().manual_seed(draw_seed("order", self.seed, self.epoch))
         if self.groups is None:
-            return torch.randperm(self.length, generator=generator)
+            order = torch.randperm(self.length, generator=generator)
+            return order if self.alike is None else _in_pairs(order, self.alike)
         sizes, window = self.groups
         groups = torch.arange(self.length).split(sizes)
         shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
@@ -126,6 +130,19 @@ class EpochSampler(Sampler[SampleKey]):
                 yield SampleKey(self.epoch, *order[position])
 
 
+def _in_pairs(order: Tensor, kinds: Sequence[int] | NDArray[Any]) -> Tensor:
+    """The order in which samples find another of their kind; those left over come last."""
+    waiting: dict[int, int] = {}
+    ordered: list[int] = []
+    for index in order.tolist():
+        kind = int(kinds[index])
+        if kind in waiting:
+            ordered += [waiting.pop(kind), index]
+        else:
+            waiting[kind] = index
+    return torch.tensor([*ordered, *waiting.values()], dtype=torch.int64)
+
+
 class BalancedSampler(EpochSampler):
     """Every class equally often, in an epoch as long as that of `EpochSampler`.
 
@@ -134,7 +151,7 @@ class BalancedSampler(EpochSampler):
 
     Args:
         classes: The class of each sample.
-        options: As `EpochSampler`, but for `shuffle` and `groups`.
+        options: As `EpochSampler`, but for `shuffle`, `groups` and `alike`.
     """
 
     def __init__(self, classes: Sequence[int] | NDArray[np.int64], **options: Any) -> None:
@@ -169,14 +186,16 @@ class BalancedSampler(EpochSampler):
 
 
 def sampler_for(dataset: Any, training: bool, **options: Any) -> EpochSampler:
-    """The order of a dataset's samples: shuffled for training, balanced or in groups as the dataset says.
+    """The order of a dataset's samples: shuffled for training, balanced, in groups or in pairs as it says.
 
     Args:
-        dataset: May have the attributes `balance` and `groups` of `ImageDataset`.
+        dataset: May have the attributes `balance` and `groups` of `ImageDataset`, and `shapes_alike`: whether
+            each sample is landscape. Samples 2i and 2i + 1 of training are alike then, and padded little.
         training: Whether to shuffle.
         options: `seed`, `rank`, `world_size`, `chunk` and `step` of `EpochSampler`.
     """
     balance = getattr(dataset, "balance", None)
     if training and balance is not None:
         return BalancedSampler(balance, **options)
-    return EpochSampler(len(dataset), shuffle=training, groups=getattr(dataset, "groups", None), **options)
+    groups, alike = getattr(dataset, "groups", None), getattr(dataset, "shapes_alike", None)
+    return EpochSampler(len(dataset), shuffle=training, groups=groups, alike=alike, **options)

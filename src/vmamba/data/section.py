@@ -14,16 +14,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from vmamba.config import Section
+from vmamba.data.annotated import AnnotatedImages
 from vmamba.data.decoding import RGB, Decoding
 from vmamba.data.preprocessing import Preprocessing
+from vmamba.data.segmented import SegmentedImages
 from vmamba.data.source import ClassifiedImages, ImageSource, class_weights
 from vmamba.data.splitting import SplitImages
 from vmamba.errors import DataError, RecipeError
 
 Split = Literal["train", "val"]
-
-_OF_THE_MODEL = ("channels", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""Keys, besides `image_size`, whose default is the model's value."""
 
 
 class DataSection(Section):
@@ -34,24 +33,6 @@ class DataSection(Section):
     train_split: str = "train"
     val_split: str = "val"
     channels: int | None = Field(default=None, ge=1, description="of the input; null for the model's")
-    image_size: int | Annotated[tuple[int, int], Field(strict=False)] | None = Field(
-        default=None,
-        description="side, or [height, width], of the input in pixels; null for the model's",
-    )
-    crop_pct: float | None = Field(
-        default=None,
-        gt=0,
-        le=2,
-        description="of the resized image's side, in evaluation; null for the model's",
-    )
-    crop_mode: Literal["center", "squash", "border"] | None = Field(
-        default=None,
-        description="in evaluation: keep the ratio of the sides and crop, give it up, or pad; null for the "
-        "model's",
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = Field(
-        default=None, description="null for the model's"
-    )
     mean: tuple[float, ...] | None = Field(
         default=None, strict=False, description="a value for each channel, or one; null for the model's"
     )
@@ -69,16 +50,8 @@ class DataSection(Section):
     )
     float_images: bool = Field(
         default=False,
-        description="keep all bits of deep pixels; needs augment.auto_augment null and color_jitter 0. Other "
-        "channels than 1 and 3 always do",
+        description="keep all bits of deep pixels. Other channels than 1 and 3 always do",
     )
-
-    @field_validator("image_size")
-    @classmethod
-    def _large_enough(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        if size is not None and min((size,) if isinstance(size, int) else size) < 8:
-            raise ValueError(f"expected at least 8 pixels, got {size}")
-        return size
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
@@ -102,30 +75,30 @@ class DataSection(Section):
         Raises:
             RecipeError: A value does not fit the number of channels.
         """
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
         try:
-            return Preprocessing.of_model(
-                model_or_cfg,
-                channels=self.channels,
-                size=size,
-                mean=self.mean,
-                std=self.std,
-                interpolation=self.interpolation,
-                crop_pct=self.crop_pct,
-                crop_mode=self.crop_mode,
-                background=self.background,
-                value_range=self.value_range,
-                float_images=self.float_images,
-            )
+            return Preprocessing.of_model(model_or_cfg, **self._preprocessing_values())
         except ValueError as error:
             raise RecipeError(f"data: {error}") from None
+
+    def _preprocessing_values(self) -> dict[str, Any]:
+        """The fields of `Preprocessing` that the section has a key for."""
+        return {
+            "channels": self.channels,
+            "mean": self.mean,
+            "std": self.std,
+            "background": self.background,
+            "value_range": self.value_range,
+            "float_images": self.float_images,
+        }
 
     def resolved(self, model_or_cfg: Any) -> Self:
         """The section with the values that it leaves to the model filled in; see `preprocessing`."""
         values = self.preprocessing(model_or_cfg)
-        height, width = values.size
-        changes = {name: getattr(values, name) for name in _OF_THE_MODEL}
-        return self.model_copy(update={**changes, "image_size": height if height == width else values.size})
+        return self.model_copy(update={name: getattr(values, name) for name in ("channels", "mean", "std")})
+
+    def without_training_split(self) -> Self:
+        """The section for a machine with only the validation split, from which the classes are read then."""
+        return self.model_copy(update={"train_split": self.val_split})
 
     @abstractmethod
     def open(self, split: Split, decoding: Decoding = RGB) -> ImageSource[Any]:
@@ -152,6 +125,29 @@ class DataSection(Section):
 class ClassificationSection(DataSection):
     """Images of one class each. A source implements `open_split`, and `open_all` if it can be split."""
 
+    image_size: int | Annotated[tuple[int, int], Field(strict=False)] | None = Field(
+        default=None,
+        description="side, or [height, width], of the input in pixels; null for the model's",
+    )
+    crop_pct: float | None = Field(
+        default=None,
+        gt=0,
+        le=2,
+        description="of the resized image's side, in evaluation; null for the model's",
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = Field(
+        default=None,
+        description="in evaluation: keep the ratio of the sides and crop, give it up, or pad; null for the "
+        "model's",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = Field(
+        default=None, description="null for the model's"
+    )
+    float_images: bool = Field(
+        default=False,
+        description="keep all bits of deep pixels; needs augment.auto_augment null and color_jitter 0. Other "
+        "channels than 1 and 3 always do",
+    )
     val_fraction: float | None = Field(
         default=None,
         gt=0,
@@ -170,12 +166,36 @@ class ClassificationSection(DataSection):
         "the name of a class, 1 for those not named",
     )
 
+    @field_validator("image_size")
+    @classmethod
+    def _large_enough(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if size is not None and min((size,) if isinstance(size, int) else size) < 8:
+            raise ValueError(f"expected at least 8 pixels, got {size}")
+        return size
+
     @field_validator("class_weights")
     @classmethod
     def _not_negative(cls, weights: Any) -> Any:
         if isinstance(weights, dict) and any(weight < 0 for weight in weights.values()):
             raise ValueError("expected weights of at least 0")
         return weights
+
+    def _preprocessing_values(self) -> dict[str, Any]:
+        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return {
+            **super()._preprocessing_values(),
+            "size": size,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+        }
+
+    def resolved(self, model_or_cfg: Any) -> Self:
+        values = self.preprocessing(model_or_cfg)
+        height, width = values.size
+        changes = {name: getattr(values, name) for name in ("interpolation", "crop_pct", "crop_mode")}
+        changes["image_size"] = height if height == width else values.size
+        return super().resolved(model_or_cfg).model_copy(update=changes)
 
     @abstractmethod
     def open_split(self, split: Split, decoding: Decoding) -> ClassifiedImages:
@@ -191,10 +211,7 @@ class ClassificationSection(DataSection):
         return SplitImages(self.open_all(decoding), split, self.val_fraction, self.split_seed)
 
     def without_training_split(self) -> Self:
-        """The section for a machine with only the validation split, from which the classes are read then."""
-        if self.val_fraction is not None:
-            return self
-        return self.model_copy(update={"train_split": self.val_split})
+        return self if self.val_fraction is not None else super().without_training_split()
 
     def sampling_classes(self, source: ClassifiedImages) -> NDArray[np.int64] | None:
         """The class of each training sample, for `BalancedSampler`; None for uniform sampling.
@@ -218,6 +235,20 @@ class ClassificationSection(DataSection):
         if unknown:
             raise DataError(f"data.class_weights: {source} has no class {', '.join(map(repr, unknown))}")
         return Tensor([self.class_weights.get(name, 1.0) for name in source.classes])
+
+
+class DetectionSection(DataSection):
+    """Images with annotated objects."""
+
+    @abstractmethod
+    def open(self, split: Split, decoding: Decoding = RGB) -> AnnotatedImages: ...
+
+
+class SegmentationSection(DataSection):
+    """Images with a class for each pixel."""
+
+    @abstractmethod
+    def open(self, split: Split, decoding: Decoding = RGB) -> SegmentedImages: ...
 
 
 S = TypeVar("S", bound=DataSection)

@@ -122,7 +122,7 @@ class ClassifiedImages(ImageSource[int]):
         if extra:
             raise DataError(
                 f"{self}: not {whose}'s {counted(len(classes), 'class', 'classes')}; "
-                f"missing [{_listed(missing)}], extra [{_listed(extra)}]"
+                f"missing [{listed(missing)}], extra [{listed(extra)}]"
             )
         self._numbers = [number_of.get(name, -1) for name in self.classes]
         self.classes = classes
@@ -135,7 +135,7 @@ class ClassifiedImages(ImageSource[int]):
         empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if empty:
             log.warning(
-                "%s: no samples of %d of %d classes: %s", self, len(empty), len(self.classes), _listed(empty)
+                "%s: no samples of %d of %d classes: %s", self, len(empty), len(self.classes), listed(empty)
             )
 
 
@@ -156,6 +156,14 @@ def class_weights(labels: NDArray[np.int64], number: int) -> Tensor:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def _listed(names: Sequence[Any]) -> str:
+def image_size(image: DecodedImage) -> tuple[int, int]:
+    """Height and width of a decoded image."""
+    if isinstance(image, Tensor):
+        return image.shape[-2], image.shape[-1]
+    return image.height, image.width
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Names for a message, at most ten of them."""
     shown = ", ".join(map(repr, names[:10]))
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

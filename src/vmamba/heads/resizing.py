@@ -9,22 +9,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 
 from vmamba.heads.masks import paste_masks
 from vmamba.heads.proposals import PADDED_SIZE
+from vmamba.sizes import scaled_size
 
 DIVISOR = 32
 """Batches are padded to multiples of it."""
-
-
-def scaled_size(size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
-    """The size of an image whose sides become at most `short` and `long`, rounded as mmdet rounds.
-
-    Args:
-        size: Height and width.
-        short: Of the shorter side.
-        long: Of the longer side.
-    """
-    scale = min(short / min(size), long / max(size))
-    height, width = (max(int(side * scale + 0.5), 1) for side in size)
-    return height, width
 
 
 class Resize(GeneralizedRCNNTransform):

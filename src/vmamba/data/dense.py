@@ -1,0 +1,373 @@
+"""Datasets for detection and segmentation: what training changes in the images, and how samples are batched.
+
+Letters in shapes: n objects, c channels, h height, w width.
+"""
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as transforms
+from typing_extensions import Self
+
+from vmamba.config import Section
+from vmamba.data.annotated import AnnotatedImages
+from vmamba.data.dataset import ImageDataset
+from vmamba.data.decoding import DecodedImage
+from vmamba.data.objects import Objects
+from vmamba.data.preprocessing import Preprocessing
+from vmamba.data.sampling import SampleKey
+from vmamba.data.segmented import IGNORED, SegmentedImages
+from vmamba.errors import DataError
+from vmamba.sizes import scaled_size
+from vmamba.words import counted
+
+log = logging.getLogger(__name__)
+
+SMALLEST_SIDE = 32
+"""Images with a shorter side, in pixels, are left out of detection's training, as mmdet does."""
+
+Target = dict[str, Tensor]
+"""Objects in training: "boxes" (n, 4), "labels" (n,) and "masks" (n, h, w)."""
+
+
+class DetectionAugment(Section):
+    """What training changes in images with objects; the defaults are the paper's 1× schedule."""
+
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    short_sides: list[int] = Field(
+        default=[800], min_length=1, description="of the resized image, in pixels, of which one is drawn"
+    )
+    long_side: int = Field(default=1333, ge=1, description="at most")
+    crop_probability: float = Field(
+        default=0.0, ge=0, le=1, description="of resizing to one of crop_short_sides and cropping first"
+    )
+    crop_short_sides: list[int] = Field(default=[400, 500, 600], min_length=1)
+    crop_size: tuple[int, int] = Field(
+        default=(384, 600), strict=False, description="smallest and largest side of the crop, in pixels"
+    )
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        for name in ("short_sides", "crop_short_sides", "crop_size"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name}: expected at least 1 pixel, got {getattr(self, name)}")
+        if self.crop_size[0] > self.crop_size[1]:
+            raise ValueError(f"crop_size {self.crop_size}: the first is above the second")
+        return self
+
+
+class SegmentationAugment(Section):
+    """What training changes in images with a class for each pixel; the defaults are the paper's."""
+
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    base_size: tuple[int, int] = Field(
+        default=(512, 2048),
+        strict=False,
+        description="short and long side that the image is fitted into, keeping its ratio, before scale",
+    )
+    scale: tuple[float, float] = Field(
+        default=(0.5, 2.0), strict=False, description="range of the factor of base_size"
+    )
+    crop: int = Field(default=512, ge=8, description="side of the crop, in pixels")
+    cat_max_ratio: float = Field(
+        default=0.75,
+        gt=0,
+        le=1,
+        description="draw the crop again, up to ten times, if one class has more of its pixels",
+    )
+    photometric: bool = Field(default=True, description="change brightness, contrast, saturation and hue")
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        if not 1 <= self.base_size[0] <= self.base_size[1]:
+            raise ValueError(f"base_size {self.base_size}: expected the short side and then the long one")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale {self.scale}: expected two factors above 0, the smaller one first")
+        return self
+
+
+class DetectionDataset(ImageDataset[Objects]):
+    """Images with objects.
+
+    A training sample is `{"image", "target"}`: float32 (c, h, w) from 0 to 1, and the objects but for
+    crowds, `{"boxes" (n, 4), "labels" (n,) from 1, "masks" (n, h, w) uint8, "image_id" ()}`. One for
+    evaluation is `{"image", "objects"}`, both at the size of the image.
+
+    Args:
+        source: Where the images come from.
+        seed: Of the augmentation.
+        augment: What training changes; None for evaluation.
+
+    Attributes:
+        kept: The index in the source of each sample. Training leaves out images that are small or without
+            objects.
+        shapes_alike: For training, whether each sample is landscape; see `sampler_for`.
+
+    Raises:
+        DataError: Training would leave out every image.
+    """
+
+    source: AnnotatedImages
+    shapes_alike: NDArray[np.bool_] | None = None
+
+    def __init__(
+        self, source: AnnotatedImages, seed: int = 0, augment: DetectionAugment | None = None
+    ) -> None:
+        super().__init__(source, seed)
+        self.settings = augment
+        self.kept: NDArray[np.int64] = np.arange(len(source))
+        if augment is not None:
+            self.kept = _trainable(source)
+            sizes = [source.size(index) for index in self.kept.tolist()]
+            self.shapes_alike = np.array([width >= height for height, width in sizes])
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.kept[index]))
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        key = SampleKey(*key)
+        return super().__getitem__(key._replace(index=int(self.kept[key.index])))
+
+    def augment(self, image: DecodedImage, target: Objects) -> dict[str, Any]:
+        pixels = _pixels(image)
+        if self.settings is None:
+            return {"image": pixels, "objects": target}
+        sides = target.boxes[:, 2:] - target.boxes[:, :2]
+        objects = target.select(~target.crowd & (sides >= 1).all(1) & (target.areas > 0))
+        pixels, moved = _augment_objects(
+            pixels,
+            {"boxes": objects.boxes, "labels": objects.labels + 1, "masks": objects.decoded_masks()},
+            self.settings,
+        )
+        return {"image": pixels, "target": {**moved, "image_id": torch.tensor(target.image_id)}}
+
+
+class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
+    """Images with a class for each pixel.
+
+    A training sample is `{"image", "labels"}`: normed float32 (c, crop, crop), and int64 (crop, crop), padded
+    right and below with 0 and `IGNORED`. One for evaluation has the image resized to fit `base_size` and
+    "labels", uint8 (h, w), at the size of the file.
+
+    Args:
+        source: Where the images come from.
+        preprocessing: Its mean and deviation.
+        seed: Of the augmentation.
+        augment: What training changes; None for evaluation.
+        base_size: Short and long side of images in evaluation, at most; their ratio is kept.
+    """
+
+    source: SegmentedImages
+
+    def __init__(
+        self,
+        source: SegmentedImages,
+        preprocessing: Preprocessing,
+        seed: int = 0,
+        augment: SegmentationAugment | None = None,
+        base_size: tuple[int, int] = (512, 2048),
+    ) -> None:
+        super().__init__(source, seed)
+        self.settings, self.base_size = augment, base_size
+        self.mean = torch.tensor(preprocessing.mean)[:, None, None]
+        self.std = torch.tensor(preprocessing.std)[:, None, None]
+
+    def augment(self, image: DecodedImage, target: NDArray[np.uint8]) -> dict[str, Tensor]:
+        pixels, labels = _pixels(image), torch.from_numpy(np.ascontiguousarray(target))
+        if self.settings is None:
+            pixels = _resized(pixels, scaled_size(_size(pixels), *self.base_size))
+            return {"image": (pixels - self.mean) / self.std, "labels": labels}
+        pixels, labels = _augment_labels(pixels, labels, self.settings)
+        height, width = _size(pixels)
+        padding = (0, self.settings.crop - width, 0, self.settings.crop - height)
+        return {
+            "image": F.pad((pixels - self.mean) / self.std, padding),
+            "labels": F.pad(labels.long(), padding, value=IGNORED),
+        }
+
+
+def collate_dense(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of samples of `DetectionDataset` or `SegmentationDataset`.
+
+    Returns:
+        Lists "images" and "targets", "objects" or "labels". Of segmentation's training samples, which are of
+        one size, tensors (b, …) instead.
+    """
+    batch: dict[str, Any] = {"images": [sample["image"] for sample in samples]}
+    for key, name in (("target", "targets"), ("objects", "objects"), ("labels", "labels")):
+        if key in samples[0]:
+            batch[name] = [sample[key] for sample in samples]
+    if "labels" in batch and batch["labels"][0].dtype == torch.int64:
+        return {name: torch.stack(values) for name, values in batch.items()}
+    return batch
+
+
+def _trainable(source: AnnotatedImages) -> NDArray[np.int64]:
+    """The images with objects and of sides that are not too small."""
+    with_objects = np.array([source.has_objects(index) for index in range(len(source))], dtype=bool)
+    large = np.array([min(source.size(index)) >= SMALLEST_SIDE for index in range(len(source))], dtype=bool)
+    kept = np.flatnonzero(with_objects & large)
+    if len(kept) < len(source):
+        log.warning(
+            "%s: training leaves out %s without objects and %s with a side under %d pixels",
+            source,
+            counted(int((~with_objects).sum()), "image"),
+            counted(int((with_objects & ~large).sum()), "more", "more"),
+            SMALLEST_SIDE,
+        )
+    if not len(kept):
+        raise DataError(
+            f"{source}: no image to train on: expected one with objects that are no crowd, and sides of at "
+            f"least {SMALLEST_SIDE} pixels"
+        )
+    return kept
+
+
+def _pixels(image: DecodedImage) -> Tensor:
+    """A decoded image as float32 (c, h, w) from 0 to 1."""
+    if isinstance(image, Tensor):
+        return image
+    return transforms.pil_to_tensor(image).float() / 255
+
+
+def _size(pixels: Tensor) -> tuple[int, int]:
+    return pixels.shape[-2], pixels.shape[-1]
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (c, h, w) resized bilinearly, without antialiasing."""
+    if _size(pixels) == size:
+        return pixels
+    return F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _resized_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks or a label map (…, h, w) uint8 resized to the nearest pixel."""
+    height, width = _size(masks)
+    if (height, width) == size:
+        return masks
+    rows = torch.arange(size[0]) * height // size[0]
+    columns = torch.arange(size[1]) * width // size[1]
+    return masks[..., rows[:, None], columns]
+
+
+def _augment_objects(pixels: Tensor, target: Target, settings: DetectionAugment) -> tuple[Tensor, Target]:
+    """Flip, perhaps crop, and resize; objects that are no longer visible are left out.
+
+    A crop may leave no objects, as the paper's configuration has it (mmdet's allow_negative_crop).
+    """
+    if random.random() < settings.hflip:
+        pixels, target = _flipped(pixels, target)
+    if random.random() < settings.crop_probability:
+        short = random.choice(settings.crop_short_sides)
+        pixels, target = _resized_with_objects(pixels, target, short, settings.long_side)
+        height, width = (
+            random.randint(min(side, settings.crop_size[0]), min(side, settings.crop_size[1]))
+            for side in _size(pixels)
+        )
+        top = random.randint(0, pixels.shape[-2] - height)
+        left = random.randint(0, pixels.shape[-1] - width)
+        pixels, target = _cropped(pixels, target, (top, left, height, width))
+    short = random.choice(settings.short_sides)
+    pixels, target = _resized_with_objects(pixels, target, short, settings.long_side)
+    sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+    visible = (sides >= 1).all(1) & target["masks"].flatten(1).any(1)
+    return pixels, {name: values[visible] for name, values in target.items()}
+
+
+def _flipped(pixels: Tensor, target: Target) -> tuple[Tensor, Target]:
+    left, top, right, bottom = target["boxes"].unbind(1)
+    width = pixels.shape[-1]
+    boxes = torch.stack([width - right, top, width - left, bottom], 1)
+    return pixels.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
+
+
+def _resized_with_objects(pixels: Tensor, target: Target, short: int, long: int) -> tuple[Tensor, Target]:
+    height, width = _size(pixels)
+    size = scaled_size((height, width), short, long)
+    factors = torch.tensor([size[1] / width, size[0] / height] * 2)
+    masks = _resized_masks(target["masks"], size)
+    return _resized(pixels, size), {**target, "boxes": target["boxes"] * factors, "masks": masks}
+
+
+def _cropped(pixels: Tensor, target: Target, crop: tuple[int, int, int, int]) -> tuple[Tensor, Target]:
+    """A crop (top, left, height, width), with boxes clipped to it; those outside become empty."""
+    top, left, height, width = crop
+    boxes = target["boxes"] - torch.tensor([left, top, left, top])
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    window = (..., slice(top, top + height), slice(left, left + width))
+    return pixels[window], {**target, "boxes": boxes, "masks": target["masks"][window]}
+
+
+def _augment_labels(pixels: Tensor, labels: Tensor, settings: SegmentationAugment) -> tuple[Tensor, Tensor]:
+    """Resize by a random factor, crop, flip, and change the colours."""
+    factor = random.uniform(*settings.scale)
+    short, long = (int(side * factor) for side in settings.base_size)
+    size = scaled_size(_size(pixels), max(short, 1), max(long, 1))
+    pixels, labels = _resized(pixels, size), _resized_masks(labels, size)
+    window = _balanced_crop(labels, settings)
+    pixels, labels = pixels[:, window[0], window[1]], labels[window]
+    if random.random() < settings.hflip:
+        pixels, labels = pixels.flip(-1), labels.flip(-1)
+    return (distort_colours(pixels) if settings.photometric else pixels), labels
+
+
+def _balanced_crop(labels: Tensor, settings: SegmentationAugment) -> tuple[slice, slice]:
+    """A crop with several classes of which none has too many pixels; after ten tries, any.
+
+    Args:
+        labels: (h, w).
+        settings: Its side and the share of a class.
+    """
+    for _ in range(11):
+        top, left = (random.randint(0, max(side - settings.crop, 0)) for side in labels.shape)
+        window = slice(top, top + settings.crop), slice(left, left + settings.crop)
+        counts = torch.bincount(labels[window].flatten(), minlength=IGNORED + 1)[:IGNORED]
+        several = int((counts > 0).sum()) > 1
+        if several and int(counts.max()) < settings.cat_max_ratio * int(counts.sum()):
+            break
+        if settings.cat_max_ratio >= 1:
+            break
+    return window
+
+
+def distort_colours(pixels: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue, each in half of the images.
+
+    The contrast is changed before saturation and hue, or after them. Saturation and hue are those of HSV,
+    which only images of three channels have.
+
+    Args:
+        pixels: (c, h, w) from 0 to 1.
+    """
+    contrast_first = random.random() < 0.5
+    if random.random() < 0.5:
+        pixels = (pixels + random.uniform(-32, 32) / 255).clamp(0, 1)
+    factor = random.uniform(0.5, 1.5) if random.random() < 0.5 else 1.0
+    if contrast_first:
+        pixels = (pixels * factor).clamp(0, 1)
+    if len(pixels) == 3:
+        if random.random() < 0.5:
+            pixels = _saturated(pixels, random.uniform(0.5, 1.5))
+        if random.random() < 0.5:
+            pixels = transforms.adjust_hue(pixels, random.uniform(-0.1, 0.1))
+    return pixels if contrast_first else (pixels * factor).clamp(0, 1)
+
+
+def _saturated(pixels: Tensor, factor: float) -> Tensor:
+    """RGB (3, h, w) with the saturation of HSV multiplied, at most to 1; value and hue stay."""
+    value = pixels.amax(0)
+    grayness = value - pixels.amin(0)
+    most = torch.where(grayness > 0, value / grayness.clamp(min=1e-12), 1.0)
+    return value - (value - pixels) * most.clamp(max=factor)
