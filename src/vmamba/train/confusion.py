@@ -104,23 +104,27 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
         extent=(-0.5, edge, edge, -0.5),
     )
     if labelled:
-        _label(axes, cells, classes)
-    title = "of each true class"
+        _label(axes, cells, classes, confusion.sum(1).tolist())
+    title = "How each class is predicted"
     if block > 1:
-        title = f"largest share of a true class within {block} × {block} cells"
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="%")
+        title += f" (largest share within {block} × {block} classes)"
+    across, down = ("", " (samples)") if labelled else (", by number", ", by number")
+    axes.set(xlabel=f"predicted class{across}", ylabel=f"true class{down}", title=title)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
     with replacing(path) as temporary, warnings.catch_warnings():
         # A script that the font lacks shows as boxes; the CSV has the names.
         warnings.filterwarnings("ignore", message=r".*[Gg]lyph .* missing from.*font")
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
 
 
-def _label(axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
-    """Names beside the rows and columns, percentages in the cells."""
+def _label(
+    axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str], samples: Sequence[int]
+) -> None:
+    """Names beside the rows and columns, numbers of samples beside the rows, percentages in the cells."""
     names = [name.replace("$", r"\$") for name in classes]  # else matplotlib reads formulas
     axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    rows = [f"{name} ({number:,})" for name, number in zip(names, samples, strict=True)]
+    axes.set_yticks(range(len(names)), rows)
     for row, values in enumerate(cells):
         for column, percent in enumerate(values):
             if percent >= 0.5:
