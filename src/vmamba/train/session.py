@@ -111,9 +111,7 @@ def open_session(
     return _open_run(source, overrides, weights, with_samples)
 
 
-def _open_run(
-    source: str | Path, overrides: Sequence[str], weights: Weights, with_samples: bool
-) -> Session:
+def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights, with_samples: bool) -> Session:
     path = resolve_checkpoint(source)
     for override in overrides:
         if override.startswith(("model.", "model=")):
