@@ -91,15 +91,17 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
     input_size = in_chans, height, width
     counts = count(model, input_size)
     shapes = feature_shapes(model, input_size)
+    scans = scan_shapes(model, input_size)
     facts = {
         "model": name,
         "input": f"{in_chans} x {height} x {width}",
         "parameters": counts.parameters,
         "GMACs": round(counts.macs / 1e9, 3),
-        "GMACs, scan as a for-loop": round(counts.macs_for_loop / 1e9, 3),
-        "feature maps": {name: " x ".join(map(str, shape)) for name, shape in shapes.items()},
     }
-    if scans := scan_shapes(model, input_size):
+    if scans:
+        facts["GMACs, scan as a for-loop"] = round(counts.macs_for_loop / 1e9, 3)
+    facts["feature maps"] = {name: " x ".join(map(str, shape)) for name, shape in shapes.items()}
+    if scans:
         facts["scans"] = {_times(scan): _scan(scan) for scan in scans}
     config: Any = getattr(model, "config", None)
     if hasattr(config, "arguments"):

@@ -161,7 +161,7 @@ def test_a_classifier_that_is_not_the_datas_is_not_judged(
     with pytest.raises(CheckpointError, match="has no 'ema' weights; it has 'raw'"):
         evaluate(path, [f"model.weights={plain}"], weights="ema")
     (root / "val" / "red").rename(root / "val" / "purple")
-    with pytest.raises(DataError, match=r"missing \['red'\], extra \['purple'\]"):
+    with pytest.raises(DataError, match=r"missing 'red', not expected 'purple'$"):
         evaluate(path, [f"model.weights={best}"])
     (root / "val" / "purple").rename(tmp_path / "purple")
     with pytest.raises(CheckpointError, match=r"head\.fc\.weight"):
@@ -393,7 +393,14 @@ def test_the_colour_bar_is_in_percent_as_the_cells(
     draw_confusion(confusion, [str(n) for n in range(number)], tmp_path / "picture.png")
     cells, bar = figures[0].axes
     (image,) = cells.images
-    assert (bar.get_ylabel(), image.get_clim()) == ("%", (0, 100))
+    assert (bar.get_ylabel(), image.get_clim()) == ("% of the true class", (0, 100))
+    assert cells.get_title() == "How each class is predicted"
+    labels = (cells.get_xlabel(), cells.get_ylabel())
+    if number == 3:
+        assert labels == ("predicted class", "true class (samples)")
+        assert [label.get_text() for label in cells.get_yticklabels()] == ["0 (4)", "1 (3)", "2 (3)"]
+    else:
+        assert labels == ("predicted class, by number", "true class, by number")
     assert image.get_array()[0, :2].tolist() == [75, 25]
     texts = [text.get_text() for text in cells.texts]
     assert texts == (["75", "25", "100", "100"] if number == 3 else [])

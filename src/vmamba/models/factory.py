@@ -105,8 +105,30 @@ class _WithoutValues(TorchFunctionMode):
     """
 
     _VALUES_ONLY = frozenset(
-        "add_ clamp_ clamp_max_ clamp_min_ copy_ div_ erfinv_ exp_ fill_ kaiming_normal_ kaiming_uniform_ "
-        "log_ mul_ neg_ normal_ pow_ sub_ trunc_normal_ uniform_ xavier_normal_ xavier_uniform_ zero_".split()
+        [
+            "add_",
+            "clamp_",
+            "clamp_max_",
+            "clamp_min_",
+            "copy_",
+            "div_",
+            "erfinv_",
+            "exp_",
+            "fill_",
+            "kaiming_normal_",
+            "kaiming_uniform_",
+            "log_",
+            "mul_",
+            "neg_",
+            "normal_",
+            "pow_",
+            "sub_",
+            "trunc_normal_",
+            "uniform_",
+            "xavier_normal_",
+            "xavier_uniform_",
+            "zero_",
+        ]
     )
 
     def __torch_function__(

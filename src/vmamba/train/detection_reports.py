@@ -109,8 +109,9 @@ def write_detection_report(results: Mapping[str, Tensor], classes: Sequence[str]
         confusion,
         names,
         folder / "confusion.png",
-        "of each true class; the last is the background\n"
+        "How the objects of each class are detected; the last is the background\n"
         f"(detections of a score ≥ {MATCH_SCORE}, boxes of an IoU ≥ {MATCH_IOU})",
+        counts="objects",
     )
 
 

@@ -156,7 +156,6 @@ def evaluate(
         data = loader(session.task, recipe, "val", trainer, session.samples)
         module = _Judge(session.task, model, keep_predictions)
         trainer.validate(module, data, verbose=False)
-        dataset: Any = data.dataset.dataset  # type: ignore[attr-defined]  # behind the one that catches errors
     for message in module.skipped:
         log.warning("left out: %s", message)
     return Evaluation(
@@ -169,7 +168,7 @@ def evaluate(
         skipped=module.skipped,
         results=module.results,
         predictions=[
-            SamplePrediction(index, dataset.name(index), value) for index, value in module.predictions
+            SamplePrediction(index, data.samples.name(index), value) for index, value in module.predictions
         ],
     )
 

@@ -196,10 +196,9 @@ class TaskModule(lightning.LightningModule):
     def _report_nonfinite(self, what: str) -> None:
         """Read the step's samples again, which were not kept, and look for the layer that fails."""
         loader: Any = self.trainer.train_dataloader
-        data = loader.dataset.dataset
         source, names = "", []
         for batch_idx, keys in self._step_batches:
-            of_batch = [data.name(key.index) for key in keys]
+            of_batch = [loader.samples.name(key.index) for key in keys]
             names += of_batch
             if isinstance(self.model, FSDPModule) or self._synchronised():
                 source = "not looked for in a model whose layers wait for other processes"
@@ -273,7 +272,7 @@ class TaskModule(lightning.LightningModule):
                 for name, value in {**means[weights].means(), **scores(metrics.compute())}.items():
                     results[f"{prefix}{name}"] = value
                 metrics.reset()
-        self._check_evaluation(results, finite_losses, loader.dataset.dataset)
+        self._check_evaluation(results, finite_losses, loader.samples)
         return results
 
     def _broadcast_buffers(self) -> None:

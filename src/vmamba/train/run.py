@@ -15,6 +15,7 @@ import lightning
 import torch
 
 from vmamba.data import ResumableLoader
+from vmamba.data.classes import class_difference
 from vmamba.environment import environment
 from vmamba.errors import DataError, MissingCheckpointError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
@@ -302,12 +303,10 @@ def _compare_data(resumed: _Resumption, task: Task, samples: Mapping[str, int]) 
     """Refuse to resume with other data: the order of samples and the meaning of labels would change."""
     classes = list(resumed.contents["classes"])
     if task.classes != classes:
-        missing = [name for name in classes if name not in task.classes]
-        extra = [name for name in task.classes if name not in classes]
-        how = f"missing {missing}, extra {extra}" if missing or extra else "in another order"
         raise DataError(
-            f"the data's {len(task.classes)} classes are not the {len(classes)} that the run was started "
-            f"with: {how}; give it its data again (data.root=…), or start a new run from its weights "
+            f"the data's {counted(len(task.classes), 'class', 'classes')} are not the {len(classes)} that "
+            f"the run was started with: {class_difference(task.classes, classes)}; give it its data again "
+            f"(data.root=…), or start a new run from its weights "
             f"(model.weights={resumed.path})"
         )
     for split, number in resumed.contents.get("samples", {}).items():
