@@ -290,7 +290,7 @@ def _augment_objects(pixels: Tensor, target: Target, settings: DetectionAugment)
     short = random.choice(settings.short_sides)
     pixels, target = _resized_with_objects(pixels, target, short, settings.long_side)
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
-    visible = (sides >= 1).all(1) & target["masks"].flatten(1).any(1)
+    visible = (sides >= 1).all(1) & target["masks"].flatten(1).any(1).bool()
     return pixels, {name: values[visible] for name, values in target.items()}
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -104,38 +105,16 @@ class _WithoutValues(TorchFunctionMode):
     PyTorch would go through each such function in Python, which is most of the time that a model takes there.
     """
 
-    _VALUES_ONLY = frozenset(
-        [
-            "add_",
-            "clamp_",
-            "clamp_max_",
-            "clamp_min_",
-            "copy_",
-            "div_",
-            "erfinv_",
-            "exp_",
-            "fill_",
-            "kaiming_normal_",
-            "kaiming_uniform_",
-            "log_",
-            "mul_",
-            "neg_",
-            "normal_",
-            "pow_",
-            "sub_",
-            "trunc_normal_",
-            "uniform_",
-            "xavier_normal_",
-            "xavier_uniform_",
-            "zero_",
-        ]
+    _VALUES_ONLY = re.compile(
+        "(add|clamp|clamp_max|clamp_min|copy|div|erfinv|exp|fill|log|mul|neg|normal|pow|sub|trunc_normal|uniform|"
+        "zero|(kaiming|xavier)_(normal|uniform))_"
     )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self._VALUES_ONLY:
+        if self._VALUES_ONLY.fullmatch(getattr(func, "__name__", "")):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
