@@ -21,7 +21,7 @@ from vmamba.models.checkpoints import Checkpoint, Weights, open_checkpoint
 from vmamba.models.official import convert_names
 from vmamba.words import counted
 
-_WRAPPERS = {"module", "model", "backbone", "ema", "_orig_mod"}
+_WRAPPERS = {"module", "model", "backbone", "body", "ema", "_orig_mod"}
 """Prefixes by which DDP, Lightning, mmengine, detectors, averages and torch.compile wrap a model's names."""
 
 _BEHIND_THE_STAGES = ("norm.", "fc_norm.", "outnorm")
