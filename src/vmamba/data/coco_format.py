@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import TypeGuard
 
 from vmamba.data.decoding import printable
 from vmamba.data.objects import run_lengths
