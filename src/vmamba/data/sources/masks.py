@@ -178,8 +178,8 @@ def read_mask(path: str | Path, name: str) -> NDArray[Any]:
         raise DataError(f"{name}: not a mask in PNG format, or a damaged one ({error})") from error
     if values.ndim != 2:
         raise DataError(
-            f"{name}: a mask in colour ({mode}); expected numbers of classes, as gray or a palette: write "
-            "the number of each colour into an array of uint8, and save it with PIL.Image.fromarray"
+            f"{name}: a mask in colour ({mode}), not numbers of classes, as gray or a palette; write the "
+            "number of each colour into an array of uint8, and save it with PIL.Image.fromarray"
         )
     if mode == "L" and depth in (2, 4):  # Pillow spreads these values over 0 to 255
         values = values // (255 // (2**depth - 1))
