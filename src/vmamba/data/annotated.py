@@ -106,9 +106,8 @@ class AnnotatedImages(ImageSource[Objects]):
         self.classes = classes
 
     def report_empty_classes(self) -> None:
-        """Log which classes have no objects."""
-        counts = self.class_counts()
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        """Log which classes have no objects; to be called before `use_classes`."""
+        empty = [name for name, count in zip(self.classes, self.class_counts(), strict=True) if not count]
         if empty:
             log.warning(
                 "%s: no objects of %d of %d classes: %s", self, len(empty), len(self.classes), listed(empty)

@@ -3,6 +3,7 @@
 Letters in shapes: n objects, h height, w width.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +63,9 @@ class Objects:
         """The masks, (n, h, w) uint8, 1 inside of the object."""
         if not self.masks:
             return torch.zeros(0, *self.size, dtype=torch.uint8)
-        decoded = run_lengths().decode(self.masks)  # (h, w, n), objects slowest in memory
+        with warnings.catch_warnings():  # pycocotools 2.0.11 with NumPy 2
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            decoded = run_lengths().decode(self.masks)  # (h, w, n), objects slowest in memory
         return torch.from_numpy(decoded.transpose(2, 0, 1)).contiguous()
 
     def select(self, chosen: Tensor) -> "Objects":
