@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vmamba.data.contact_sheet import picture
 from vmamba.data.decoding import DecodedImage
 from vmamba.data.fonts import drawable, fitting, font_of
-from vmamba.data.objects import run_lengths
+from vmamba.data.objects import decoded_masks
 
 IGNORED = 255
 """In a map of classes: a pixel of no class, which is left as it is."""
@@ -219,8 +219,8 @@ def _check_objects(
 
 def _pixels(mask: Tensor | Mapping[str, Any]) -> NDArray[np.bool_]:
     """A mask as (h, w)."""
-    values = run_lengths().decode(mask) if isinstance(mask, Mapping) else mask.cpu()
-    return np.asarray(values, bool)
+    values = decoded_masks([mask], mask["size"])[0] if isinstance(mask, Mapping) else mask.cpu()
+    return values.bool().numpy()
 
 
 class _Canvas:
