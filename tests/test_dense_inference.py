@@ -26,9 +26,9 @@ from vmamba.dense_inference import (
 )
 from vmamba.errors import CheckpointError, DataError, ModelError
 from vmamba.heads import Features, MaskRCNN, UPerNet, mask_rcnn, mmdet_names, upernet
-from vmamba.heads.resizing import scaled_size
 from vmamba.heads.upernet import mmseg_names
 from vmamba.inference import FailedImage
+from vmamba.sizes import scaled_size
 
 BACKBONE: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)}
 THINGS = ["cat", "dog", "cow"]

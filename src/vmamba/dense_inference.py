@@ -17,16 +17,17 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vmamba.data.decoding import DecodedImage
 from vmamba.data.names import ADE20K_CLASSES, COCO_CATEGORY_IDS, COCO_CLASSES
+from vmamba.data.objects import encoded_masks, run_lengths
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError
 from vmamba.heads.mask_rcnn import MaskRCNN
 from vmamba.heads.masks import paste_masks
-from vmamba.heads.resizing import scaled_size
 from vmamba.heads.restoring import restore
 from vmamba.heads.sliding import sliding
 from vmamba.heads.upernet import UPerNet, resize
 from vmamba.inference import Prediction, Predictor, Size, not_finite
 from vmamba.models.checkpoints import Checkpoint, Weights
+from vmamba.sizes import scaled_size
 from vmamba.words import counted
 
 _SCORES_SHOWN = 3
@@ -152,8 +153,8 @@ class DetectionPredictor(Predictor):
         dtype: A floating type; None for the model's.
 
     Raises:
-        ModelError: The number of names or ids is not that of the model's classes, or pycocotools is
-            missing.
+        ModelError: The number of names or ids is not that of the model's classes.
+        DataError: pycocotools is not installed.
         ValueError: `min_score` is above 1, or below the score from which on the model gives objects.
     """
 
@@ -178,7 +179,7 @@ class DetectionPredictor(Predictor):
         if len(category_ids) != len(classes):
             number = counted(len(classes), "class", "classes")
             raise ModelError(f"category_ids: {counted(len(category_ids), 'id')} for {number}")
-        _require_pycocotools()
+        run_lengths()  # raises if pycocotools is missing, before any image is read
         super().__init__(model, preprocessing, classes, transform=_pixels, device=device, dtype=dtype)
         self.category_ids = list(category_ids)
         self._least_score = model.config.score_threshold
@@ -253,17 +254,8 @@ class DetectionPredictor(Predictor):
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    from pycocotools import mask as coco_masks
-
-    code = coco_masks.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
-
-
-def _require_pycocotools() -> None:
-    try:
-        import pycocotools.mask  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"detection needs pycocotools ({error}); pip install pycocotools") from error
+    (code,) = encoded_masks([mask.astype(np.uint8)])
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
 def _check_names(classes: Sequence[str], number: int) -> None:
