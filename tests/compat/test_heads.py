@@ -5,6 +5,7 @@ strides are in test_tools.
 """
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import vmamba  # noqa: F401  (registers the models)
+from docs.blocks import ROOT, blocks
+from docs.workplace import official_checkpoint
 
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]
 
@@ -172,3 +175,16 @@ def test_transformers_detr(name: str) -> None:
     result = model(torch.randn(2, 3, 64, 64), labels=labels)
     assert result.pred_boxes.shape == (2, 5, 4)
     check_gradients(model.model.backbone, result.loss)
+
+
+def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/guides/other-heads.md that need what this tier installs."""
+    pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    torch.save(official_checkpoint("vmamba_tiny"), "vssm_tiny.pth")
+    page = ROOT / "docs" / "guides" / "other-heads.md"
+    needing = [block for block in blocks(page) if block.not_run]
+    assert len(needing) == 2
+    for block in needing:
+        exec(compile(block.text, str(block), "exec"), {})
