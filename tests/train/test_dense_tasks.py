@@ -180,8 +180,10 @@ def test_weights_that_do_not_fit(runs: dict[str, Path], tmp_path: Path) -> None:
     source = runs["detection"] / "best.safetensors"
     with pytest.raises(CheckpointError, match="does not fit"):
         begin(tmp_path, "detection", f"model.weights={source}", "model.args.dims=[16, 16, 16, 32]")
+    backbone = tmp_path / "backbone.pth"
+    torch.save(open_session(runs["detection"]).model.backbone.body.state_dict(), backbone)
     with pytest.raises(CheckpointError, match="holds a backbone without a head"):
-        evaluate(write_recipe(tmp_path, "segmentation"), [f"model.weights={source}"])
+        evaluate(write_recipe(tmp_path, "segmentation"), [f"model.weights={backbone}"])
 
 
 def test_beginning_without_weights_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
