@@ -18,6 +18,7 @@ FLOORS = [
     {"vmamba.train", "vmamba.evaluate", "vmamba.analysis", "vmamba.export"},
     {"vmamba.environment"},  # it states vmamba's version
     {"vmamba"},  # vmamba/__init__.py, which gathers the public names of the floors below
+    {"vmamba.dense_inference"},
     {"vmamba.inference"},
     {"vmamba.pretrained"},
     {"vmamba.heads", "vmamba.data"},
@@ -32,8 +33,8 @@ FLOORS = [
 COMPOSES = "vmamba.studies"
 """May import the other rooms of its floor as well."""
 
-LATE = {("vmamba.inference", "vmamba.train")}
-"""The one arrow up: a task's file holds its predictor, imported only when a run of that task is loaded."""
+LATE = {("vmamba.inference", "vmamba.train"), ("vmamba.inference", "vmamba.dense_inference")}
+"""The arrows up: a task's predictor is imported only when a model of that task is loaded."""
 
 RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,9 +6,9 @@ Sizes in comments: b images, k classes, c h w channels, height and width.
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import timm
@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vmamba.data.decoding import printable
+from vmamba.data.decoding import DecodedImage, printable
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import DataError, MissingCheckpointError, ModelError
 from vmamba.models.checkpoints import Place, Weights, expand, open_checkpoint
 from vmamba.models.factory import check_name, create_model
-from vmamba.pretrained import CLASSIFICATION, default_classes, restore, task_of
-from vmamba.words import counted
+from vmamba.pretrained import CLASSIFICATION, default_classes, is_dense, restore, task_of
+from vmamba.words import counted, listed
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class Classification(Prediction):
         return ", ".join(f"{c.label} {c.score:.1%}" for c in self.classes)
 
 
+Size = tuple[int, int]
+"""Height and width, in pixels."""
+
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A path; a Pillow image; an array (h, w) or (h, w, c) of uint8; a tensor (c, h, w), of uint8, or of floats
 that are preprocessed already."""
@@ -87,11 +90,16 @@ class Predictor(ABC):
         model: From images (b, c, h, w) to the outputs that `decode` takes. It is moved and converted.
         preprocessing: From an image file to the model's input.
         classes: Names of the classes.
+        transform: From a decoded image to the model's input (c, h, w); None for that of `preprocessing`.
         device: As PyTorch names it; None for where the model is.
         dtype: A floating type; None for the model's.
     """
 
     task: ClassVar[str]
+    batch_size: ClassVar[int] = 16
+    """Images in a batch of the model, if a call does not say."""
+    top: ClassVar[int | None] = 5
+    """How many answers to keep of an image, if a call does not say; None for all."""
 
     def __init__(
         self,
@@ -99,23 +107,45 @@ class Predictor(ABC):
         preprocessing: Preprocessing,
         classes: Sequence[str],
         *,
+        transform: Callable[[DecodedImage], Tensor] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.preprocessing = preprocessing
-        self.transform = preprocessing.transform()
+        self.transform = preprocessing.transform() if transform is None else transform
         self.classes = list(classes)
+
+    def run(self, inputs: Tensor, sizes: Sequence[Size]) -> Any:
+        """Run the model on inputs of equal size, (b, c, h, w), and return what `decode` takes.
+
+        Args:
+            inputs: As the transform makes them, on the CPU.
+            sizes: Of the images that they were made of.
+        """
+        return self.model(inputs.to(self.device, self.dtype))
 
     @abstractmethod
     def decode(self, outputs: Any, names: Sequence[str | None], top: int | None) -> list[Prediction]:
         """The model's outputs for a batch → a prediction for each image.
 
         Args:
-            outputs: The model's outputs.
+            outputs: The model's outputs, from `run`.
             names: The images' names.
             top: How many of the likeliest answers to keep; None for all.
         """
+
+    def __repr__(self) -> str:
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        height, width = self.preprocessing.size
+        facts = [
+            str(config.get("architecture") or type(self.model).__name__),
+            f"classes={len(self.classes)} ({listed(self.classes, 3)})",
+            f"input={self.preprocessing.channels}x{height}x{width}",
+            f"device={str(self.device)!r}",
+            f"dtype={self.dtype}",
+        ]
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     @property
     def device(self) -> torch.device:
@@ -128,15 +158,20 @@ class Predictor(ABC):
         return next(self.model.parameters()).dtype
 
     def __call__(
-        self, images: ImageLike | Iterable[ImageLike], *, batch_size: int = 16, top: int | None = 5
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        batch_size: int | None = None,
+        top: int | Literal["auto"] | None = "auto",
     ) -> Any:
         """Predict one image, or several.
 
         Args:
             images: One image, or an iterable of them. An array or a tensor with one more dimension is a
                 batch.
-            batch_size: Images in a batch of the model.
-            top: How many of the likeliest answers to keep; None for all.
+            batch_size: Images in a batch of the model; None for the task's, which is 16 for classification.
+            top: How many of the likeliest answers to keep; None for all; "auto" for the task's, which is 5
+                classes for classification.
 
         Returns:
             The prediction for one image; for several a list in their order, with a `FailedImage` for each
@@ -154,7 +189,11 @@ class Predictor(ABC):
         return prediction
 
     def stream(
-        self, images: Iterable[ImageLike], *, batch_size: int = 16, top: int | None = 5
+        self,
+        images: Iterable[ImageLike],
+        *,
+        batch_size: int | None = None,
+        top: int | Literal["auto"] | None = "auto",
     ) -> Iterator[Prediction]:
         """As a call with several images, but lazily: images are read one batch at a time.
 
@@ -163,17 +202,19 @@ class Predictor(ABC):
             ValueError: `batch_size` or `top` is below 1.
             ModelError: The device has not enough memory, or the model does not take the images' size.
         """
-        for name, value in (("batch_size", batch_size), ("top", top)):
+        batch_size = self.batch_size if batch_size is None else batch_size
+        most = self.top if top == "auto" else top
+        for name, value in (("batch_size", batch_size), ("top", most)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         try:
             images = iter(images)
         except TypeError:
             raise TypeError(f"{_EXPECTED}, or several of these, got {type(images).__name__}") from None
-        return self._stream(images, batch_size, top)
+        return self._stream(images, batch_size, most)
 
     def _stream(self, images: Iterable[ImageLike], batch_size: int, top: int | None) -> Iterator[Prediction]:
-        batch: list[tuple[str | None, Tensor | FailedImage]] = []
+        batch: list[tuple[str | None, _Input | FailedImage]] = []
         for image in images:
             batch.append(self._prepare(image))
             if len(batch) == batch_size:
@@ -181,32 +222,35 @@ class Predictor(ABC):
                 batch = []
         yield from self._judge(batch, top)
 
-    def _prepare(self, image: ImageLike) -> tuple[str | None, Tensor | FailedImage]:
-        """The image's name, and the model's input (c, h, w) or a `FailedImage`."""
+    def _prepare(self, image: ImageLike) -> tuple[str | None, "_Input | FailedImage"]:
+        """The image's name, and the model's input or a `FailedImage`."""
         name = os.fsdecode(image) if isinstance(image, str | bytes | os.PathLike) else None
         try:
-            return name, self._read(image, name)
+            if isinstance(image, Tensor) and image.is_floating_point():
+                self._check_preprocessed(image)
+                return name, _Input(image, _size(image))
+            decoded = self._read(image, name)
+            return name, _Input(self.transform(decoded), _size(decoded))
         except DataError as error:
             return name, FailedImage(name, str(error))
 
-    def _read(self, image: ImageLike, name: str | None) -> Tensor:
+    def _check_preprocessed(self, image: Tensor) -> None:
+        channels = self.preprocessing.channels
+        if image.ndim != 3 or len(image) != channels:
+            shape = tuple(image.shape)
+            raise DataError(f"tensor: expected ({channels}, height, width), preprocessed, got {shape}")
+        _refuse_empty("tensor", image)
+
+    def _read(self, image: ImageLike, name: str | None) -> DecodedImage:
         preprocessing = self.preprocessing
         if name is not None:
             _refuse_several(name)
-            return self.transform(preprocessing.read(expand(name), printable(name)))
+            return preprocessing.read(expand(name), printable(name))
         if isinstance(image, Image.Image):
             try:
-                return self.transform(preprocessing.convert(image))
+                return preprocessing.convert(image)
             except OSError as error:  # Pillow decodes an opened file only here
                 raise DataError(f"image: damaged ({error})") from error
-        if isinstance(image, Tensor) and image.is_floating_point():
-            if image.ndim != 3 or len(image) != preprocessing.channels:
-                shape = tuple(image.shape)
-                raise DataError(
-                    f"tensor: expected ({preprocessing.channels}, height, width), preprocessed, got {shape}"
-                )
-            _refuse_empty("tensor", image)
-            return image
         if isinstance(image, Tensor):
             if image.dtype != torch.uint8 or image.ndim not in (2, 3):
                 raise DataError(
@@ -214,7 +258,7 @@ class Predictor(ABC):
                     f" got {tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
                 )
             pixels = image.movedim(0, -1) if image.ndim == 3 else image
-            return self.transform(self._decoded(pixels.cpu().numpy(), "tensor"))
+            return self._decoded(pixels.cpu().numpy(), "tensor")
         if not isinstance(image, np.ndarray):
             raise DataError(f"{_EXPECTED}, got {type(image).__name__}")
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -223,9 +267,9 @@ class Predictor(ABC):
                 f"array: expected (height, width) or (height, width, channels) of uint8, got {image.shape} "
                 f"of {image.dtype}{floats if np.issubdtype(image.dtype, np.floating) else ''}"
             )
-        return self.transform(self._decoded(image, "array"))
+        return self._decoded(image, "array")
 
-    def _decoded(self, pixels: np.ndarray, what: str) -> Any:
+    def _decoded(self, pixels: np.ndarray, what: str) -> DecodedImage:
         """An array (h, w) or (h, w, c) of uint8 as a decoded image."""
         channels = self.preprocessing.channels
         _refuse_empty(what, pixels)
@@ -242,34 +286,42 @@ class Predictor(ABC):
         return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)
 
     def _judge(
-        self, batch: Sequence[tuple[str | None, Tensor | FailedImage]], top: int | None
+        self, batch: Sequence[tuple[str | None, "_Input | FailedImage"]], top: int | None
     ) -> Iterator[Prediction]:
         by_shape: dict[torch.Size, list[int]] = {}
+        predictions: dict[int, Prediction] = {}
         for index, (_, item) in enumerate(batch):
-            if isinstance(item, Tensor):
-                by_shape.setdefault(item.shape, []).append(index)
-        predictions: dict[int, Prediction] = {
-            index: item for index, (_, item) in enumerate(batch) if isinstance(item, FailedImage)
-        }
-        for shape, indices in by_shape.items():
-            inputs = torch.stack([batch[index][1] for index in indices])  # type: ignore[misc]
+            if isinstance(item, FailedImage):
+                predictions[index] = item
+            else:
+                by_shape.setdefault(item.pixels.shape, []).append(index)
+        for indices in by_shape.values():
+            items: list[Any] = [batch[index][1] for index in indices]
             names = [batch[index][0] for index in indices]
-            outputs = self._forward(inputs, shape)
+            outputs = self._run(torch.stack([item.pixels for item in items]), [item.size for item in items])
             predictions.update(zip(indices, self.decode(outputs, names, top), strict=True))
         yield from (predictions[index] for index in range(len(batch)))
 
-    def _forward(self, inputs: Tensor, shape: torch.Size) -> Any:
+    def _run(self, inputs: Tensor, sizes: Sequence[Size]) -> Any:
         try:
             with torch.inference_mode():
-                return self.model(inputs.to(self.device, self.dtype))
+                return self.run(inputs, sizes)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{self.device} has not enough memory for {counted(len(inputs), 'image')} at once; lower the "
                 "batch size"
             ) from error
         except (AssertionError, ValueError, RuntimeError) as error:  # by which models refuse a size
-            size = "×".join(map(str, shape))
+            size = "×".join(map(str, inputs.shape[1:]))
             raise ModelError(f"the model does not take images of {size}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The model's input (c, h, w), and the size of the image that it was made of."""
+
+    pixels: Tensor
+    size: Size
 
 
 class ClassificationPredictor(Predictor):
@@ -302,9 +354,7 @@ class ClassificationPredictor(Predictor):
         predictions: list[Prediction] = []
         for name, row, indices in zip(names, scores[:, :top].tolist(), order[:, :top].tolist(), strict=True):
             if any(score != score for score in row):
-                where = "" if name is None else f"{printable(name)}: "
-                error = f"{where}the model's outputs are NaN or infinite; try float32, or other weights"
-                predictions.append(FailedImage(name, error))
+                predictions.append(not_finite(name))
                 continue
             pairs = zip(indices, row, strict=True)
             predictions.append(
@@ -313,12 +363,23 @@ class ClassificationPredictor(Predictor):
         return predictions
 
 
+def not_finite(name: str | None) -> FailedImage:
+    """What takes the place of a prediction where the model's outputs are NaN or infinite."""
+    where = "" if name is None else f"{printable(name)}: "
+    return FailedImage(name, f"{where}the model's outputs are NaN or infinite; try float32, or other weights")
+
+
 _EXPECTED = "expected a path, an image, an array or a tensor"
 _ORDERS = {
     "array": ("(height, width, channels)", "array.transpose(1, 2, 0)"),
     "tensor": ("(channels, height, width)", "tensor.permute(2, 0, 1)"),
 }
 """The order of dimensions that an image has, and how to turn the other one into it."""
+
+
+def _size(image: DecodedImage) -> Size:
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+    return height, width
 
 
 def _refuse_empty(what: str, image: np.ndarray | Tensor) -> None:
@@ -357,13 +418,14 @@ def load(
 
     Args:
         source: A run's folder or checkpoint; `best.safetensors` or another folder in timm's hub form; a file
-            of weights such as the VMamba authors' `.pth`; or a model's name, "vmamba_tiny", whose pretrained
-            weights are downloaded.
-        model: The model's name, for a file that does not contain it; None is enough if only one variant has
-            the file's shapes.
+            of weights such as the VMamba authors' `.pth` of classifiers, of mmdet's Mask R-CNN or mmseg's
+            UPerNet; or a model's name, "vmamba_tiny", whose pretrained weights are downloaded.
+        model: The name of the model, or of a detector's or segmenter's backbone, for a file that does not
+            contain it; None is enough if only one variant has the file's shapes.
         device: None or "auto" for the GPU if there is one; otherwise as PyTorch names it.
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", or PyTorch's type.
-        classes: Names of the classes; by default those of the run, or ImageNet's for models of its size.
+        classes: Names of the classes; by default those of the file, or ImageNet's, COCO's or ADE20K's for
+            models of as many.
         weights: "raw", as trained, "ema", their average, or "auto": a run's average if it has one.
 
     Raises:
@@ -388,9 +450,14 @@ def load(
         except ModelError as unknown:
             raise MissingCheckpointError(f"{error}; {unknown}") from None
         raise
+    predictor: Predictor
     if task_of(checkpoint) != CLASSIFICATION:
         tasks = importlib.import_module(_TASKS)
-        predictor: Predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        return predictor
+    if checkpoint.config is None and is_dense(checkpoint.state_dict(weights)):
+        dense = importlib.import_module(_DENSE)
+        predictor = dense.load_dense(checkpoint, model, weights, classes, device=target, dtype=dtype)
         return predictor
     network, preprocessing, names = restore(checkpoint, model, weights)
     if classes is not None:
@@ -401,6 +468,9 @@ def load(
 _TASKS = "vmamba.train.tasks"
 """The module with `load_predictor(checkpoint, weights, *, device, dtype)` for all tasks but classification.
 Imported only for those: a classifier does not need `vmamba.train`."""
+
+_DENSE = "vmamba.dense_inference"
+"""The module with the predictors of Mask R-CNN and UPerNet. Imported only for those: it takes a second."""
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -34,6 +34,12 @@ def task_of(checkpoint: Checkpoint) -> Any:
     return extra.get("task", CLASSIFICATION)
 
 
+def is_dense(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a file's weights are of a detector or a segmenter, by their names in mmdet, mmseg and here."""
+    heads = ("roi_head.", "roi_heads.", "decode_head.")
+    return any(name.removeprefix("module.").startswith(heads) for name in state_dict)
+
+
 def restore(
     checkpoint: Checkpoint, name: str | None, weights: Weights
 ) -> tuple[nn.Module, Preprocessing, list[str]]:

@@ -17,7 +17,7 @@ from PIL import Image, ImageFont
 from torch import nn
 
 from images import COLOURS, make_folder
-from vmamba.data import contact_sheet
+from vmamba.data import fonts
 from vmamba.data.contact_sheet import Cell, draw_sheet
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.pretrained import model_config, save_pretrained
@@ -135,12 +135,12 @@ def test_a_sheet_of_any_name(tmp_path: Path) -> None:
 def test_a_sheet_writes_letters_as_letters(size: int) -> None:
     """With Matplotlib's font as they are, with Pillow's own without accents; never as numbers."""
     pytest.importorskip("matplotlib")
-    font = contact_sheet._font(size)
+    font = fonts.font_of(size)
     for name in ("café à la carte.png", "Größe Ångström", "лиса ёж", "αλεπού", "a b\u00a0c"):
-        assert contact_sheet._drawable(name, font) == name
-    assert contact_sheet._drawable("cafe\u0301", font) == "café"
-    assert contact_sheet._drawable("狐", font) == "\\u72d0"
-    plain = contact_sheet._drawable("café à\u00a0la Ångström", ImageFont.load_default(size))
+        assert fonts.drawable(name, font) == name
+    assert fonts.drawable("cafe\u0301", font) == "café"
+    assert fonts.drawable("狐", font) == "\\u72d0"
+    plain = fonts.drawable("café à\u00a0la Ångström", ImageFont.load_default(size))
     assert "\\u" not in plain
     assert len(plain) == len("café à\u00a0la Ångström")
 

@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmamba.data.classes import class_difference
 from vmamba.data.decoding import DecodedImage, read_orientation
 from vmamba.data.objects import Objects
 from vmamba.data.orientation import turn_of_target
-from vmamba.data.source import ImageSource, image_size, listed
+from vmamba.data.source import ImageSource, image_size
 from vmamba.errors import DataError
-from vmamba.words import counted
+from vmamba.words import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,10 @@ class AnnotatedImages(ImageSource[Objects]):
         extra = [n for n, c in zip(self.classes, counts, strict=True) if n not in number_of and c > 0]
         missing = [name for name in classes if name not in self.classes]
         if extra:
+            present = [name for name in self.classes if name in number_of or name in extra]
             raise DataError(
                 f"{self}: not {whose}'s {counted(len(classes), 'class', 'classes')}; "
-                f"missing [{listed(missing)}], extra [{listed(extra)}]"
+                f"{class_difference(present, classes)}"
             )
         id_of = dict(zip(self.classes, self.category_ids, strict=True))
         first_unused = max(self.category_ids) + 1

@@ -1,15 +1,14 @@
 """Contact sheets: thumbnails in a grid, with the model's prediction below each."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vmamba.data.decoding import DecodedImage
+from vmamba.data.fonts import drawable, fitting, font_of
 from vmamba.files import replacing
 
 MOST = 1000
@@ -77,61 +76,14 @@ def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
         size = (width, height)
         thumbnail = cell.image.convert("RGB").resize(size)
         sheet.paste(thumbnail, (left + (_SIDE - size[0]) // 2, top + (_SIDE - size[1]) // 2))
-    large, small = _font(_SIZES[0]), _font(_SIZES[1])
+    large, small = font_of(_SIZES[0]), font_of(_SIZES[1])
     below = top + _SIDE + 3
     room = _SIDE
     if cell.detail:
         extent = draw.textlength(cell.detail, font=large)
         draw.text((left + _SIDE - extent, below), cell.detail, fill=_PALE, font=large)
         room = int(_SIDE - extent - 8)
-    title = _fitting(draw, _drawable(cell.title, large), large, room)
+    title = fitting(draw, drawable(cell.title, large), large, room)
     draw.text((left, below), title, fill=_INK if cell.image is not None else _WRONG, font=large)
-    name = _fitting(draw, _drawable(cell.name, small), small, _SIDE, keep_end=True)
+    name = fitting(draw, drawable(cell.name, small), small, _SIDE, keep_end=True)
     draw.text((left, below + _LINE), name, fill=_PALE, font=small)
-
-
-@cache
-def _font(size: int) -> Any:
-    try:  # Pillow's font has not even the letters of French; Matplotlib brings one that has most alphabets
-        import matplotlib
-
-        path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-        # The other layout raises for characters that are no text, such as a line break.
-        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-    except (ImportError, OSError):
-        pass
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, OSError):  # a Pillow before 10.1, or without FreeType: one size, Latin-1 alone
-        return ImageFont.load_default()
-
-
-def _drawable(text: str, font: Any) -> str:
-    """The text; where the font lacks a character, it goes without its accents, or as its number."""
-    composed = unicodedata.normalize("NFC", text)  # macOS keeps names with the accents apart
-    return "".join(char if _has(font, char) else _plain(font, char) for char in composed)
-
-
-def _plain(font: Any, char: str) -> str:
-    letters = "".join(each for each in unicodedata.normalize("NFKD", char) if not unicodedata.combining(each))
-    return letters if letters and all(_has(font, each) for each in letters) else f"\\u{ord(char):04x}"
-
-
-@cache
-def _has(font: Any, char: str) -> bool:
-    """Whether a font has a character: for missing ones all glyphs are the same."""
-    try:
-        return char == " " or bytes(font.getmask(char)) != bytes(font.getmask("\U0010fffe"))
-    except (UnicodeError, OSError):  # a bitmap font
-        return char.isascii() and char.isprintable()
-
-
-def _fitting(draw: Any, text: str, font: Any, room: int, keep_end: bool = False) -> str:
-    """The text, shortened by dots until it fits."""
-    if draw.textlength(text, font=font) <= room:
-        return text
-    for length in range(len(text) - 1, 0, -1):
-        short = f"...{text[-length:]}" if keep_end else f"{text[:length].rstrip()}..."
-        if draw.textlength(short, font=font) <= room:
-            return short
-    return ""

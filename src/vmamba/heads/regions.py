@@ -45,10 +45,13 @@ class RegionFeatures(nn.Module):
         images = [torch.full_like(each[:, :1], index) for index, each in enumerate(boxes)]
         regions = torch.cat([torch.cat(images), all_boxes], dim=1)
         level_of = region_levels(all_boxes)
+        # In half precision a place in a large image would be off by a pixel.
+        dtype = torch.promote_types(levels[0].dtype, regions.dtype)
+        regions = regions.to(dtype)
         result = levels[0].new_zeros(len(regions), levels[0].shape[1], self.side, self.side)
         for index, (level, stride) in enumerate(zip(levels, STRIDES[:4], strict=True)):
             of_level = (level_of == index).nonzero()[:, 0]
-            squares = roi_align(level, regions[of_level], self.side, 1 / stride, aligned=True)
+            squares = roi_align(level.to(dtype), regions[of_level], self.side, 1 / stride, aligned=True)
             result = result.index_copy(0, of_level, squares.to(result.dtype))
         return result
 

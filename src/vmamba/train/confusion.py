@@ -4,7 +4,8 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,23 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     write_atomically(path, table.getvalue())
 
 
-def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+def draw_confusion(
+    confusion: Tensor,
+    classes: Sequence[str],
+    path: Path,
+    title: str = "How each class is predicted",
+    counts: str = "samples",
+) -> None:
     """Shares of each true class in percent as a PNG: a row for each, with names and numbers if they fit.
 
     With many classes a cell shows the largest share in a block of neighbours, so that no mistake is hidden.
+
+    Args:
+        confusion: Counts (classes, classes), a row for each true class.
+        classes: Names.
+        path: Of the PNG.
+        title: Above the picture.
+        counts: What `confusion` counts.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -104,23 +118,37 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
         extent=(-0.5, edge, edge, -0.5),
     )
     if labelled:
-        _label(axes, cells, classes)
-    title = "of each true class"
+        _label(axes, cells, classes, confusion.sum(1).tolist())
     if block > 1:
-        title = f"largest share of a true class within {block} × {block} cells"
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="%")
-    with replacing(path) as temporary, warnings.catch_warnings():
-        # A script that the font lacks shows as boxes; the CSV has the names.
-        warnings.filterwarnings("ignore", message=r".*[Gg]lyph .* missing from.*font")
+        title += f"\nlargest share within {block} × {block} classes"
+    across, down = ("", f" ({counts})") if labelled else (", by number", ", by number")
+    axes.set(xlabel=f"predicted class{across}", ylabel=f"true class{down}", title=title)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
+    with replacing(path) as temporary, without_missing_glyphs():
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _label(axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
-    """Names beside the rows and columns, percentages in the cells."""
-    names = [name.replace("$", r"\$") for name in classes]  # else matplotlib reads formulas
+@contextmanager
+def without_missing_glyphs() -> Iterator[None]:
+    """Save a figure without warnings: a script that the font lacks shows as boxes, the CSV has the names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*[Gg]lyph .* missing from.*font")
+        yield
+
+
+def escaped(name: str) -> str:
+    """A name in which matplotlib reads no formula."""
+    return name.replace("$", r"\$")
+
+
+def _label(
+    axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str], counts: Sequence[int]
+) -> None:
+    """Names beside the rows and columns, what was counted beside the rows, percentages in the cells."""
+    names = [escaped(name) for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    rows = [f"{name} ({number:,})" for name, number in zip(names, counts, strict=True)]
+    axes.set_yticks(range(len(names)), rows)
     for row, values in enumerate(cells):
         for column, percent in enumerate(values):
             if percent >= 0.5:

@@ -19,10 +19,9 @@ from vmamba.data.decoding import RGB, Decoding, printable, without_warnings
 from vmamba.data.finding import LeftOut, find_images
 from vmamba.data.section import SegmentationSection, Split
 from vmamba.data.segmented import IGNORED, SegmentedImages
-from vmamba.data.source import listed
 from vmamba.data.strings import PackedStrings
 from vmamba.errors import DataError, RecipeError
-from vmamba.words import counted
+from vmamba.words import counted, listed
 
 _VALUES = 2**16
 """PNG has values of up to 16 bits."""
