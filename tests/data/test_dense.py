@@ -349,14 +349,23 @@ def blue(sample: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_segmentation_in_evaluation() -> None:
-    dataset = SegmentationDataset(LabelMaps([blocks(30, 50)]), THIRDS, base_size=(60, 90))
-    sample = dataset[SampleKey(0, 0)]
-    assert sample["image"].shape == (3, *scaled_size((30, 50), 60, 90)) == (3, 54, 90)
+    sample = SegmentationDataset(LabelMaps([blocks(30, 50)]), THIRDS)[SampleKey(0, 0)]
+    assert sample["image"].shape == (3, 30, 50)
     assert np.array_equal(sample["labels"], blocks(30, 50))
     assert sample["labels"].dtype == torch.uint8
     assert torch.allclose(sample["image"][0], torch.tensor(-0.5))  # (0 - mean) / std
-    dataset.base_size = (30, 90)
-    assert torch.allclose(blue(dataset[SampleKey(0, 0)]), torch.from_numpy(blocks(30, 50)) * 50.0, atol=1e-3)
+    assert torch.allclose(blue(sample), sample["labels"] * 50.0, atol=1e-3)
+
+
+def test_the_first_images_alone() -> None:
+    maps = LabelMaps([blocks()] * 3)
+    assert [len(SegmentationDataset(maps, THIRDS, limit=limit)) for limit in (None, 2, 9)] == [3, 2, 3]
+    source = Rectangles([[], [[0, 0, 9, 9]], [[0, 0, 9, 9]], [[0, 0, 9, 9]]])
+    assert DetectionDataset(source, limit=2).kept.tolist() == [0, 1]
+    training = DetectionDataset(source, 0, DetectionAugment(**PLAIN), limit=2)
+    assert training.kept.tolist() == [1, 2]
+    assert training.shapes_alike is not None
+    assert len(training.shapes_alike) == 2
 
 
 def test_crops_and_flips_keep_pixels_and_labels_together() -> None:
