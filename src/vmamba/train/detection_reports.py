@@ -13,7 +13,7 @@ from vmamba.data.objects import Objects
 from vmamba.data.overlay import colour, draw_objects
 from vmamba.errors import DataError
 from vmamba.files import replacing
-from vmamba.train.confusion import draw_confusion, escaped, without_missing_glyphs, write_csv
+from vmamba.train.confusion import draw_confusion, shortened, without_missing_glyphs, write_csv
 from vmamba.train.detection_matches import (
     MATCH_IOU,
     MATCH_SCORE,
@@ -109,8 +109,7 @@ def write_detection_report(results: Mapping[str, Tensor], classes: Sequence[str]
         confusion,
         names,
         folder / "confusion.png",
-        "of each true class; the last is the background\n"
-        f"(detections of a score ≥ {MATCH_SCORE}, boxes of an IoU ≥ {MATCH_IOU})",
+        f"of each true class, the last is the background\nscore ≥ {MATCH_SCORE}, IoU of boxes ≥ {MATCH_IOU}",
     )
 
 
@@ -184,14 +183,10 @@ def _draw_classes(axes: Any, precision: Tensor, objects: Tensor, classes: Sequen
         axes.plot(RECALLS, precision[:, number], color="0.82", linewidth=0.7, label=label)
     for place, number in enumerate(ranked[:NAMED]):
         of = [value / 255 for value in colour(place)]
-        label = f"{_short(classes[number])} ({scores[number]:.3f})"
+        label = f"{shortened(classes[number])} ({scores[number]:.3f})"
         axes.plot(RECALLS, precision[:, number], color=of, linewidth=1.5, label=label)
     mean = precision.nanmean(1)
     axes.plot(RECALLS, mean, color="black", linewidth=2, label=f"mean ({mean.mean():.3f})")
-
-
-def _short(name: str, most: int = 24) -> str:
-    return escaped(name if len(name) <= most else f"{name[: most - 1]}…")
 
 
 def draw_worst_detections(
@@ -200,7 +195,9 @@ def draw_worst_detections(
     read: Callable[[int], tuple[DecodedImage, Objects]],
     path: Path,
 ) -> None:
-    """Draw the images with the lowest F1, of those the ones with most mistakes: truth beside prediction.
+    """Draw the images with the lowest F1, of equal ones those with most mistakes: truth beside prediction.
+
+    Crowd regions are left out, and so are detections with a score below 0.3.
 
     Args:
         predictions: With values of `JudgedDetections`.
@@ -217,6 +214,7 @@ def draw_worst_detections(
             image, objects = read(each.index)
         except DataError:  # it could be read before
             continue
+        objects = objects.select(~objects.crowd)
         truth = draw_objects(image, objects.boxes, objects.labels, None, objects.masks, classes, side=SIDE)
         prediction = draw_objects(
             image, judged.boxes, judged.labels, judged.scores, judged.masks, classes, side=SIDE
