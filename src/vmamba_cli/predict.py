@@ -98,6 +98,9 @@ def command(
 
     out = None if out is None else out.expanduser()
     inputs = _outside_of(out, list(_find(images)))
+    videos = sum(each.is_video for each in inputs)
+    if every > 1 and not videos:
+        refuse("--every: of videos, and there is none among these images")
     source = checkpoint if checkpoint is not None else model
     predictor = vmamba.load(
         source,  # type: ignore[arg-type]  # one of them is given
@@ -107,7 +110,6 @@ def command(
         weights=weights.value,
     )
     _configure(predictor, min_score, out)
-    videos = sum(each.is_video for each in inputs)
     say(f"{_what(len(inputs) - videos, videos, predictor)}, {predictor.device}, {precision.value}")
     results = _results(predictor, inputs, every, batch_size=batch_size, top="auto" if top is None else top)
     shown = _progress(results, None if videos else len(inputs))
