@@ -1,4 +1,8 @@
-"""The names that VMamba's authors gave their weights."""
+"""The names that VMamba's authors gave their weights.
+
+They are written down here independent of `vmamba.models.official`, whose two tables the tests prove right by
+them. Tests that only need a file under these names take `official.authors_names`.
+"""
 
 import re
 

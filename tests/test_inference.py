@@ -85,6 +85,16 @@ def test_answers_are_the_models(
         assert [each.score for each in answer.classes] == sorted(scores(answer), reverse=True)
 
 
+def test_it_says_what_it_is(predictor: ClassificationPredictor) -> None:
+    assert repr(predictor) == (
+        "ClassificationPredictor(vmamba_pico, classes=3 ('blue', 'green', 'red'), input=3x40x32, "
+        "device='cpu', dtype=torch.float32)"
+    )
+    many = ClassificationPredictor(nn.Linear(2, 9).half(), PREPROCESSING, [*CLASSES, *"abcdef"])
+    assert "(Linear, classes=9 ('blue', 'green', 'red' and 6 more), " in repr(many)
+    assert repr(many).endswith("dtype=torch.float16)")
+
+
 def test_every_kind_of_image(predictor: ClassificationPredictor, photos: list[Path]) -> None:
     path = photos[0]
     image = Image.open(path)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmamba.words import counted
+from vmamba.words import counted, listed
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,9 @@ from vmamba.words import counted
 )
 def test_counted(arguments: tuple[int, str], expected: str) -> None:
     assert counted(*arguments) == expected
+
+
+def test_listed() -> None:
+    assert listed(["cat"]) == "'cat'"
+    assert listed(["cat", "dog", "cow"], 2) == "'cat', 'dog' and 1 more"
+    assert listed([str(number) for number in range(1012)]).endswith("'8', '9' and 1,002 more")

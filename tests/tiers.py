@@ -29,11 +29,35 @@ COVERED = {
     "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[4]": (
         "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[2]"
     ),
-    "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 4]": (
-        "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 6]"
+    "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
     ),
-    "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 10]": (
-        "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits[in step 6]"
+    "tests/train/test_dense_tasks.py::test_a_killed_run_ends_with_the_same_bits": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
+    ),
+    "tests/train/test_faults.py::test_a_signal_of_the_scheduler": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
+    ),
+    "tests/train/test_faults.py::test_a_full_disk_leaves_the_checkpoint_before": (
+        "tests/train/test_faults.py::test_a_disk_that_is_full_from_the_start"
+    ),
+    "tests/train/test_faults.py::test_a_damaged_checkpoint_is_passed_over": (
+        "tests/train/test_resume.py::test_a_flipped_bit_is_noticed_without_the_checksum_beside"
+    ),
+    "tests/train/test_resume.py::test_other_data_are_refused[renamed]": (
+        "tests/train/test_resume.py::test_other_data_are_refused[reordered]"
+    ),
+    "tests/ops/test_transforms.py::test_compiles_without_a_break": (
+        "tests/ops/test_operator.py::test_compiles_without_a_break"
+    ),
+    "tests/ops/test_transforms.py::test_is_as_in_plain_pytorch[linearize]": (
+        "tests/ops/test_transforms.py::test_is_as_in_plain_pytorch[jvp]"
+    ),
+    "tests/ops/test_cpu.py::test_shares_the_threads_of_torch": (
+        "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"
+    ),
+    "tests/test_imports.py::test_the_library_touches_no_device": (
+        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
     ),
     "tests/cli/test_train_eval_predict.py::test_no_warnings_of_other_libraries": (
         "tests/cli/test_train_eval_predict.py::test_train_eval_predict"
@@ -42,7 +66,7 @@ COVERED = {
         "tests/cli/test_train_eval_predict.py::test_train_eval_predict"
     ),
     "tests/cli/test_train_eval_predict.py::test_ctrl_c_and_resume": (
-        "tests/train/test_faults.py::test_a_signal_of_the_scheduler"
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
     ),
     "tests/cli/test_predict.py::test_odd_names_narrow_terminals_and_full_disks": (
         "tests/cli/test_train_eval_predict.py::test_a_full_device"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import upernet_parity
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -25,6 +24,7 @@ import vmamba
 from vmamba.heads import mask_rcnn
 from vmamba.heads.masks import mask_targets
 from vmamba.heads.names import from_mmdet
+from vmamba.heads.upernet import FCNHead, UPerHead, UPerNet
 
 Tensors = Mapping[str, Tensor]
 
@@ -256,8 +256,31 @@ def _mask_targets(file: ParityFile) -> Difference:
 
 def check_upernet(file: ParityFile) -> Iterator[Difference]:
     """Logits within 1e-5, losses within 1e-6."""
-    for name, value in upernet_parity.compare_upernet(file.below("")).items():
-        yield Difference(name, value, upernet_parity.TOLERANCES[name])
+    weights = file.below("param.")
+    maps = [file[f"feature.{i}"] for i in range(4)]
+    labels = file["label"].flatten(0, -3)  # (b, 1, h, w) → (b, h, w)
+    pools = {name.split(".")[2] for name in weights if name.startswith("decode_head.psp_modules.")}
+    model = UPerNet(
+        GivenMaps(maps),
+        UPerHead(
+            [each.shape[1] for each in maps],
+            num_classes=len(weights["decode_head.conv_seg.weight"]),
+            channels=weights["decode_head.conv_seg.weight"].shape[1],
+            pool_scales=(1, 2, 3, 6)[: len(pools)],
+        ),
+        FCNHead(
+            maps[2].shape[1],
+            num_classes=len(weights["auxiliary_head.conv_seg.weight"]),
+            channels=weights["auxiliary_head.conv_seg.weight"].shape[1],
+        ),
+    ).eval()
+    vmamba.load_weights(model, weights)
+    with torch.inference_mode():
+        yield Difference("logits", absolute(model.decode_head(maps), file["logits"]), 1e-5)
+        yield Difference("aux_logits", absolute(model.auxiliary_head(maps[2]), file["aux_logits"]), 1e-5)
+        losses = model(maps[0].new_zeros(len(labels), 3, *labels.shape[1:]), labels)
+    yield Difference("loss", absolute(losses["decode.loss_ce"], file["loss"]), 1e-6)
+    yield Difference("aux_loss", absolute(losses["aux.loss_ce"], file["aux_loss"]), 1e-6)
 
 
 # --- All files ------------------------------------------------------------------------------------------

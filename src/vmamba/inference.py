@@ -22,7 +22,7 @@ from vmamba.errors import DataError, MissingCheckpointError, ModelError
 from vmamba.models.checkpoints import Place, Weights, expand, open_checkpoint
 from vmamba.models.factory import check_name, create_model
 from vmamba.pretrained import CLASSIFICATION, default_classes, is_dense, restore, task_of
-from vmamba.words import counted
+from vmamba.words import counted, listed
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,18 @@ class Predictor(ABC):
             names: The images' names.
             top: How many of the likeliest answers to keep; None for all.
         """
+
+    def __repr__(self) -> str:
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        height, width = self.preprocessing.size
+        facts = [
+            str(config.get("architecture") or type(self.model).__name__),
+            f"classes={len(self.classes)} ({listed(self.classes, 3)})",
+            f"input={self.preprocessing.channels}x{height}x{width}",
+            f"device={str(self.device)!r}",
+            f"dtype={self.dtype}",
+        ]
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     @property
     def device(self) -> torch.device:

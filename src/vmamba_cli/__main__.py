@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vmamba_cli._starter import ends_with_its_starter
+
 VERBS = ("train", "resume", "eval", "predict", "runs", "info", "list", "bench")
 
 
@@ -145,7 +147,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name may have characters the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        with ends_with_its_starter():
+            app()
     finally:
         _flush()
 

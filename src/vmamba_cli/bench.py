@@ -104,6 +104,9 @@ def ops(
     model: Annotated[str, typer.Argument(help="The model whose scans are measured.")] = "vmamba_tiny",
     size: Annotated[int, typer.Option("--input", min=1, help="Side of the images.")] = 224,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
+    backend: Annotated[
+        str | None, typer.Option(help="The only one to measure; default all that are fast here.")
+    ] = None,
     device: Device = "cpu",
     rounds: Rounds = 10,
     threads: Threads = None,
@@ -130,7 +133,7 @@ def ops(
         for shape in shapes:
             with console.status(_shape(shape)):
                 measurements += bench.bench_operator(
-                    shape, batch, backward=backward, device=device, rounds=rounds
+                    shape, batch, backward=backward, device=device, rounds=rounds, backend=backend
                 )
         title = f"{model}'s scans, {size}², batch {batch}, forward" + (" and backward" if backward else "")
         console.print(_ops_table(title, measurements, bench.model_totals(measurements)))

@@ -19,7 +19,8 @@ def command(
     what: Annotated[
         Path,
         typer.Argument(
-            help="A run's folder (its best.ckpt), a checkpoint, or a recipe whose model.weights to judge."
+            help="A run's folder (its best.ckpt), a checkpoint or best.safetensors of a run, or a recipe "
+            "whose model.weights to judge."
         ),
     ],
     overrides: Annotated[
@@ -96,8 +97,6 @@ def _show(evaluations: Sequence[Any], per_class: bool, as_json: bool) -> None:
 
 def _plain(evaluation: Any, per_class: bool) -> dict[str, Any]:
     """Plain values for JSON."""
-    from dataclasses import asdict
-
     values = {
         "weights": evaluation.weights,
         "samples": evaluation.samples,
@@ -105,17 +104,8 @@ def _plain(evaluation: Any, per_class: bool) -> dict[str, Any]:
         **evaluation.scores,
     }
     if per_class:
-        values["per_class"] = [asdict(row) for row in _classes(evaluation)]
+        values["per_class"] = evaluation.class_table
     return values
-
-
-def _classes(evaluation: Any) -> list[Any]:
-    from vmamba.train.confusion import per_class
-
-    if "confusion" not in evaluation.tables:
-        raise typer.BadParameter(f"--per-class: not for {evaluation.task.name}")
-    number = len(evaluation.classes)
-    return per_class(evaluation.tables["confusion"][:number, :number], evaluation.classes)
 
 
 def _show_classes(evaluation: Any) -> None:
@@ -123,12 +113,14 @@ def _show_classes(evaluation: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    rows = evaluation.class_table
     table = Table("class", box=None, pad_edge=False)
-    for name in ("samples", "accuracy", "precision"):
-        table.add_column(name, justify="right")
-    table.add_column("mistaken for")
-    for row in _classes(evaluation):
-        shares = ("" if share is None else f"{share:.4f}" for share in (row.accuracy, row.precision))
-        mistake = f"{row.mistaken_for} {row.mistaken_for_share:.1%}" if row.mistaken_for else ""
-        table.add_row(Text(row.name), str(row.samples), *shares, Text(mistake))
+    for column in list(rows[0])[1:]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(Text(_shown(value)) for value in row.values()))
     Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,8 +1,16 @@
 """`vmamba info`."""
 
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
+
+
+class Heads(str, Enum):
+    """Which head to count a model in, as the names in `vmamba.analysis.heads`."""
+
+    MASK_RCNN = "mask_rcnn"
+    UPERNET = "upernet"
 
 
 def command(
@@ -10,14 +18,21 @@ def command(
     size: Annotated[
         str | None, typer.Option("--input", help="Input size, 384 or 512x2048 (height x width).")
     ] = None,
+    head: Annotated[
+        Heads | None, typer.Option(help="Count the model as the backbone of this head, at the paper's size.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show versions, devices and backends of this machine, or a model's counts and settings."""
     import json
 
-    if model is None and size is not None:
-        raise typer.BadParameter("--input is the input size of a model; name the model too")
-    facts = _machine() if model is None else _model(model, size)
+    for option, value in (("--input", size), ("--head", head)):
+        if model is None and value is not None:
+            raise typer.BadParameter(f"{option} is of a model; name the model too")
+    if model is None:
+        facts = _machine()
+    else:
+        facts = _model(model, size) if head is None else _in_head(model, head.value, size)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -76,15 +91,17 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
     input_size = in_chans, height, width
     counts = count(model, input_size)
     shapes = feature_shapes(model, input_size)
+    scans = scan_shapes(model, input_size)
     facts = {
         "model": name,
         "input": f"{in_chans} x {height} x {width}",
         "parameters": counts.parameters,
         "GMACs": round(counts.macs / 1e9, 3),
-        "GMACs, scan as a for-loop": round(counts.macs_for_loop / 1e9, 3),
-        "feature maps": {name: " x ".join(map(str, shape)) for name, shape in shapes.items()},
     }
-    if scans := scan_shapes(model, input_size):
+    if scans:
+        facts["GMACs, scan as a for-loop"] = round(counts.macs_for_loop / 1e9, 3)
+    facts["feature maps"] = {name: " x ".join(map(str, shape)) for name, shape in shapes.items()}
+    if scans:
         facts["scans"] = {_times(scan): _scan(scan) for scan in scans}
     config: Any = getattr(model, "config", None)
     if hasattr(config, "arguments"):
@@ -97,6 +114,22 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
         "crop_pct": cfg["crop_pct"],
     }
     return facts
+
+
+def _in_head(name: str, head: str, size: str | None) -> dict[str, Any]:
+    from vmamba.analysis.complexity import parse_size
+    from vmamba.analysis.heads import HEADS, count_in_head
+
+    height, width = parse_size(size) if size else HEADS[head].size
+    counts = count_in_head(name, head, (height, width))
+    return {
+        "model": name,
+        "head": HEADS[head].summary,
+        "input": f"3 x {height} x {width}",
+        "parameters": counts.parameters,
+        "GMACs": round(counts.macs / 1e9, 3),
+        "GMACs, scan as a for-loop": round(counts.macs_for_loop / 1e9, 3),
+    }
 
 
 def _times(scan: Any) -> str:

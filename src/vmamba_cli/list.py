@@ -6,7 +6,9 @@ import typer
 
 
 def command(
-    pattern: Annotated[str, typer.Argument(help="Names to show, with * for anything.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="Names to show: a word that is in them, or a pattern with * for anything.")
+    ] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the models, with their counts at their own input size."""
@@ -17,7 +19,8 @@ def command(
     from vmamba_cli._messages import refuse
 
     table = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
-    rows = [row for row in table if fnmatch.fnmatchcase(row["model"], pattern)]
+    whole = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    rows = [row for row in table if fnmatch.fnmatchcase(row["model"], whole.lower())]
     if not rows:
         refuse(f"no model matches {pattern!r}; `vmamba list` shows all")
     if as_json:

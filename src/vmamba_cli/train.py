@@ -79,9 +79,14 @@ def show(outcome: Any) -> None:
 
     if not load("vmamba.train.trainer", "train").is_first_process():
         return
+    if outcome.scores:
+        typer.echo("last evaluation:")
     for name, value in outcome.scores.items():
-        typer.echo(f"{name} {value:.4f}")
+        typer.echo(f"  {name} {value:.4f}")
     if outcome.best is not None:
-        typer.echo(f"best {outcome.monitor} {outcome.best:.4f}, after step {outcome.best_step}")
+        typer.echo(
+            f"best {outcome.monitor} {outcome.best:.4f}, after step {outcome.best_step}: "
+            f"{outcome.folder / 'checkpoints' / 'best.ckpt'}, and its weights in best.safetensors"
+        )
     wrote = "wrote" if outcome.trained else "nothing left to train in"
     typer.echo(f"{wrote} {outcome.folder}; next: vmamba eval {outcome.folder}")

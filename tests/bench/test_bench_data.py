@@ -1,3 +1,4 @@
+import logging
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,16 @@ def test_the_loader(workers: int, recipe: ClassificationRecipe) -> None:
 
 def test_the_step(recipe: ClassificationRecipe) -> None:
     assert bench_step(recipe, rounds=1) > 0
+
+
+def test_lightning_says_nothing(recipe: ClassificationRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
+    bench_loader(recipe, 0, batches=5)
+    bench_step(recipe, rounds=1)
+    assert told == []
 
 
 def test_the_step_is_that_of_training(recipe: ClassificationRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,11 +60,18 @@ def test_a_backend_that_does_not_serve_the_scan_is_left_out(shape: ScanShape) ->
     assert "cpu" not in found
 
 
+def test_a_backend_asked_for_that_does_not_serve_the_scan_is_an_error() -> None:
+    shape = ScanShape(3, 4, 8, 65, 3, ROUTES)
+    with pytest.raises(BenchError, match="backend: 'cpu' cannot"):
+        bench.bench_operator(shape, 1, rounds=1, backend="cpu")
+    assert "cpu" not in {m.backend for m in bench.bench_operator(shape, 1, rounds=1, backend="chunked")}
+
+
 def test_an_implementation_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         bench,
         "_implementations",
-        lambda shape, device: {"wrong": lambda call: selective_scan_2d(**call) * 1.01},
+        lambda shape, device, backend: {"wrong": lambda call: selective_scan_2d(**call) * 1.01},
     )
     with pytest.raises(BenchError, match="wrong differs from the reference by"):
         bench.bench_operator(ScanShape(3, 4, 8, 2, 3, ROUTES))

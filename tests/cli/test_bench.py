@@ -61,9 +61,17 @@ def test_ops(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["results"][0]["shape"]["n_state"] == 1
 
 
+def test_ops_of_one_backend(tmp_path: Path) -> None:
+    done = call(*OPS, "--backend", "reference", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    timed = {row["backend"] for row in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert timed & {"reference", "chunked", "cpu", "triton"} == {"reference"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((*OPS, "--backend", "nosuch"), "there is no 'nosuch'"),
         ((*MODELS, "--backend", "nosuch"), "there is no 'nosuch'"),
         ((*MODELS, "vmamba_huge"), "unknown model 'vmamba_huge'"),
         ((*MODELS, "vmamba_pico"), "models: expected different names, got vmamba_pico, vmamba_pico"),
@@ -85,8 +93,9 @@ def test_errors_are_one_message(arguments: tuple[str, ...], message: str) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_triton_without_a_gpu_is_one_message() -> None:
-    done = call(*MODELS, "--backend", "triton")
+@pytest.mark.parametrize("command", [MODELS, OPS], ids=["models", "ops"])
+def test_triton_without_a_gpu_is_one_message(command: tuple[str, ...]) -> None:
+    done = call(*command, "--backend", "triton")
     assert done.exit_code == 2
     assert done.stderr.startswith("vmamba: ")
     assert "'triton' cannot" in done.stderr

@@ -336,8 +336,9 @@ def test_the_help_shows_where_a_run_goes(place: Path) -> None:
 def test_the_last_lines_show_the_best_score(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(Outcome(Path("run"), {"val/top1": 0.5}, "val/top1", 0.75, 12))
     assert capsys.readouterr().out.splitlines() == [
-        "val/top1 0.5000",
-        "best val/top1 0.7500, after step 12",
+        "last evaluation:",
+        "  val/top1 0.5000",
+        "best val/top1 0.7500, after step 12: run/checkpoints/best.ckpt, and its weights in best.safetensors",
         "wrote run; next: vmamba eval run",
     ]
 

@@ -15,6 +15,7 @@ from vmamba.data import (
     SampleKey,
     read_image,
 )
+from vmamba.data.classes import class_difference
 from vmamba.errors import DataError
 from vmamba.train.recipe import check, override_values
 from vmamba.train.tasks.classification import ClassificationRecipe, ClassificationTask
@@ -38,6 +39,23 @@ def test_image_folder(root: Path) -> None:
     assert (image.mode, image.size, label) == ("RGB", (20, 16), 0)
     assert source.name(18) == str(root / "train" / "red" / "nested" / "deep.JPG")
     assert ImageFolder(root / "train", Decoding(channels=1)).load(0)[0].mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("actual", "difference"),
+    [
+        (["cat"], "missing 'dog'"),
+        (["cat", "dog", "cow"], "not expected 'cow'"),
+        (["cow", "dog"], "missing 'cat', not expected 'cow'"),
+        (["dog", "cat"], "in another order"),
+        (
+            [str(number) for number in range(12)],
+            "missing 'cat', 'dog', not expected '0', '1', '2', '3', '4', '5', '6', '7', '8', '9' and 2 more",
+        ),
+    ],
+)
+def test_how_classes_differ(actual: list[str], difference: str) -> None:
+    assert class_difference(actual, ["cat", "dog"]) == difference
 
 
 def test_missing_folder_and_empty_class(root: Path) -> None:

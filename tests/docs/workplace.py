@@ -11,45 +11,16 @@ authors' file, so that nothing is downloaded and no function is replaced.
 """
 
 import os
-import re
 from pathlib import Path
 
 import timm
 import torch
 from PIL import Image
 
-import vmamba  # noqa: F401  (registers the variants)
 from docs.blocks import ROOT
 from images import make_folder
+from vmamba.models.official import authors_names
 from vmamba_cli.__main__ import app
-
-_TO_OFFICIAL = [
-    (r"^stem\.conv1\.", "patch_embed.0."),
-    (r"^stem\.norm1\.", "patch_embed.2."),
-    (r"^stem\.conv2\.", "patch_embed.5."),
-    (r"^stem\.norm2\.", "patch_embed.7."),
-    (r"^stages\.(\d+)\.downsample\.conv\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.1."),
-    (r"^stages\.(\d+)\.downsample\.norm\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.3."),
-    (r"^stages\.", "layers."),
-    (r"(\.blocks\.\d+)\.norm1\.", r"\1.norm."),
-    (r"\.op\.conv\.", ".op.conv2d."),
-    (r"\.op\.A_log$", ".op.A_logs"),
-    (r"\.op\.D$", ".op.Ds"),
-    (r"\.op\.dt_(weight|bias)$", r".op.dt_projs_\1"),
-    (r"^norm\.", "classifier.norm."),
-    (r"^head\.fc\.", "classifier.head."),
-]
-"""Our names → the authors'."""
-
-
-def official_checkpoint(name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """A random model's weights as the authors save them."""
-    weights = {}
-    for key, value in timm.create_model(name).state_dict().items():
-        for pattern, replacement in _TO_OFFICIAL:
-            key = re.sub(pattern, replacement, key)
-        weights[key] = value.flatten(0, 1) if key.endswith(("A_logs", "Ds")) else value
-    return {"model": weights}
 
 
 def prepare(place: Path) -> None:
@@ -66,7 +37,8 @@ def prepare(place: Path) -> None:
     for name in ("recipes", "benchmarks", "examples"):
         (place / name).symlink_to(ROOT / name)
 
-    torch.save(official_checkpoint("vmamba_tiny"), place / "vssm_tiny.pth")
+    weights = authors_names(timm.create_model("vmamba_tiny").state_dict())
+    torch.save({"model": weights}, place / "vssm_tiny.pth")
     cache = place / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     url = timm.get_pretrained_cfg("vmamba_tiny").url

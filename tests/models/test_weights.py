@@ -69,7 +69,7 @@ def test_features(names: str, source: Any) -> None:
     weights = snapshot(source) if names == "ours" else authors_names(snapshot(source))
     features = micro(features_only=True)
     before = snapshot(features)
-    with pytest.raises(CheckpointError, match=r"load_weights\(model, file, classifier=…\), where 'drop'"):
+    with pytest.raises(CheckpointError, match=r"load_weights\(model, file, classifier='drop'\) leaves out"):
         vmamba.load_official(features, weights)
     assert unchanged(features, before)
     report = vmamba.load_weights(features, weights, classifier="drop")
@@ -98,8 +98,11 @@ def test_fewer_stages_of_features_are_said_by_name(source: Any) -> None:
 def test_another_number_of_classes(source: Any) -> None:
     model = micro(num_classes=4)
     before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"shape: head\.fc\.weight expected \(4, 64\), got \(10, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"shape: head\.fc\.weight expected \(4, 64\), got \(10, 64\)"
+    ) as refused:
         vmamba.load_weights(model, source.state_dict())
+    assert "load_weights(model, file, classifier='new') keeps the model's own" in str(refused.value)
     assert unchanged(model, before)
     report = vmamba.load_weights(model, source.state_dict(), classifier="new")
     assert list(report.missing) == list(report.left_out) == ["head.fc.weight", "head.fc.bias"]

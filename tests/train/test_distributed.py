@@ -157,6 +157,21 @@ def test_the_second_process_gets_a_signal(
     assert torch.load(last, weights_only=True)["global_step"] >= 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the second process in /proc")
+def test_the_second_process_ends_with_a_first_that_is_killed_while_it_starts(place: Path) -> None:
+    command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--out", "beginning", TWO]
+    first = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    deadline = time.monotonic() + 100
+    while not children.read_text():
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    _, stderr = first.communicate(timeout=60)  # it returns when the second process, too, has closed the pipe
+    assert f"process {first.pid}, which started this one, is gone" in stderr
+
+
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,32 @@ def test_the_average_is_taken_where_there_is_one(averaged: Path, folder: Path, t
         evaluate(tmp_path, weights="ema")
 
 
+def test_the_best_weights_of_a_run_by_their_file(averaged: Path, tmp_path: Path) -> None:
+    best = averaged / "best.safetensors"
+    actual = evaluate(best)
+    assert (actual.weights, actual.scores) == ("ema", evaluate(averaged).scores)
+    with pytest.raises(CheckpointError, match=r"has no 'raw' weights; it has 'ema'"):
+        evaluate(best, weights="raw")
+    for name in ("best.safetensors", "config.json"):
+        shutil.copy(averaged / name, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"vmamba eval RECIPE\.yaml model\.weights=.*best\.safetensors$"
+    ):
+        evaluate(tmp_path / best.name)
+
+
+def test_missing_data_are_told_before_the_model_is_built(
+    folder: Path, averaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(folder)))
+    monkeypatch.setattr(ClassificationTask, "build_model", lambda *_: pytest.fail("the model is built"))
+    weights = f"model.weights={averaged / 'best.safetensors'}"
+    for what, overrides in ((averaged, []), (averaged / "best.safetensors", []), (path, [weights])):
+        with pytest.raises(DataError, match="nowhere"):
+            evaluate(what, [*overrides, f"data.root={tmp_path / 'nowhere'}"])
+
+
 def test_a_recipe_names_the_weights(folder: Path, averaged: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     values = tiny_values(folder)
@@ -134,7 +161,7 @@ def test_a_classifier_that_is_not_the_datas_is_not_judged(
     with pytest.raises(CheckpointError, match="has no 'ema' weights; it has 'raw'"):
         evaluate(path, [f"model.weights={plain}"], weights="ema")
     (root / "val" / "red").rename(root / "val" / "purple")
-    with pytest.raises(DataError, match=r"missing \['red'\], extra \['purple'\]"):
+    with pytest.raises(DataError, match=r"missing 'red', not expected 'purple'$"):
         evaluate(path, [f"model.weights={best}"])
     (root / "val" / "purple").rename(tmp_path / "purple")
     with pytest.raises(CheckpointError, match=r"head\.fc\.weight"):
@@ -366,7 +393,14 @@ def test_the_colour_bar_is_in_percent_as_the_cells(
     draw_confusion(confusion, [str(n) for n in range(number)], tmp_path / "picture.png")
     cells, bar = figures[0].axes
     (image,) = cells.images
-    assert (bar.get_ylabel(), image.get_clim()) == ("%", (0, 100))
+    assert (bar.get_ylabel(), image.get_clim()) == ("% of the true class", (0, 100))
+    assert cells.get_title() == "How each class is predicted"
+    labels = (cells.get_xlabel(), cells.get_ylabel())
+    if number == 3:
+        assert labels == ("predicted class", "true class (samples)")
+        assert [label.get_text() for label in cells.get_yticklabels()] == ["0 (4)", "1 (3)", "2 (3)"]
+    else:
+        assert labels == ("predicted class, by number", "true class, by number")
     assert image.get_array()[0, :2].tolist() == [75, 25]
     texts = [text.get_text() for text in cells.texts]
     assert texts == (["75", "25", "100", "100"] if number == 3 else [])

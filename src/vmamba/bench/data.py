@@ -77,7 +77,7 @@ class _SameBatch:
     """A training loader that reads one batch and yields it repeatedly."""
 
     def __init__(self, data: Any, times: int) -> None:
-        self.batch_size, self.dataset, self.read_again = data.batch_size, data.dataset, data.read_again
+        self.batch_size, self.samples, self.read_again = data.batch_size, data.samples, data.read_again
         self.consumed, self.skipped = 0, data.skipped
         self._loaded, self._times = next(iter(data)), times
 
@@ -117,7 +117,8 @@ def bench_step(recipe: Recipe, rounds: int = 5) -> float:
         rounds: Steps to time, after two of warm-up; the result is the median.
     """
     steps = rounds + 2
-    share = recipe.train.batch_size // trainer_for(recipe, []).world_size
+    with settings(recipe):
+        share = recipe.train.batch_size // trainer_for(recipe, []).world_size
     alone = recipe.train.model_copy(update={"batch_size": share, "devices": 1, "nodes": 1, "workers": 0})
     schedule = ScheduleRecipe(steps=steps, warmup_steps=0)
     recipe = recipe.model_copy(update={"schedule": schedule, "train": alone})

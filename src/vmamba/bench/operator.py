@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vmamba.analysis.scans import ScanShape, scan_shapes
+from vmamba.bench.models import on_backend
 from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
 from vmamba.models.factory import create_on_meta
 from vmamba.ops import backends, cpu, cross_merge, cross_scan, selective_scan_2d
@@ -151,12 +152,18 @@ def by_mamba_ssm(call: dict[str, Any]) -> Tensor:
     return cross_merge(ys.unflatten(1, (len(routes), -1)).mT, (height, width), routes)
 
 
-def _implementations(shape: ScanShape, device: str) -> dict[str, Implementation]:
-    """The fast backends that can serve such a scan, `chunked` last, and other packages if installed."""
+def _implementations(shape: ScanShape, device: str, backend: str | None) -> dict[str, Implementation]:
+    """The fast backends that can serve such a scan, `chunked` last, and other packages if installed.
+
+    Raises:
+        BenchError: The backend that was asked for cannot serve it.
+    """
     trial = operands(ScanShape(1, 1, 1, shape.n_state, shape.rank, shape.routes), 1, device)
     implementations: dict[str, Implementation] = {}
     for status in sorted(backends(), key=lambda status: status.name == "chunked"):
-        if not status.available or status.name == "reference":
+        if backend is not None and status.name != backend:
+            continue
+        if backend is None and (not status.available or status.name == "reference"):
             continue
 
         def run(call: dict[str, Any], name: str = status.name) -> Tensor:
@@ -164,7 +171,9 @@ def _implementations(shape: ScanShape, device: str) -> dict[str, Implementation]
 
         try:
             run(trial)
-        except RuntimeError:  # this backend does not serve this device, these routes or so many states
+        except RuntimeError as error:  # it does not serve this device, these routes or so many states
+            if backend is not None:
+                raise BenchError(str(error)) from error
             continue
         implementations[status.name] = run
     if _can_import("mambapy.pscan"):
@@ -193,7 +202,13 @@ def _compare_with_reference(implementations: dict[str, Implementation], call: di
 
 
 def bench_operator(
-    shape: ScanShape, batch: int = 8, *, backward: bool = False, device: str = "cpu", rounds: int = 10
+    shape: ScanShape,
+    batch: int = 8,
+    *,
+    backward: bool = False,
+    device: str = "cpu",
+    rounds: int = 10,
+    backend: str | None = None,
 ) -> list[ScanMeasurement]:
     """Time the implementations in turns at one shape, after comparing each with `reference` on one image.
 
@@ -206,11 +221,14 @@ def bench_operator(
         backward: Time forward and backward together.
         device: As PyTorch names it.
         rounds: At least 1.
+        backend: The only backend to time, beside other packages; None for all that are fast.
 
     Raises:
-        BenchError: An implementation computes something wrong.
+        BenchError: An implementation computes something wrong, or `backend` is unknown or cannot serve the
+            scan.
     """
-    implementations = _implementations(shape, device)
+    with on_backend(backend):
+        implementations = _implementations(shape, device, backend)
     _compare_with_reference(implementations, operands(shape, 1, device))
     call = operands(shape, batch * shape.lines, device)
     grad_y = torch.randn_like(call["x"])

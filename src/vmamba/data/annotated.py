@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmamba.data.classes import class_difference
 from vmamba.data.decoding import DecodedImage, read_orientation
 from vmamba.data.objects import Objects
 from vmamba.data.orientation import turn_of_target
-from vmamba.data.source import ImageSource, image_size, listed
+from vmamba.data.source import ImageSource, image_size
 from vmamba.errors import DataError
-from vmamba.words import counted
+from vmamba.words import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,10 @@ class AnnotatedImages(ImageSource[Objects]):
         extra = [n for n, c in zip(self.classes, counts, strict=True) if n not in number_of and c > 0]
         missing = [name for name in classes if name not in self.classes]
         if extra:
+            present = [name for name in self.classes if name in number_of or name in extra]
             raise DataError(
                 f"{self}: not {whose}'s {counted(len(classes), 'class', 'classes')}; "
-                f"missing [{listed(missing)}], extra [{listed(extra)}]"
+                f"{class_difference(present, classes)}"
             )
         id_of = dict(zip(self.classes, self.category_ids, strict=True))
         first_unused = max(self.category_ids) + 1
@@ -106,9 +108,8 @@ class AnnotatedImages(ImageSource[Objects]):
         self.classes = classes
 
     def report_empty_classes(self) -> None:
-        """Log which classes have no objects."""
-        counts = self.class_counts()
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        """Log which classes have no objects; to be called before `use_classes`."""
+        empty = [name for name, count in zip(self.classes, self.class_counts(), strict=True) if not count]
         if empty:
             log.warning(
                 "%s: no objects of %d of %d classes: %s", self, len(empty), len(self.classes), listed(empty)

@@ -1,8 +1,10 @@
-"""Class names for datasets that do not contain them."""
+"""Names of classes: read for datasets that do not contain them, and compared."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmamba.errors import DataError
+from vmamba.words import listed
 
 
 def read_classes(names: str | Path | int) -> list[str]:
@@ -20,3 +22,12 @@ def read_classes(names: str | Path | int) -> list[str]:
     if not lines or not all(lines) or len(set(lines)) < len(lines):
         raise DataError(f"{names}: expected a name a line, none empty and none twice")
     return lines
+
+
+def class_difference(actual: Sequence[str], expected: Sequence[str]) -> str:
+    """How classes differ from those expected, for a message: "missing 'cat', not expected 'dog'"."""
+    have, want = set(actual), set(expected)
+    missing = [name for name in expected if name not in have]
+    extra = [name for name in actual if name not in want]
+    differences = [("missing", missing), ("not expected", extra)]
+    return ", ".join(f"{what} {listed(names)}" for what, names in differences if names) or "in another order"

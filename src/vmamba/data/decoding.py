@@ -146,7 +146,7 @@ def read_image(
     """
     name = printable(str(file)) if name is None else name
     try:
-        with _without_warnings(name):
+        with without_warnings(name):
             if decoding.to_tensor and name.lower().endswith(".npy"):
                 return _read_array(file, decoding, name)
             with Image.open(file, formats=readable_formats()) as image:
@@ -173,12 +173,12 @@ def read_orientation(file: str | Path | BinaryIO, name: str | None = None) -> in
     name = printable(str(file)) if name is None else name
     if name.lower().endswith(".npy"):
         return 1
-    with _without_warnings(name), Image.open(file, formats=readable_formats()) as image:
+    with without_warnings(name), Image.open(file, formats=readable_formats()) as image:
         return _orientation(image)
 
 
 @contextmanager
-def _without_warnings(name: str) -> Iterator[None]:
+def without_warnings(name: str) -> Iterator[None]:
     """Log Pillow's warnings about damaged metadata or many pixels at debug level instead of showing them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

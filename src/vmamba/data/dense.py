@@ -105,6 +105,7 @@ class DetectionDataset(ImageDataset[Objects]):
         source: Where the images come from.
         seed: Of the augmentation.
         augment: What training changes; None for evaluation.
+        limit: How many of the source's first images to take; None for all.
 
     Attributes:
         kept: The index in the source of each sample. Training leaves out images that are small or without
@@ -119,13 +120,19 @@ class DetectionDataset(ImageDataset[Objects]):
     shapes_alike: NDArray[np.bool_] | None = None
 
     def __init__(
-        self, source: AnnotatedImages, seed: int = 0, augment: DetectionAugment | None = None
+        self,
+        source: AnnotatedImages,
+        seed: int = 0,
+        augment: DetectionAugment | None = None,
+        limit: int | None = None,
     ) -> None:
         super().__init__(source, seed)
         self.settings = augment
         self.kept: NDArray[np.int64] = np.arange(len(source))
         if augment is not None:
             self.kept = _trainable(source)
+        self.kept = self.kept[:limit]
+        if augment is not None:
             sizes = [source.size(index) for index in self.kept.tolist()]
             self.shapes_alike = np.array([width >= height for height, width in sizes])
 
@@ -157,15 +164,14 @@ class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
     """Images with a class for each pixel.
 
     A training sample is `{"image", "labels"}`: normed float32 (c, crop, crop), and int64 (crop, crop), padded
-    right and below with 0 and `IGNORED`. One for evaluation has the image resized to fit `base_size` and
-    "labels", uint8 (h, w), at the size of the file.
+    right and below with 0 and `IGNORED`. One for evaluation has both at the file's size, labels as uint8.
 
     Args:
         source: Where the images come from.
         preprocessing: Its mean and deviation.
         seed: Of the augmentation.
         augment: What training changes; None for evaluation.
-        base_size: Short and long side of images in evaluation, at most; their ratio is kept.
+        limit: How many of the source's first images to take; None for all.
     """
 
     source: SegmentedImages
@@ -176,17 +182,19 @@ class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
         preprocessing: Preprocessing,
         seed: int = 0,
         augment: SegmentationAugment | None = None,
-        base_size: tuple[int, int] = (512, 2048),
+        limit: int | None = None,
     ) -> None:
         super().__init__(source, seed)
-        self.settings, self.base_size = augment, base_size
+        self.settings, self.limit = augment, limit
         self.mean = torch.tensor(preprocessing.mean)[:, None, None]
         self.std = torch.tensor(preprocessing.std)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.source) if self.limit is None else min(self.limit, len(self.source))
 
     def augment(self, image: DecodedImage, target: NDArray[np.uint8]) -> dict[str, Tensor]:
         pixels, labels = _pixels(image), torch.from_numpy(np.ascontiguousarray(target))
         if self.settings is None:
-            pixels = _resized(pixels, scaled_size(_size(pixels), *self.base_size))
             return {"image": (pixels - self.mean) / self.std, "labels": labels}
         pixels, labels = _augment_labels(pixels, labels, self.settings)
         height, width = _size(pixels)
@@ -282,7 +290,7 @@ def _augment_objects(pixels: Tensor, target: Target, settings: DetectionAugment)
     short = random.choice(settings.short_sides)
     pixels, target = _resized_with_objects(pixels, target, short, settings.long_side)
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
-    visible = (sides >= 1).all(1) & target["masks"].flatten(1).any(1)
+    visible = (sides >= 1).all(1) & target["masks"].flatten(1).any(1).bool()
     return pixels, {name: values[visible] for name, values in target.items()}
 
 

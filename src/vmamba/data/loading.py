@@ -148,13 +148,18 @@ class ResumableLoader(DataLoader[Any]):
 
     def read_again(self, keys: Sequence[SampleKey]) -> Any:
         """Read these samples again, in this process, and collate them to a batch."""
-        dataset: Any = self.dataset
         collate: Any = self.collate_fn
-        return collate.collate([dataset.dataset[key] for key in keys])
+        return collate.collate([self.samples[key] for key in keys])
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, samples consumed, and samples per round: all that a resumed epoch depends on."""
         return {"epoch": self.sampler.epoch, "consumed": self.consumed, "part": self._round}
+
+    @property
+    def samples(self) -> Any:
+        """The dataset that was given; `dataset` is what turns its errors into samples."""
+        wrapped: Any = self.dataset
+        return wrapped.dataset
 
     @property
     def _round(self) -> int:

@@ -3,7 +3,8 @@
 Letters in shapes: n objects, h height, w width.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,10 +61,7 @@ class Objects:
 
     def decoded_masks(self) -> Tensor:
         """The masks, (n, h, w) uint8, 1 inside of the object."""
-        if not self.masks:
-            return torch.zeros(0, *self.size, dtype=torch.uint8)
-        decoded = run_lengths().decode(self.masks)  # (h, w, n), objects slowest in memory
-        return torch.from_numpy(decoded.transpose(2, 0, 1)).contiguous()
+        return decoded_masks(self.masks, self.size)
 
     def select(self, chosen: Tensor) -> "Objects":
         """Those objects where `chosen`, (n,) bool, is true."""
@@ -103,3 +101,18 @@ def encoded_masks(masks: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> lis
     """COCO's run-length codes of masks, each (h, w), not 0 inside of the object."""
     encode = run_lengths().encode
     return [encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+
+
+def decoded_masks(codes: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:
+    """The masks of COCO's run-length codes, (n, h, w) uint8, 1 inside of the object.
+
+    Args:
+        codes: n codes.
+        size: h and w.
+    """
+    if not codes:
+        return torch.zeros(0, *size, dtype=torch.uint8)
+    with warnings.catch_warnings():  # pycocotools 2.0.11 with NumPy 2
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        decoded = run_lengths().decode(list(codes))  # (h, w, n), objects slowest in memory
+    return torch.from_numpy(decoded.transpose(2, 0, 1)).contiguous()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vmamba.data.contact_sheet import picture
 from vmamba.data.decoding import DecodedImage
 from vmamba.data.fonts import drawable, fitting, font_of
-from vmamba.data.objects import run_lengths
+from vmamba.data.objects import decoded_masks
 
 IGNORED = 255
 """In a map of classes: a pixel of no class, which is left as it is."""
@@ -28,7 +28,9 @@ SMALLEST = 256
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
-Masks = Tensor | Sequence[Mapping[str, Any]] | None
+Entry = tuple[Colour | None, str, str]
+"""Of a legend: a colour, or None for an empty field, a name and a number."""
+Masks = Tensor | Sequence[Tensor | Mapping[str, Any]] | None
 
 FIRST_COLOURS: tuple[Colour, ...] = (
     (213, 94, 0),
@@ -56,7 +58,7 @@ def _colours() -> list[Colour]:
     steps = torch.linspace(0, 255, 18).round()
     candidates = torch.cartesian_prod(steps, steps, steps)
     places = _oklab(candidates)
-    vivid = (places[:, 0] > 0.42) & (places[:, 1:].norm(dim=1) > 0.07)  # a tint of others looks like a shadow
+    vivid = (places[:, 0] > 0.5) & (places[:, 1:].norm(dim=1) > 0.07)  # a tint of others looks like a shadow
     candidates, places = candidates[vivid], places[vivid]
     places_taken = _oklab(torch.tensor([_WHITE, _BLACK, _GREY, *FIRST_COLOURS]))
     distance = torch.cdist(places, places_taken).amin(1)
@@ -113,7 +115,7 @@ def draw_objects(
         boxes: (n, 4), x1 y1 x2 y2 in the image's pixels.
         labels: Classes (n,), from 0.
         scores: (n,); None if there are none, as of annotations.
-        masks: (n, h, w), with 0 and 1, or n run-length codes; None to draw boxes alone.
+        masks: n masks (h, w) with 0 and 1, or run-length codes of COCO; None to draw boxes alone.
         names: Of all classes.
         legend: Write the names of the classes and the number of their objects below the image.
         side: Longer side of the image in the picture, in pixels; None for its own, or a whole multiple of it
@@ -130,8 +132,9 @@ def draw_objects(
     canvas = _Canvas(image, side)
     corners = (boxes.double().cpu() * canvas.scale).tolist()
     largest_first = sorted(range(len(classes)), key=lambda n: -_area(corners[n]))
-    for number in largest_first if masks is not None else ():
-        canvas.draw_mask(_mask(masks, number), colour(classes[number]))
+    if masks is not None:
+        for number in largest_first:
+            canvas.draw_mask(_pixels(masks[number]), colour(classes[number]))
     for number in largest_first:
         canvas.draw_box(corners[number], colour(classes[number]))
     values = [1.0] * len(classes) if scores is None else scores.tolist()
@@ -139,7 +142,7 @@ def draw_objects(
         score = "" if scores is None else f"{values[number]:.2f}"
         canvas.draw_name(corners[number], names[classes[number]], score, colour(classes[number]))
     counts = sorted(Counter(classes).items(), key=lambda pair: (-pair[1], pair[0]))
-    entries = [(colour(label), names[label], f"× {count}") for label, count in counts]
+    entries: list[Entry] = [(colour(label), names[label], f"× {count}") for label, count in counts]
     return canvas.with_legend(entries if legend else [])
 
 
@@ -168,18 +171,18 @@ def draw_segmentation(
         ValueError: There is a class without a name.
     """
     classes = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    present, counts = np.unique(classes, return_counts=True)
-    if unnamed := [label for label in present.tolist() if label != IGNORED and not 0 <= label < len(names)]:
-        raise ValueError(f"labels: expected 0 to {len(names) - 1} or {IGNORED}, got {unnamed[0]}")
+    unnamed = (classes < 0) | (classes >= len(names)) & (classes != IGNORED)
+    if unnamed.any():
+        raise ValueError(f"labels: expected 0 to {len(names) - 1} or {IGNORED}, got {classes[unnamed][0]}")
+    counts = np.bincount(classes.ravel(), minlength=IGNORED + 1)
     canvas = _Canvas(image, side)
     canvas.draw_classes(classes)
-    shares = sorted(zip((counts / classes.size).tolist(), present.tolist(), strict=True), reverse=True)
-    entries = [
-        (None, "no class", _percent(share))
-        if label == IGNORED
-        else (colour(label), names[label], _percent(share))
-        for share, label in shares
-    ]
+    entries: list[Entry] = []
+    for label in np.argsort(-counts, kind="stable").tolist():
+        if counts[label]:
+            share = _percent(counts[label] / classes.size)
+            of, name = (None, "no class") if label == IGNORED else (colour(label), names[label])
+            entries.append((of, name, share))
     return canvas.with_legend(entries if legend else [])
 
 
@@ -208,18 +211,16 @@ def _check_objects(
     if classes and not (min(classes) >= 0 and max(classes) < len(names)):
         raise ValueError(f"labels: expected 0 to {len(names) - 1}, got {classes}")
     size = picture(image).size[::-1]
-    for index in range(number if masks is not None else 0):
-        code = masks[index]  # type: ignore[index]
-        shape = tuple(code.shape if isinstance(code, Tensor) else code["size"])
+    for index, mask in enumerate(masks if masks is not None else ()):
+        shape = tuple(mask["size"] if isinstance(mask, Mapping) else mask.shape)
         if shape != size:
             raise ValueError(f"masks[{index}]: expected the image's size {size}, got {shape}")
 
 
-def _mask(masks: Any, number: int) -> NDArray[np.bool_]:
-    """One of the masks, (h, w)."""
-    if isinstance(masks, Tensor):
-        return masks[number].bool().cpu().numpy()
-    return np.asarray(run_lengths().decode(masks[number]), bool)
+def _pixels(mask: Tensor | Mapping[str, Any]) -> NDArray[np.bool_]:
+    """A mask as (h, w)."""
+    values = decoded_masks([mask], mask["size"])[0] if isinstance(mask, Mapping) else mask.cpu()
+    return values.bool().numpy()
 
 
 class _Canvas:
@@ -243,7 +244,7 @@ class _Canvas:
             rgb = rgb.resize(size, method)
         self._image = rgb
         extent = (rgb.width * rgb.height) ** 0.5
-        self._line = max(1, round(extent / 300))
+        self._line = max(2, round(extent / 300))
         self._em = max(11, round(extent / 45))
         self._font = font_of(self._em)
         self._names: list[Box] = []
@@ -265,7 +266,7 @@ class _Canvas:
         outline = inside & ~_shrunk(inside, self._line)
         casing = ~inside & ~_shrunk(~inside, max(1, self._line // 2))
         corner = (left - margin, top - margin)
-        self._tint(inside & ~outline, corner, of, 0.4)
+        self._tint(inside & ~outline, corner, of, 0.42)
         self._tint(casing, corner, contrast(of), 0.5)
         self._tint(outline, corner, of, 1.0)
 
@@ -314,9 +315,9 @@ class _Canvas:
                 return
 
     def _shortened(self, draw: Any, name: str, score: str, room: float) -> str:
-        end = f" {score}" if score else ""
-        for_name = int(room - draw.textlength(end, font=self._font))
-        return fitting(draw, drawable(name, self._font), self._font, for_name) + end
+        for_name = room - (draw.textlength(f" {score}", font=self._font) if score else 0)
+        short = fitting(draw, drawable(name, self._font), self._font, int(for_name))
+        return f"{short} {score}".strip()
 
     def _text_height(self, draw: Any) -> float:
         _, top, _, bottom = draw.textbbox((0, 0), "Ág", font=self._font)
@@ -335,18 +336,18 @@ class _Canvas:
         border = np.zeros(labels.shape, bool)
         border[:-1] |= labels[:-1] != labels[1:]
         border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-        strength = np.where(counted, np.where(border, 255, 150), 0).astype(np.uint8)
+        strength = np.where(counted, np.where(border, 255, 165), 0).astype(np.uint8)
         self._image.paste(Image.fromarray(tints), (0, 0), Image.fromarray(strength))
 
-    def with_legend(self, entries: Sequence[tuple[Colour | None, str, str]]) -> Image.Image:
-        """The picture, with a colour, a name and a number for each entry below it."""
+    def with_legend(self, entries: Sequence[Entry]) -> Image.Image:
+        """The picture, with the entries below it in as many columns as fit."""
         if not entries:
             return self._image
         draw = ImageDraw.Draw(self._image)
-        width, height = self._image.size
+        width, height = max(self._image.width, 14 * self._em), self._image.height
         em, gap = self._em, self._em // 2
         row = round(1.5 * em)
-        room = width - 3 * gap - em
+        room = min(width - 3 * gap - em, 24 * em)
         texts = [self._shortened(draw, name, number, room) for _, name, number in entries]
         longest = max(draw.textlength(text, font=self._font) for text in texts)
         columns = max(1, int((width - gap) // (longest + em + 3 * gap)))

@@ -237,15 +237,60 @@ class ClassificationSection(DataSection):
         return Tensor([self.class_weights.get(name, 1.0) for name in source.classes])
 
 
-class DetectionSection(DataSection):
+class _DenseSection(DataSection):
+    """What the sections of detection and segmentation share."""
+
+    source: str
+    short_side: int = Field(
+        default=800,
+        ge=1,
+        description="of images in evaluation and prediction, in pixels: their shorter side becomes at most "
+        "this, and they keep their ratio",
+    )
+    long_side: int = Field(default=1333, ge=1, description="their longer side at most")
+    limit: int | None = Field(
+        default=None, ge=1, description="take the first images of each split alone, for a first try"
+    )
+
+    @model_validator(mode="after")
+    def _sides_are_ordered(self) -> Self:
+        if self.short_side > self.long_side:
+            raise ValueError(f"short_side {self.short_side} is above long_side {self.long_side}")
+        return self
+
+
+class DetectionSection(_DenseSection):
     """Images with annotated objects."""
+
+    source: str
 
     @abstractmethod
     def open(self, split: Split, decoding: Decoding = RGB) -> AnnotatedImages: ...
 
 
-class SegmentationSection(DataSection):
+class SegmentationSection(_DenseSection):
     """Images with a class for each pixel."""
+
+    source: str
+    short_side: int = Field(
+        default=512, ge=1, description=_DenseSection.model_fields["short_side"].description
+    )
+    long_side: int = Field(default=2048, ge=1, description="their longer side at most")
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        description="evaluate and predict by square windows of this side, and average where they overlap; "
+        "null for the whole image",
+    )
+    stride: int | None = Field(
+        default=None, ge=1, description="pixels between windows; null for two thirds of the window"
+    )
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Self:
+        if self.stride is not None and (self.window is None or self.stride > self.window):
+            raise ValueError(f"stride {self.stride}: expected a window of at least as many pixels")
+        return self
 
     @abstractmethod
     def open(self, split: Split, decoding: Decoding = RGB) -> SegmentedImages: ...

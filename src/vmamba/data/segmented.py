@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vmamba.data.classes import class_difference
 from vmamba.data.decoding import DecodedImage, read_orientation
 from vmamba.data.orientation import turn_of_target, turned_pixels
-from vmamba.data.source import ImageSource, image_size, listed
+from vmamba.data.source import ImageSource, image_size
 from vmamba.errors import DataError
 from vmamba.words import counted
 
@@ -54,10 +55,7 @@ class SegmentedImages(ImageSource[NDArray[np.uint8]]):
         classes = list(classes)
         if self.classes == classes:
             return
-        missing = [name for name in classes if name not in self.classes]
-        extra = [name for name in self.classes if name not in classes]
-        differ = f"missing [{listed(missing)}], extra [{listed(extra)}]"
         raise DataError(
             f"{self}: not {whose}'s {counted(len(classes), 'class', 'classes')}; "
-            + (differ if missing or extra else "the same names in another order")
+            f"{class_difference(self.classes, classes)}"
         )

@@ -8,17 +8,18 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vmamba.data.classes import class_difference
 from vmamba.data.decoding import RGB, DecodedImage, Decoding, read_image
 from vmamba.data.sampling import SampleGroups
 from vmamba.errors import DataError
-from vmamba.words import counted
+from vmamba.words import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,11 @@ class ClassifiedImages(ImageSource[int]):
         number_of = {name: number for number, name in enumerate(classes)}
         counts = np.bincount(self.read_labels(), minlength=len(self.classes))
         extra = [n for n, c in zip(self.classes, counts, strict=True) if n not in number_of and c > 0]
-        missing = [name for name in classes if name not in self.classes]
         if extra:
+            present = [name for name in self.classes if name in number_of or name in extra]
             raise DataError(
                 f"{self}: not {whose}'s {counted(len(classes), 'class', 'classes')}; "
-                f"missing [{listed(missing)}], extra [{listed(extra)}]"
+                f"{class_difference(present, classes)}"
             )
         self._numbers = [number_of.get(name, -1) for name in self.classes]
         self.classes = classes
@@ -161,9 +162,3 @@ def image_size(image: DecodedImage) -> tuple[int, int]:
     if isinstance(image, Tensor):
         return image.shape[-2], image.shape[-1]
     return image.height, image.width
-
-
-def listed(names: Sequence[Any]) -> str:
-    """Names for a message, at most ten of them."""
-    shown = ", ".join(map(repr, names[:10]))
-    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

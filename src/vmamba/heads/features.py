@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vmamba.errors import CheckpointError, ModelError
 from vmamba.models import VMamba
 from vmamba.models.checkpoints import Checkpoint, Weights, open_checkpoint
-from vmamba.models.factory import create_model, create_on_meta
+from vmamba.models.factory import create_model, create_on_meta, output_on_meta
 from vmamba.models.official import authors_names, convert_names
 from vmamba.models.weights import LoadReport, load_weights
 
@@ -201,15 +201,10 @@ def _check_maps(name: str, model: nn.Module, in_chans: int | None) -> None:
     images = torch.empty(
         1, in_chans or features.pretrained_cfg.get("input_size", (3,))[0], height, width, device="meta"
     )
-    try:
-        with torch.no_grad():
-            maps = features(images)
-    except NotImplementedError:  # an operator without a meta kernel: this cannot be checked
+    refusal = f"{name}: does not work with images of any size, such as {height}×{width}"
+    maps = output_on_meta(features, images, refusal)
+    if maps is None:
         return
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        raise ModelError(
-            f"{name}: does not work with images of any size, such as {height}×{width}: {error}"
-        ) from error
     for level, channels, stride in zip(maps, features.channels, features.strides, strict=True):
         wrong = level.ndim != 4 or level.shape[1] != channels
         if wrong or any(

@@ -21,8 +21,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from vmamba.heads.boxes import STRIDES
-from vmamba.heads.features import Features
 from vmamba.heads.names import from_mmdet
+from vmamba.heads.peers import create_backbone
 from vmamba.heads.proposals import ProposalNetwork
 from vmamba.heads.regions import RegionHeads
 from vmamba.heads.resizing import Resize
@@ -84,10 +84,10 @@ def mask_rcnn(backbone: str | nn.Module, num_classes: int = 81, **settings: Any)
     """Mask R-CNN with a feature pyramid on a backbone, with new weights in the heads.
 
     Args:
-        backbone: The name of a model of timm's, ours among them, or a module that takes images (b, 3, h, w)
-            and returns a list of four maps (b, c, h', w') at strides 4, 8, 16 and 32, such as
-            `vmamba.heads.Features`. It names their channels as `channels`, or by `feature_info.channels()`
-            as timm's feature extractors do.
+        backbone: The name of a model of timm's, ours among them, or of one of `vmamba.heads.peers`; or a
+            module that takes images (b, 3, h, w) and returns a list of four maps (b, c, h', w') at strides 4,
+            8, 16 and 32, such as `vmamba.heads.Features`. It names their channels as `channels`, or by
+            `feature_info.channels()` as timm's feature extractors do.
         num_classes: With the background: 81 for COCO.
         settings: The other fields of `MaskRCNNConfig`.
 
@@ -97,7 +97,7 @@ def mask_rcnn(backbone: str | nn.Module, num_classes: int = 81, **settings: Any)
         ValueError: The backbone has other maps than these, or a setting is out of range.
     """
     if isinstance(backbone, str):
-        backbone = Features.create(backbone)
+        backbone = create_backbone(backbone)
     return MaskRCNN(backbone, MaskRCNNConfig(num_classes=num_classes, **settings))
 
 

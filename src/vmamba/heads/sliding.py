@@ -1,4 +1,4 @@
-"""Segmenting larger images by windows, and averaging over scales and mirror images.
+"""Segmenting images of any size: resized for the model, by windows, averaged over scales and mirror images.
 
 A segmenter here is any call from images (b, c, h, w) to logits (b, k, h, w), such as a `UPerNet` in
 evaluation mode: called as it is, it takes each image whole.
@@ -6,11 +6,12 @@ evaluation mode: called as it is, it takes each image whole.
 b batch, c channels, h height, w width, k classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vmamba.heads.resizing import scaled_size
 from vmamba.heads.upernet import resize
 
 Segmenter = Callable[[Tensor], Tensor]
@@ -86,3 +87,85 @@ def mean_probabilities(
     if total is None:
         raise ValueError("views: expected at least one")
     return total / number
+
+
+class SegmentedViews(nn.Module):
+    """A segmenter for images of any size: (b, c, h, w) → scores (b, k, h, w), of which the largest wins.
+
+    Images are resized for the model, keeping their ratio, and the logits resized back, as mmseg evaluates.
+    With several views the scores are the mean of their probabilities, else logits.
+
+    Args:
+        model: From images (b, c, h, w) to logits (b, k, h, w).
+        short: The shorter side becomes at most this many pixels.
+        long: The longer side at most.
+        scales: Factors of both, one for each view.
+        flip: Add the mirror image of each view.
+        window: Side of the square windows by which a view is segmented; None for the whole view.
+        stride: Steps between windows; None for two thirds of the window.
+
+    Raises:
+        ValueError: There is no scale, or one is not above 0; or the stride does not fit the window.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        short: int,
+        long: int,
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"scales: expected numbers above 0, got {list(scales)}")
+        if window is None and stride is not None:
+            raise ValueError("stride: there is no window that it could move")
+        self.model, self.short, self.long = model, short, long
+        self.scales, self.flip = tuple(scales), flip
+        self.window = window
+        self.stride = stride if stride is not None or window is None else max(1, window * 2 // 3)
+        if window is not None and not 0 < (self.stride or 0) <= window:
+            raise ValueError(f"stride: expected from 1 to the window's {window}, got {stride}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        if len(self.scales) == 1 and not self.flip:
+            return resize(self._segment(self._view(images, self.scales[0])), (height, width))
+        views = (self._view(images, scale) for scale in self.scales)
+        return mean_probabilities(self._segment, views, (height, width), flip=self.flip)
+
+    def labels(self, images: Tensor) -> Tensor:
+        """The class of each pixel, (b, h, w), without all classes' scores at the images' size in memory."""
+        if len(self.scales) > 1 or self.flip:
+            return self(images).argmax(1)
+        logits = self._segment(self._view(images, self.scales[0]))
+        best = labels = None
+        for first in range(0, logits.shape[1], _CLASSES_AT_ONCE):
+            scores = resize(logits[:, first : first + _CLASSES_AT_ONCE], images.shape[2:])
+            highest, index = scores.max(1)
+            if best is None or labels is None:
+                best, labels = highest, index
+                continue
+            better = highest > best
+            best, labels = torch.where(better, highest, best), torch.where(better, index + first, labels)
+        assert labels is not None
+        return labels
+
+    def _view(self, images: Tensor, scale: float) -> Tensor:
+        height, width = images.shape[2:]
+        size = scaled_size((height, width), int(self.short * scale + 0.5), int(self.long * scale + 0.5))
+        return images if size == (height, width) else resize(images, size)
+
+    def _segment(self, images: Tensor) -> Tensor:
+        if self.window is None or self.stride is None:
+            logits: Tensor = self.model(images)
+            return logits
+        crop, stride = (self.window, self.window), (self.stride, self.stride)
+        return sliding(self.model, images, crop, stride)
+
+
+_CLASSES_AT_ONCE = 16

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.heads.features import Features, backbone_names
+from vmamba.heads.peers import create_backbone
 
 IGNORED = 255
 """The label of pixels that count for no class."""
@@ -185,7 +186,8 @@ def upernet(
     """UPerNet on any backbone, with the paper's settings.
 
     Args:
-        backbone: The name of a model of timm's, ours among them, or a module such as `Features`.
+        backbone: The name of a model of timm's, ours among them, or of one of `vmamba.heads.peers`; or a
+            module such as `Features`.
         num_classes: Classes, without the ignored one.
         channels: Channels of the head.
         aux_channels: Channels of the auxiliary head.
@@ -200,7 +202,7 @@ def upernet(
         TypeError: There are arguments for a backbone that is made already.
     """
     if isinstance(backbone, str):
-        backbone = Features.create(backbone, **features)
+        backbone = create_backbone(backbone, **features)
     elif features:
         raise TypeError(f"the backbone is made already and takes no {', '.join(features)}")
     inputs: Any = backbone.channels

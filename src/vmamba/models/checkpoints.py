@@ -401,9 +401,10 @@ def _inspect(path: str, values: Mapping[str, Any], config: Mapping[str, Any] | N
     for kind, keys in _OF_OTHERS.items():
         if weights := next((values[key] for key in keys if isinstance(values.get(key), Mapping)), None):
             kinds[kind] = weights
+    ours = (config or {}).get(CONTENTS) or {}
     if not kinds:
-        kinds = {"raw": values}
-    recipe = ((config or {}).get(CONTENTS) or {}).get("recipe")
+        kinds = {"ema" if ours.get("weights") == "ema" else "raw": values}
+    recipe = ours.get("recipe")
     classes = config.get("label_names") if config else None
     if isinstance(classes, list) and config and isinstance(config.get("label_descriptions"), dict):
         classes = [config["label_descriptions"].get(name, name) for name in classes]

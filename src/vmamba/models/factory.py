@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vmamba.errors import CheckpointError, ModelError
 from vmamba.models import model_names  # and this registers the models
@@ -86,7 +88,7 @@ def create_on_meta(name: str, image_size: tuple[int, int] | None = None, **args:
     _check_args(name, args)
     args = _with_size(name, args, image_size)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), _WithoutValues(), warnings.catch_warnings():
             # A layer without elements: the forward pass of `create_model` says what is wrong.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             model = timm.create_model(name, **args)
@@ -95,6 +97,28 @@ def create_on_meta(name: str, image_size: tuple[int, int] | None = None, **args:
         raise ModelError(f"{name} does not take ({listed}): {error}") from error
     _check_types(model, name, args)
     return model
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what only changes values: on the meta device there are none.
+
+    PyTorch would go through each such function in Python, which is most of the time that a model takes there.
+    """
+
+    _VALUES_ONLY = re.compile(
+        "(add|clamp|clamp_max|clamp_min|copy|div|erfinv|exp|fill|log|mul|neg|normal|pow|sub|trunc_normal|uniform|"
+        "zero|(kaiming|xavier)_(normal|uniform))_"
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._VALUES_ONLY.fullmatch(getattr(func, "__name__", "")):
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def check_name(name: str) -> None:
@@ -160,14 +184,10 @@ def _try(name: str, args: Mapping[str, Any], image_size: tuple[int, int] | None,
     channels, *size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
     height, width = image_size or _pair(args.get("img_size")) or size
     images = torch.empty(_TRIAL_BATCH, args.get("in_chans", channels), height, width, device="meta")
-    try:
-        with torch.no_grad():
-            output = model(images)
-    except NotImplementedError:  # an operator without a meta kernel: this cannot be checked
+    listed = "".join(f", {key}={value!r}" for key, value in args.items())
+    output = output_on_meta(model, images, f"{name} does not work with {height}×{width} images{listed}")
+    if output is None:
         return
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        listed = "".join(f", {key}={value!r}" for key, value in args.items())
-        raise ModelError(f"{name} does not work with {height}×{width} images{listed}: {error}") from error
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if logits is not None and shape != (_TRIAL_BATCH, logits):
         listed = ", ".join(f"{key}={value!r}" for key, value in args.items())
@@ -175,6 +195,26 @@ def _try(name: str, args: Mapping[str, Any], image_size: tuple[int, int] | None,
             f"{name} with {listed} gives {shape} for {_TRIAL_BATCH} images, not logits of {logits} classes "
             f"({_TRIAL_BATCH}, {logits})"
         )
+
+
+def output_on_meta(model: nn.Module, images: torch.Tensor, refusal: str) -> Any:
+    """What a model gives for images; None if one of its operators cannot run on the meta device.
+
+    Args:
+        model: On the meta device.
+        images: There too.
+        refusal: How the message begins if the model does not take them.
+
+    Raises:
+        ModelError: It does not.
+    """
+    try:
+        with torch.no_grad():
+            return model(images)
+    except NotImplementedError:
+        return None
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(f"{refusal}: {error}") from error
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

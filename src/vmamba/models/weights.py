@@ -21,7 +21,7 @@ from vmamba.models.checkpoints import Checkpoint, Weights, open_checkpoint
 from vmamba.models.official import convert_names
 from vmamba.words import counted
 
-_WRAPPERS = {"module", "model", "backbone", "ema", "_orig_mod"}
+_WRAPPERS = {"module", "model", "backbone", "body", "ema", "_orig_mod"}
 """Prefixes by which DDP, Lightning, mmengine, detectors, averages and torch.compile wrap a model's names."""
 
 _BEHIND_THE_STAGES = ("norm.", "fc_norm.", "outnorm")
@@ -290,8 +290,13 @@ class _Plan:
         elsewhere = [name for name in wrong if name not in self.weights and name not in target.tensors]
         if classifier == "keep" and (behind or elsewhere):
             has_one = any(target.is_classifier(name) for name in target.tensors)
-            how = "'new' keeps the model's own" if has_one else "'drop' leaves out the file's"
-            hints.append(f"For other heads: vmamba.load_weights(model, file, classifier=…), where {how}")
+            hints.append(
+                "vmamba.load_weights(model, file, classifier='new') keeps the model's own classifier where "
+                "the file's does not fit"
+                if has_one
+                else "vmamba.load_weights(model, file, classifier='drop') leaves out the file's classifier, "
+                "which this model has no place for"
+            )
         if in_chans == "refuse" and any(
             name in self.weights and self._other_channels(name, self.weights[name])
             for name in wrong

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vmamba.nn.config import SS2DConfig, configured
 from vmamba.nn.fused.entry import fused_form
 from vmamba.nn.fused.switch import fused
-from vmamba.nn.layer import Layer
+from vmamba.nn.layer import MISSHAPEN, Layer
 from vmamba.nn.mlp import Mlp
 from vmamba.nn.ss2d import SS2D, CascadeSS2D
 
@@ -54,6 +54,7 @@ class VSSBlock(Layer):
         super().__init__()
         config = configured(config, changes)
         ss2d = CascadeSS2D if config.routes == "cascade" else SS2D
+        self.in_channels = dim
         self.grad_checkpointing = False
         self.norm1 = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.op = ss2d(dim, config, device=device, dtype=dtype)
@@ -72,17 +73,19 @@ class VSSBlock(Layer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.grad_checkpointing:
             return super().__call__(*args, **kwargs)
-        return self._checkpointed(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return checkpoint(super().__call__, *args, **kwargs)
+        try:
+            return self._checkpointed(*args, **kwargs)
+        except MISSHAPEN as error:
+            self.explain_shape(error, *args, **kwargs)
+            raise
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
         """The call, recomputed in backward in the form (fused or plain) that the forward had."""
-        form = None
-        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
-            form = fused_form(self, args[0])
+        form = fused_form(self, args[0]) if len(args) == 1 and not kwargs else None
         if form is not None:
             return checkpoint(form.forward, args[0])
-        if torch.compiler.is_compiling():
-            return checkpoint(super().__call__, *args, **kwargs)
         return checkpoint(self._call_plainly, *args, **kwargs)
 
     def _call_plainly(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,8 @@ class ConvStem(Layer):
         ValueError: `stride` is none of these.
     """
 
+    images = True
+
     def __init__(
         self,
         in_chans: int,
@@ -38,6 +40,7 @@ class ConvStem(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels = in_chans
         if stride not in (1, 2, 4):
             raise ValueError(f"stem_stride: expected 1, 2 or 4 for the stem 'conv', got {stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -53,7 +56,7 @@ class ConvStem(Layer):
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class PatchStem(nn.Module):
+class PatchStem(Layer):
     """One convolution over patches of stride × stride, then norm; (b, c, h, w) → (b, h', w', dim).
 
     Args:
@@ -65,6 +68,8 @@ class PatchStem(nn.Module):
         ValueError: `stride` is less than 1.
     """
 
+    images = True
+
     def __init__(
         self,
         in_chans: int,
@@ -74,6 +79,7 @@ class PatchStem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels = in_chans
         if stride < 1:
             raise ValueError(f"stem_stride: expected at least 1, got {stride}")
         self.conv1 = nn.Conv2d(in_chans, dim, stride, stride=stride, device=device, dtype=dtype)
@@ -106,6 +112,7 @@ class ConvDownsample(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels = dim
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, out_dim, 3, stride, padding=dilation, dilation=dilation, **dd)
         self.norm = nn.LayerNorm(out_dim, **dd)
@@ -139,6 +146,7 @@ class MergeDownsample(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels = dim
         self.stride, self.dilation = stride, dilation
         self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, device=device, dtype=dtype)

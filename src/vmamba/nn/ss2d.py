@@ -63,6 +63,7 @@ class SS2D(Layer):
     ) -> None:
         super().__init__()
         self.config = configured(config, changes)
+        self.in_channels = dim
         inner, rank, n = self.config.inner(dim), self.config.rank(dim), self.config.d_state
         self.routes = route_codes(self.config.routes)
         self.splits = [rank, n, n]

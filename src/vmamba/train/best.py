@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from vmamba.errors import OutputError
-from vmamba.models.checkpoints import open_checkpoint
+from vmamba.models.checkpoints import CONTENTS, open_checkpoint
 from vmamba.pretrained import CLASSIFICATION, model_config, save_pretrained
 from vmamba.train.task import Task
 
@@ -43,8 +43,10 @@ def write_best(checkpoint: Path, config: dict[str, Any], model: nn.Module, folde
     Raises:
         OutputError: A file cannot be written.
     """
-    weights: Any = open_checkpoint(checkpoint).state_dict()
+    opened = open_checkpoint(checkpoint)
+    ours = {**config[CONTENTS], "weights": opened.kind()}
+    weights: Any = opened.state_dict()
     try:
-        save_pretrained(folder, model, config, state_dict=weights)
+        save_pretrained(folder, model, {**config, CONTENTS: ours}, state_dict=weights)
     except OSError as error:
         raise OutputError(f"{folder}/best.safetensors: could not be written ({error})") from error

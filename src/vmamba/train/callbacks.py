@@ -88,6 +88,7 @@ class Milestones(Callback):
         self.best: float | None = None
         self.best_step, self.stale = 0, 0
         self._images, self._seconds, self._since = 0, 0.0, 0.0
+        self._first_of_epoch: tuple[int, float] | None = None  # images and seconds of the first batch
         self._module: Any = None
         self._restored_means: dict[str, tuple[float, float]] = {}
         self._left_out: dict[str, None] = {}
@@ -102,14 +103,21 @@ class Milestones(Callback):
         self._stop_if_done(trainer, pl_module)
         self._since = time.perf_counter()
 
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._first_of_epoch = None
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self._images += len(batch.indices) * trainer.world_size
-        self._seconds += now - self._since
+        images, seconds = len(batch.indices) * trainer.world_size, now - self._since
+        if self._first_of_epoch is None:
+            self._first_of_epoch = images, seconds
+        else:
+            self._images += images
+            self._seconds += seconds
         self._since = now
-        self.progress.scores["images/s"] = self._images / self._seconds
+        self.progress.scores["images/s"] = self._images_per_second()
         self._tell_left_out(trainer.train_dataloader)
         if at_step(trainer):
             if trainer.global_step % pl_module.recipe.train.log_every == 0:
@@ -120,6 +128,15 @@ class Milestones(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.is_last_batch:  # otherwise the run was stopped within the epoch
             self._after_step(trainer, pl_module)
+
+    def _images_per_second(self) -> float:
+        """Speed of training since the last row of metrics.csv.
+
+        The first batch of an epoch does not count, if there are others: it waits for the workers to start and
+        for what PyTorch sets up in the first step, which in a short epoch may take most of the time.
+        """
+        images, seconds = (self._images, self._seconds) if self._images else (self._first_of_epoch or (0, 0))
+        return images / max(seconds, 1e-9)
 
     def _after_step(self, trainer: lightning.Trainer, module: Any) -> None:
         step, train = trainer.global_step, module.recipe.train
@@ -163,7 +180,7 @@ class Milestones(Callback):
 
     def _write_row(self, trainer: lightning.Trainer, module: Any) -> None:
         means = {f"train/{name}": value for name, value in module.means.means().items()}
-        values = {"images/s": self._images / max(self._seconds, 1e-9), **means, **self.scores}
+        values = {"images/s": self._images_per_second(), **means, **self.scores}
         if module.recipe.train.on_error == "skip":
             values["skipped/samples"] = sum(gather(len(self._left_out)))
         if module.recipe.train.on_nonfinite == "skip":

@@ -81,7 +81,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def draw_confusion(
-    confusion: Tensor, classes: Sequence[str], path: Path, title: str = "of each true class"
+    confusion: Tensor,
+    classes: Sequence[str],
+    path: Path,
+    title: str = "How each class is predicted",
+    counts: str = "samples",
 ) -> None:
     """Shares of each true class in percent as a PNG: a row for each, with names and numbers if they fit.
 
@@ -91,7 +95,8 @@ def draw_confusion(
         confusion: Counts (classes, classes), a row for each true class.
         classes: Names.
         path: Of the PNG.
-        title: What the shares are of.
+        title: Above the picture.
+        counts: What `confusion` counts.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -113,11 +118,12 @@ def draw_confusion(
         extent=(-0.5, edge, edge, -0.5),
     )
     if labelled:
-        _label(axes, cells, classes)
+        _label(axes, cells, classes, confusion.sum(1).tolist())
     if block > 1:
-        title += f"\nlargest share within {block} × {block} cells"
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="%")
+        title += f"\nlargest share within {block} × {block} classes"
+    across, down = ("", f" ({counts})") if labelled else (", by number", ", by number")
+    axes.set(xlabel=f"predicted class{across}", ylabel=f"true class{down}", title=title)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
     with replacing(path) as temporary, without_missing_glyphs():
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -135,11 +141,14 @@ def escaped(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _label(axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
-    """Names beside the rows and columns, percentages in the cells."""
+def _label(
+    axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str], counts: Sequence[int]
+) -> None:
+    """Names beside the rows and columns, what was counted beside the rows, percentages in the cells."""
     names = [escaped(name) for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    rows = [f"{name} ({number:,})" for name, number in zip(names, counts, strict=True)]
+    axes.set_yticks(range(len(names)), rows)
     for row, values in enumerate(cells):
         for column, percent in enumerate(values):
             if percent >= 0.5:

@@ -109,7 +109,9 @@ def write_detection_report(results: Mapping[str, Tensor], classes: Sequence[str]
         confusion,
         names,
         folder / "confusion.png",
-        f"of each true class, detections of a score ≥ {MATCH_SCORE}, boxes of an IoU ≥ {MATCH_IOU}",
+        "How the objects of each class are detected; the last is the background\n"
+        f"(detections of a score ≥ {MATCH_SCORE}, boxes of an IoU ≥ {MATCH_IOU})",
+        counts="objects",
     )
 
 
@@ -148,49 +150,49 @@ def _write_curves(results: Mapping[str, Tensor], classes: Sequence[str], path: P
 
 
 def _draw_curves(results: Mapping[str, Tensor], classes: Sequence[str], path: Path) -> None:
-    """Above the mean of all classes at each IoU; below each class at IoU 0.5. Left boxes, right masks."""
+    """Left the mean of all classes at each IoU, right each class at IoU 0.5; boxes above, masks below."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 10), layout="constrained")
-    grid = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
-    for column, kind in enumerate(KINDS):
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    grid = figure.subplots(len(KINDS), 2, sharex=True, sharey=True)
+    objects = results["confusion"].sum(1)[:-1]
+    for kind, (left, right) in zip(KINDS, grid, strict=True):
         precision = results[f"{kind}_precision"]
-        upper, lower = grid[:, column]
-        upper.set_title(f"{TITLES[kind]}: mean of the classes")
         for number, iou in enumerate(IOUS):
             values = precision[number].nanmean(1)
             of = colormaps["viridis"](number / len(IOUS))
-            upper.plot(RECALLS, values, color=of, label=f"{iou:.2f} ({values.mean():.3f})")
-        upper.legend(title="IoU (AP)", fontsize=8, loc="lower left")
-        lower.set(title=f"{TITLES[kind]}: classes at an IoU of 0.50", xlabel="recall")
-        _draw_classes(lower, precision[0], classes)
-    for axes in grid.flat:
-        axes.set(xlim=(0, 1), ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("precision")
+            left.plot(RECALLS, values, color=of, label=f"{iou:.2f} ({values.mean():.3f})")
+        left.set(title=f"{TITLES[kind]}: mean of the classes", ylabel="precision")
+        _draw_classes(right, precision[0], objects, classes)
+        right.set_title(f"{TITLES[kind]}: classes at an IoU of 0.50")
+        for axes, title in ((left, "IoU (AP)"), (right, "class (AP50)")):
+            axes.set(xlim=(0, 1), ylim=(0, 1.02))
+            axes.grid(alpha=0.3)
+            axes.legend(title=title, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    for axes in grid[-1]:
+        axes.set_xlabel("recall")
     with replacing(path) as temporary, without_missing_glyphs():
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _draw_classes(axes: Any, precision: Tensor, classes: Sequence[str]) -> None:
-    """Precision (r, k) of each class and their mean; of many classes the best and the worst are named."""
+def _draw_classes(axes: Any, precision: Tensor, objects: Tensor, classes: Sequence[str]) -> None:
+    """Precision (r, k) of each class and their mean; of many classes those with most objects are named."""
     scores = precision.mean(0)
-    ranked = sorted(scores.isfinite().nonzero()[:, 0].tolist(), key=lambda number: -scores[number].item())
-    half = NAMED // 2
-    named = ranked if len(ranked) <= NAMED else ranked[:half] + ranked[-half:]
-    for number in ranked:
-        if number not in named:
-            axes.plot(RECALLS, precision[:, number], color="0.8", linewidth=0.7)
-    for place, number in enumerate(named):
+    ranked = [number for number in objects.argsort(descending=True, stable=True).tolist() if objects[number]]
+    for number in ranked[NAMED:]:
+        label = f"{len(ranked) - NAMED} with fewer objects" if number == ranked[-1] else None
+        axes.plot(RECALLS, precision[:, number], color="0.82", linewidth=0.7, label=label)
+    for place, number in enumerate(ranked[:NAMED]):
         of = [value / 255 for value in colour(place)]
-        label = f"{escaped(classes[number])} ({scores[number]:.3f})"
-        axes.plot(RECALLS, precision[:, number], color=of, linewidth=1.3, label=label)
+        label = f"{_short(classes[number])} ({scores[number]:.3f})"
+        axes.plot(RECALLS, precision[:, number], color=of, linewidth=1.5, label=label)
     mean = precision.nanmean(1)
-    axes.plot(RECALLS, mean, color="black", linewidth=2, label=f"mean of {len(ranked)} ({mean.mean():.3f})")
-    title = "class (AP50)" if named == ranked else f"the {half} best and the {half} worst (AP50)"
-    axes.legend(title=title, fontsize=8, loc="lower left")
+    axes.plot(RECALLS, mean, color="black", linewidth=2, label=f"mean ({mean.mean():.3f})")
+
+
+def _short(name: str, most: int = 24) -> str:
+    return escaped(name if len(name) <= most else f"{name[: most - 1]}…")
 
 
 def draw_worst_detections(

@@ -106,6 +106,11 @@ class Evaluation:
         return {name: value for name, value in self.results.items() if value.numel() != 1}
 
     @property
+    def class_table(self) -> list[dict[str, Any]]:
+        """A row for each class; see `Task.class_table`."""
+        return self.task.class_table(self.results)
+
+    @property
     def classes(self) -> list[str]:
         """Names of the classes."""
         return list(self.task.classes)
@@ -123,7 +128,8 @@ def evaluate(
     """Evaluate weights on the "val" split of their recipe's data.
 
     Args:
-        what: A run, a checkpoint of it, or a recipe whose `model.weights` to evaluate; see `open_session`.
+        what: A run, a checkpoint or best.safetensors of it, or a recipe whose `model.weights` to evaluate;
+            see `open_session`.
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
@@ -139,7 +145,7 @@ def evaluate(
     """
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise RecipeError(f"scales: expected numbers above 0, got {list(scales)}")
-    session = open_session(what, overrides, weights)
+    session = open_session(what, overrides, weights, with_samples=True)
     recipe, model = session.recipe, session.model
     # Without training nothing needs sharding: each process holds the whole model.
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"strategy": "ddp"})})
@@ -147,10 +153,9 @@ def evaluate(
         model = session.task.averaged(model, flip, scales)
     with settings(recipe):
         trainer = trainer_for(recipe, [ProgressLine()])
-        data = loader(session.task, recipe, "val", trainer)
+        data = loader(session.task, recipe, "val", trainer, session.samples)
         module = _Judge(session.task, model, keep_predictions)
         trainer.validate(module, data, verbose=False)
-        dataset: Any = data.dataset.dataset  # type: ignore[attr-defined]  # behind the one that catches errors
     for message in module.skipped:
         log.warning("left out: %s", message)
     return Evaluation(
@@ -163,7 +168,7 @@ def evaluate(
         skipped=module.skipped,
         results=module.results,
         predictions=[
-            SamplePrediction(index, dataset.name(index), value) for index, value in module.predictions
+            SamplePrediction(index, data.samples.name(index), value) for index, value in module.predictions
         ],
     )
 

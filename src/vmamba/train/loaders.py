@@ -8,7 +8,7 @@ import torch
 from vmamba.data import ResumableLoader, sampler_for
 from vmamba.errors import DataError, RecipeError
 from vmamba.train.recipe import Recipe
-from vmamba.train.task import Task
+from vmamba.train.task import SampleDataset, Task
 from vmamba.words import counted
 
 
@@ -35,16 +35,27 @@ def batches_of_a_step(recipe: Recipe, processes: int) -> tuple[int, int]:
 
 
 def loader(
-    task: Task, recipe: Recipe, split: Literal["train", "val"], trainer: lightning.Trainer
+    task: Task,
+    recipe: Recipe,
+    split: Literal["train", "val"],
+    trainer: lightning.Trainer,
+    samples: SampleDataset | None = None,
 ) -> ResumableLoader:
     """The batches of a split that a process reads.
+
+    Args:
+        task: With the data.
+        recipe: Of the task.
+        split: "train" or "val".
+        trainer: Knows the processes among which the samples are divided.
+        samples: Those of the split, if they are open already.
 
     Raises:
         DataError: The data are missing or damaged, or fewer than a step takes.
         RecipeError: The batch size does not fit the processes or the task.
     """
     training = split == "train"
-    dataset: Any = task.dataset(split)
+    dataset: Any = task.dataset(split) if samples is None else samples
     train = recipe.train
     size, _ = batches_of_a_step(recipe, trainer.world_size)
     if task.needs_pairs and size % 2:

@@ -8,7 +8,7 @@ from torch import nn
 
 from vmamba.errors import CheckpointError, ModelError, RecipeError
 from vmamba.models import factory
-from vmamba.models.weights import load_weights
+from vmamba.models.weights import LoadReport, load_weights
 from vmamba.train.recipe import ModelRecipe
 from vmamba.words import counted
 
@@ -39,6 +39,18 @@ def require_model(name: str) -> None:
         raise RecipeError(f"model.name: {error}") from error
 
 
+def check_section(recipe: ModelRecipe) -> None:
+    """Check a recipe's section before a model is created from it.
+
+    Raises:
+        RecipeError: The model is unknown, or an argument of it is set by another key.
+    """
+    require_model(recipe.name)
+    for name in recipe.args:
+        if name in _NOT_ARGS:
+            raise RecipeError(f"model.args.{name}: not here; {_NOT_ARGS[name]}")
+
+
 def create_model(
     recipe: ModelRecipe,
     *,
@@ -60,10 +72,7 @@ def create_model(
         RecipeError: The model or one of its arguments is unknown, or it does not work with them.
         CheckpointError: `weights` does not fit or cannot be read.
     """
-    require_model(recipe.name)
-    for name in recipe.args:
-        if name in _NOT_ARGS:
-            raise RecipeError(f"model.args.{name}: not here; {_NOT_ARGS[name]}")
+    check_section(recipe)
     pretrained = recipe.weights == "pretrained"
     cfg = timm.get_pretrained_cfg(recipe.name) if pretrained else None
     pretrained_classes = num_classes if cfg is None else cfg.num_classes
@@ -104,13 +113,19 @@ def _new_classifier(model: Any, recipe: ModelRecipe, pretrained: int, classes: i
 
 def _load(model: nn.Module, recipe: ModelRecipe) -> None:
     assert recipe.weights is not None
-    report = load_weights(
-        model,
-        recipe.weights,
-        classifier="new" if recipe.new_classifier else "keep",
-        in_chans="convert",
-        weights=recipe.weights_kind,
+    log_load(
+        load_weights(
+            model,
+            recipe.weights,
+            classifier="new" if recipe.new_classifier else "keep",
+            in_chans="convert",
+            weights=recipe.weights_kind,
+        )
     )
+
+
+def log_load(report: LoadReport) -> None:
+    """Log what a model keeps of its own, and what was converted."""
     if report.missing:
         log.warning("%s: the classifier starts anew: %s", report.source, ", ".join(report.missing))
     for name, how in report.converted.items():

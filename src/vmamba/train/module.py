@@ -43,7 +43,8 @@ class TaskModule(lightning.LightningModule):
     """A task, its recipe and its model, in Lightning's loop.
 
     What a step draws for its batch (Mixup) is a function of (seed, epoch, step), the same on every process,
-    and what the model draws (drop path) of (seed, step, rank): a checkpoint needs no random state.
+    and what the model draws (drop path, the detector's choice of boxes) of (seed, step, which share of the
+    step's samples it sees): a checkpoint needs no random state, and who computes a share changes nothing.
 
     Args:
         task: What is trained.
@@ -114,10 +115,10 @@ class TaskModule(lightning.LightningModule):
                 module.reshard()
 
     def train(self, mode: bool = True) -> "TaskModule":
-        """Set the mode; a frozen model stays in evaluation mode, so that its features never change."""
+        """Set the mode; what is frozen stays in evaluation mode, so that its features never change."""
         super().train(mode)
         if self.recipe.model.freeze is not None:
-            self.model.eval()
+            self.task.frozen(self.model).eval()
         return self
 
     def training_step(self, loaded: LoadedBatch, batch_idx: int) -> Tensor:
@@ -134,13 +135,13 @@ class TaskModule(lightning.LightningModule):
         return loss
 
     def _losses(self, batch: Any, batch_idx: int) -> Mapping[str, Tensor]:
-        """The losses of a batch; draws are seeded by step and rank, so that a resumed run repeats them."""
+        """The losses of a batch; draws are seeded by step and share, so that a resumed run repeats them."""
         seed = self.recipe.train.seed
-        with self._drawing(
-            "mix", seed, self.current_epoch, batch_idx // self.trainer.accumulate_grad_batches
-        ):
+        step_of_epoch, passes_before = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        with self._drawing("mix", seed, self.current_epoch, step_of_epoch):
             batch = self.task.augment_batch(batch)
-        with self._drawing("step", seed, self.global_step, batch_idx, self.global_rank):
+        share = passes_before * self.trainer.world_size + self.global_rank
+        with self._drawing("step", seed, self.global_step, share):
             return self.task.training_step(self.model, batch)
 
     def _loss(self, batch: Any, batch_idx: int) -> Tensor:
@@ -189,16 +190,18 @@ class TaskModule(lightning.LightningModule):
                 "lower optim.lr, or train in a wider precision"
             )
 
+    def _synchronised(self) -> bool:
+        return self.recipe.train.sync_batchnorm and self.trainer.world_size > 1
+
     def _report_nonfinite(self, what: str) -> None:
         """Read the step's samples again, which were not kept, and look for the layer that fails."""
         loader: Any = self.trainer.train_dataloader
-        data = loader.dataset.dataset
         source, names = "", []
         for batch_idx, keys in self._step_batches:
-            of_batch = [data.name(key.index) for key in keys]
+            of_batch = [loader.samples.name(key.index) for key in keys]
             names += of_batch
-            if isinstance(self.model, FSDPModule):
-                source = "not looked for in a model in shards"
+            if isinstance(self.model, FSDPModule) or self._synchronised():
+                source = "not looked for in a model whose layers wait for other processes"
                 continue
             batch = self.trainer.strategy.batch_to_device(loader.read_again(keys))
             with torch.compiler.set_stance("force_eager"), self.trainer.precision_plugin.forward_context():
@@ -269,7 +272,7 @@ class TaskModule(lightning.LightningModule):
                 for name, value in {**means[weights].means(), **scores(metrics.compute())}.items():
                     results[f"{prefix}{name}"] = value
                 metrics.reset()
-        self._check_evaluation(results, finite_losses, loader.dataset.dataset)
+        self._check_evaluation(results, finite_losses, loader.samples)
         return results
 
     def _broadcast_buffers(self) -> None:
@@ -313,7 +316,7 @@ class TaskModule(lightning.LightningModule):
         return monitored(self.task, self.recipe)
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer(self.model, self.recipe.optim)
+        optimizer = create_optimizer(self.model, self.recipe.optim, self.task.parameter_groups)
         self._scheduler = create_scheduler(optimizer, self.recipe.schedule, self.steps_per_epoch)
         self._group_settings = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}

@@ -4,7 +4,7 @@ The methods by which a model describes its parameters (`no_weight_decay`, `group
 the submodule that defines them, and the names they return are prefixed with that submodule's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -98,8 +98,17 @@ class _Parameters(nn.Module):
         yield from self._named.items()
 
 
-def create_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over `parameter_groups`.
+def create_optimizer(
+    model: nn.Module,
+    recipe: OptimRecipe,
+    groups: Callable[[nn.Module, OptimRecipe], Groups] = parameter_groups,
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name.
+
+    Args:
+        model: Whose parameters it moves.
+        recipe: The section `optim`.
+        groups: Parameter groups from the model and the section.
 
     Raises:
         RecipeError: The optimiser does not take the recipe's values.
@@ -111,7 +120,7 @@ def create_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optim
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             betas=recipe.betas,
-            param_group_fn=lambda model: parameter_groups(model, recipe),
+            param_group_fn=lambda model: groups(model, recipe),
         )
     except RecipeError:
         raise

@@ -200,6 +200,9 @@ class TrainRecipe(Section):
         "every GPU, or one on a CPU",
     )
     nodes: int | None = Field(default=None, ge=1, description="null for those of torchrun or SLURM, else 1")
+    sync_batchnorm: bool = Field(
+        default=False, description="let BatchNorm see the batches of all processes as one"
+    )
     strategy: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="of several processes: a copy of the model each, or shards of it"
     )

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import lightning
 import torch
 
 from vmamba.data import ResumableLoader
+from vmamba.data.classes import class_difference
 from vmamba.environment import environment
 from vmamba.errors import DataError, MissingCheckpointError, OutputError, ProcessError, RecipeError
 from vmamba.files import write_atomically
@@ -34,6 +35,7 @@ from vmamba.train.progress import ProgressLine
 from vmamba.train.recipe import Recipe, check, override_values
 from vmamba.train.session import Session, training_session
 from vmamba.train.stop import StopOnSignal, holds_run, how_to_go_on
+from vmamba.train.sync_batchnorm import synchronise_batchnorm
 from vmamba.train.task import Task
 from vmamba.train.tasks import task_type
 from vmamba.train.threads import with_threads
@@ -228,9 +230,12 @@ def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | 
         trainer = trainer_for(recipe, [progress], loggers_for(recipe, folder))
         samples_of_a_pass, trainer.accumulate_grad_batches = batches_of_a_step(recipe, trainer.world_size)
         session = training_session(recipe)
-        if resumed is None and trainer.strategy.root_device.type == "cpu":  # a resumed run keeps its threads
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if resumed is None and on_cpu:  # a resumed run keeps its threads
             session = with_threads(session, samples_of_a_pass)
             recipe = session.recipe
+        if recipe.train.sync_batchnorm and trainer.world_size > 1:
+            session = replace(session, model=synchronise_batchnorm(session.model, on_cpu))
         training = loader(session.task, recipe, "train", trainer)
         validation = loader(session.task, recipe, "val", trainer)
         samples = {"train": training.sampler.length, "val": validation.sampler.length}
@@ -298,12 +303,10 @@ def _compare_data(resumed: _Resumption, task: Task, samples: Mapping[str, int]) 
     """Refuse to resume with other data: the order of samples and the meaning of labels would change."""
     classes = list(resumed.contents["classes"])
     if task.classes != classes:
-        missing = [name for name in classes if name not in task.classes]
-        extra = [name for name in task.classes if name not in classes]
-        how = f"missing {missing}, extra {extra}" if missing or extra else "in another order"
         raise DataError(
-            f"the data's {len(task.classes)} classes are not the {len(classes)} that the run was started "
-            f"with: {how}; give it its data again (data.root=…), or start a new run from its weights "
+            f"the data's {counted(len(task.classes), 'class', 'classes')} are not the {len(classes)} that "
+            f"the run was started with: {class_difference(task.classes, classes)}; give it its data again "
+            f"(data.root=…), or start a new run from its weights "
             f"(model.weights={resumed.path})"
         )
     for split, number in resumed.contents.get("samples", {}).items():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vmamba.errors import DataError
 from vmamba.train.means import gather
@@ -97,7 +98,7 @@ class IoUMetric(nn.Module):
             `mIoU` (mean over the classes that are true or predicted anywhere), `aAcc` (share of pixels that
             are right) and `mAcc` (mean over classes of the share of their pixels that is right). With
             `tables` also `per_class` (k, 2), a column for each of `COLUMNS`, and `confusion` (k, k), a row
-            for each true class.
+            for each true class; of a single class it is (2, 2).
 
         Raises:
             DataError: No pixel counts.
@@ -117,7 +118,8 @@ class IoUMetric(nn.Module):
             "mAcc": accuracy,
         }
         if self.tables:
-            results |= {"per_class": per_class, "confusion": confusion}
+            padding = (0, 1, 0, 1) if len(confusion) == 1 else ()  # one number would be taken for a score
+            results |= {"per_class": per_class, "confusion": F.pad(confusion, padding)}
         return results
 
     def reset(self) -> None:

@@ -70,7 +70,7 @@ def write_segmentation_report(results: Mapping[str, Tensor], classes: Sequence[s
     write_csv(folder / "iou.csv", ["class", "pixels", *COLUMNS], rows)
     counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
     write_csv(folder / "confusion.csv", ["true class", *classes], counts)
-    draw_confusion(confusion, classes, folder / "confusion.png")
+    draw_confusion(confusion, classes, folder / "confusion.png", counts="pixels")
 
 
 def _shown(value: float) -> str:

@@ -14,8 +14,8 @@ from vmamba.inference import Predictor
 from vmamba.models.checkpoints import Checkpoint, Weights, expand, open_checkpoint, resolve_checkpoint
 from vmamba.train.optim import enable_grad_checkpointing
 from vmamba.train.recipe import Recipe, check, override_values, read_values
-from vmamba.train.task import Task
-from vmamba.train.tasks import restore, task_type
+from vmamba.train.task import SampleDataset, Task
+from vmamba.train.tasks import restore_model, task_type
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Session:
         recipe: The task's recipe, resolved.
         model: The model, in evaluation mode unless it is to be trained.
         weights: "raw" or "ema"; "new" before training.
+        samples: Those of the split "val", if `open_session` was to open them.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Session:
     recipe: Any
     model: nn.Module
     weights: Literal["raw", "ema", "new"]
+    samples: SampleDataset | None = None
 
     def predictor(self) -> Predictor:
         """The predictor for this task and model."""
@@ -79,28 +81,37 @@ def training_session(recipe: Recipe, source: str = "recipe") -> Session:
     return Session(source, task, task.recipe, model, "new")
 
 
-def open_session(source: str | Path, overrides: Sequence[str] = (), weights: Weights = "auto") -> Session:
+def open_session(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    weights: Weights = "auto",
+    *,
+    with_samples: bool = False,
+) -> Session:
     """The task, the recipe and the trained model that a run holds or a recipe names.
 
     Args:
-        source: A run's folder (its best checkpoint), a checkpoint, or a recipe with `model.weights`.
+        source: A run's folder (its best checkpoint), a checkpoint or best.safetensors of a run, or a recipe
+            with `model.weights`.
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a run's; "auto" takes the average where there is one, and leaves it to a recipe's
             `model.weights_kind`.
+        with_samples: Open the split "val" too, before the model is built, which takes longer than to see that
+            data are missing.
 
     Raises:
         CheckpointError: It is missing, damaged, not of a run, would run code, or has no such weights.
         RecipeError: An override does not fit, or a recipe names no weights.
-        DataError: A recipe's data are missing.
+        DataError: The data are missing.
     """
     path = expand(source)
     # A run's recipe.yaml stands for the run, not for the `model.weights` that it started from.
     if path.suffix in (".yaml", ".yml") and not (path.parent / "checkpoints").is_dir():
-        return _open_recipe(path, overrides, weights)
-    return _open_run(source, overrides, weights)
+        return _open_recipe(path, overrides, weights, with_samples)
+    return _open_run(source, overrides, weights, with_samples)
 
 
-def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights) -> Session:
+def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights, with_samples: bool) -> Session:
     path = resolve_checkpoint(source)
     for override in overrides:
         if override.startswith(("model.", "model=")):
@@ -108,16 +119,33 @@ def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights) ->
                 f"override {override!r}: the model is that of {path}; to judge other weights give a recipe"
             )
     checkpoint = open_checkpoint(path)
-    if checkpoint.recipe is None:
-        raise CheckpointError(f"{path}: not the checkpoint of a run, it has no recipe in it")
-    recipe_type = task_type(checkpoint.recipe.get("task")).recipe_type
-    values = override_values(dict(checkpoint.recipe), overrides, recipe_type)
-    task, model = restore(checkpoint, check(recipe_type, values, str(path)), weights)
+    recipe_values = _recipe_of(checkpoint)
+    recipe_type = task_type(recipe_values.get("task")).recipe_type
+    recipe: Any = check(recipe_type, override_values(recipe_values, overrides, recipe_type), str(path))
     kind: Any = checkpoint.kind(weights)
-    return Session(str(source), task, task.recipe, model, kind)
+    task = task_type(recipe.task)(recipe, checkpoint.classes)
+    samples = task.dataset("val") if with_samples else None
+    return Session(str(source), task, task.recipe, restore_model(task, checkpoint, weights), kind, samples)
 
 
-def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Session:
+def _recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The recipe in a run's checkpoint, or beside a run's best.safetensors.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if checkpoint.recipe is not None:
+        return dict(checkpoint.recipe)
+    beside = Path(checkpoint.path).with_name("recipe.yaml")
+    if checkpoint.config is not None and beside.is_file():
+        return read_values(beside)[0]
+    raise CheckpointError(
+        f"{checkpoint.path}: not the checkpoint of a run, it has no recipe in it; to judge its weights give "
+        f"the recipe of the data too: vmamba eval RECIPE.yaml model.weights={checkpoint.path}"
+    )
+
+
+def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights, with_samples: bool) -> Session:
     recipe: Any = load_recipe(path, overrides)
     task_class = task_type(recipe.task)
     if recipe.model.weights is None:
@@ -135,5 +163,6 @@ def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights) -> Sess
     classes = None if checkpoint is None else checkpoint.classes
     section = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
     task = task_class(task_class.without_training_data(recipe), classes)
-    model = task.build_model(task.recipe.model_copy(update={"model": section}))
-    return Session(str(path), task, task.recipe, model.eval(), "raw" if kind == "auto" else kind)
+    samples = task.dataset("val") if with_samples else None
+    model = task.build_model(task.recipe.model_copy(update={"model": section})).eval()
+    return Session(str(path), task, task.recipe, model, "raw" if kind == "auto" else kind, samples)

@@ -18,7 +18,8 @@ from vmamba.data import Preprocessing, SampleKey
 from vmamba.errors import RecipeError
 from vmamba.files import write_atomically
 from vmamba.inference import Predictor
-from vmamba.train.recipe import Recipe
+from vmamba.train.optim import Groups, parameter_groups
+from vmamba.train.recipe import OptimRecipe, Recipe
 
 Batch = Any
 """What `Task.collate` makes of a list of samples: any nesting of tuples, lists and dicts of tensors."""
@@ -129,6 +130,18 @@ class Task(ABC):
     def build_model(self, recipe: Any) -> nn.Module:
         """The model, with the weights that the recipe names."""
 
+    def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
+        """The optimiser's parameter groups.
+
+        Raises:
+            RecipeError: The model has no layers for `optim.layer_decay`, or the task does not go with it.
+        """
+        return parameter_groups(model, optim)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """What stays in evaluation mode while the model trains, where the recipe has `model.freeze`."""
+        return model
+
     def augment_batch(self, batch: Batch) -> Batch:
         """Augment a training batch as a whole, on its device.
 
@@ -167,6 +180,17 @@ class Task(ABC):
         if tables:
             text = json.dumps({"classes": list(self.classes), **tables})
             write_atomically(folder / "tables.json", text + "\n")
+
+    def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """A row for each class, of plain values by column; the first column is "name".
+
+        Args:
+            results: Of `report_metrics`.
+
+        Raises:
+            RecipeError: The task has no results by class.
+        """
+        raise RecipeError(f"results by class: not for {self.name}")
 
     def report_step(
         self, model: nn.Module, batch: Batch, metrics: Any

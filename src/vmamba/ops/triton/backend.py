@@ -359,19 +359,23 @@ def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands,
     settings = "gradient" if n_state == 1 else "gradient of several states"
     rows, shares = call.launch("gradient", settings, gradient)
     grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
-    parameters = total(shares, 0)
-    of_routes = parameters[1:].unflatten(0, (n_routes, -1))
-    grad_A, grad_bias, grad_weight = of_routes.split((n_state, 1, rank), 1)
+    grad_A, grad_D, grad_bias, grad_weight = _of_parameters(call, operands, total(shares, 0))
+    grad_initial = None if operands.initial_state is None else grad_initial.mT
+    grad_delta = grad_low if rank else grad_delta
+    return grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_weight, grad_initial
+
+
+def _of_parameters(
+    call: _Call, operands: Operands, rows: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of A, D, delta's bias and its weight from the kernel's rows, in the order of `_Call`."""
+    of_routes = rows[1:].unflatten(0, (call.n_routes, -1))
+    grad_A, grad_bias, grad_weight = of_routes.split((call.n_state, 1, call.rank), 1)
     return (
-        grad_x,
-        grad_low if rank else grad_delta,
         grad_A.mT,
-        grad_B,
-        grad_C,
-        None if operands.D is None else parameters[0].expand(n_routes, -1),
+        None if operands.D is None else rows[0].expand(call.n_routes, -1),
         None if operands.delta_bias is None else grad_bias[:, 0],
-        grad_weight.mT if rank else None,
-        None if operands.initial_state is None else grad_initial.mT,
+        grad_weight.mT if call.rank else None,
     )
 
 

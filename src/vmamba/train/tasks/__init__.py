@@ -14,6 +14,8 @@ from vmamba.train.task import Task
 
 TASKS = {
     "classification": "vmamba.train.tasks.classification:ClassificationTask",
+    "detection": "vmamba.train.tasks.detection:DetectionTask",
+    "segmentation": "vmamba.train.tasks.segmentation:SegmentationTask",
 }
 """Module and class of every task, by its name in a recipe."""
 
@@ -30,18 +32,20 @@ def task_type(name: Any) -> type[Task]:
     return getattr(importlib.import_module(module), class_name)
 
 
-def restore(checkpoint: Checkpoint, recipe: Any, weights: Weights) -> tuple[Task, nn.Module]:
-    """Rebuild the task and the trained model from a run's checkpoint alone.
+def restore_model(task: Task, checkpoint: Checkpoint, weights: Weights) -> nn.Module:
+    """Rebuild the trained model of a task.
 
     Args:
-        checkpoint: A checkpoint of a run.
-        recipe: The checkpoint's recipe; sections other than `model` may be changed.
+        task: Of the checkpoint's recipe, in which sections other than `model` may have been changed.
+        checkpoint: A run's.
         weights: Which of the checkpoint's weights to load.
+
+    Returns:
+        The model in evaluation mode.
 
     Raises:
         CheckpointError: It has no such weights, or they do not fit its model.
     """
-    task = task_type(recipe.task)(recipe, checkpoint.classes)
     recipe = task.recipe
     untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
     model = task.build_model(recipe.model_copy(update={"model": untrained}))
@@ -49,7 +53,7 @@ def restore(checkpoint: Checkpoint, recipe: Any, weights: Weights) -> tuple[Task
         model.load_state_dict(checkpoint.state_dict(weights))
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path}: does not fit its own model: {error}") from error
-    return task, model.eval()
+    return model.eval()
 
 
 def load_predictor(
@@ -68,5 +72,6 @@ def load_predictor(
     if not values:
         raise CheckpointError(f"{checkpoint.path}: does not say by what recipe its model is made")
     recipe = check(task_type(values.get("task")).recipe_type, values, checkpoint.path)
-    task, model = restore(checkpoint, recipe, weights)
+    task = task_type(recipe.task)(recipe, checkpoint.classes)
+    model = restore_model(task, checkpoint, weights)
     return task.predictor(model.to(device=device, dtype=dtype))

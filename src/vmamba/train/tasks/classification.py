@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -282,12 +282,16 @@ class ClassificationTask(Task):
         logits = _logits(model, images)
         return self._score(logits, labels, metrics), predicted_classes(logits, labels)
 
+    def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        number = len(self.classes)
+        return [asdict(row) for row in per_class(results["confusion"][:number, :number], self.classes)]
+
     def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
         """per_class.csv, confusion.csv and confusion.png."""
         number = len(self.classes)
         confusion = results["confusion"][:number, :number]
         columns = [field.name for field in fields(ClassResult)]
-        rows = [astuple(result) for result in per_class(confusion, self.classes)]
+        rows = [list(row.values()) for row in self.class_table(results)]
         write_csv(folder / "per_class.csv", columns, rows)
         counts = [[name, *row] for name, row in zip(self.classes, confusion.tolist(), strict=True)]
         write_csv(folder / "confusion.csv", ["true class", *self.classes], counts)

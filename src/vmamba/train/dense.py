@@ -1,0 +1,139 @@
+"""What the recipes of detection and segmentation share: a backbone under a head, and its weights."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import timm
+from pydantic import Field
+from torch import nn
+
+from vmamba.errors import CheckpointError, ModelError, RecipeError
+from vmamba.heads import Features
+from vmamba.heads.features import backbone_names
+from vmamba.models.checkpoints import open_checkpoint
+from vmamba.models.weights import load_weights
+from vmamba.train.model import check_section, log_load, require_model
+from vmamba.train.optim import Groups, parameter_groups
+from vmamba.train.recipe import ModelRecipe, OptimRecipe
+
+log = logging.getLogger(__name__)
+
+
+class DenseModelRecipe(ModelRecipe):
+    """A backbone of timm's registry; a task adds the settings of its head."""
+
+    norms: bool = Field(default=True, description="a LayerNorm on each feature map, as the paper has it")
+    weights_of: Literal["auto", "backbone", "model"] = Field(
+        default="auto",
+        description="what to load of a file: the backbone, or the model with its head. 'auto' takes the "
+        "whole model where the file holds one of this task",
+    )
+
+
+def configuration(recipe: ModelRecipe) -> Any:
+    """timm's pretrained configuration of the backbone."""
+    require_model(recipe.name)
+    return timm.get_pretrained_cfg(recipe.name)
+
+
+def create_backbone(recipe: DenseModelRecipe, in_chans: int) -> Features:
+    """The backbone of a recipe, with timm's pretrained weights if it asks for them.
+
+    Args:
+        recipe: The section `model`.
+        in_chans: Channels of the images.
+
+    Raises:
+        RecipeError: The model or an argument is unknown, or it has no maps at the strides 4 to 32.
+        CheckpointError: The pretrained weights do not fit or cannot be read.
+    """
+    check_section(recipe)
+    args: dict[str, Any] = {**recipe.args, "in_chans": in_chans}
+    try:
+        backbone = Features.create(
+            recipe.name, pretrained=recipe.weights == "pretrained", norm=recipe.norms, **args
+        )
+    except ModelError as error:
+        raise RecipeError(f"model: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"model.weights: {error}") from error
+    if recipe.freeze == "backbone":
+        backbone.model.requires_grad_(False)
+    return backbone
+
+
+def load_recipe_weights(
+    model: nn.Module, backbone: Features, recipe: DenseModelRecipe, head_names: Sequence[str]
+) -> None:
+    """Load the file that a recipe's `model.weights` names, into the whole model or into its backbone.
+
+    Args:
+        model: The backbone with its head.
+        backbone: The one in it.
+        recipe: The section `model`.
+        head_names: Beginnings of names by which a file of this task's models is known.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit, or holds a backbone where the whole model is
+            to be judged.
+    """
+    if recipe.weights is None:
+        log.warning("model.weights: none given, so the backbone starts anew; see docs/guides/dense.md")
+        return
+    if recipe.weights == "pretrained":
+        return
+    file = open_checkpoint(recipe.weights)
+    names = file.state_dict(recipe.weights_kind)
+    has_head = any(name.startswith(tuple(head_names)) for name in names)
+    if recipe.weights_of == "model" or (recipe.weights_of == "auto" and has_head):
+        classifier: Literal["new", "keep"] = "new" if recipe.new_classifier else "keep"
+        report = load_weights(
+            model, file, classifier=classifier, in_chans="convert", weights=recipe.weights_kind
+        )
+        log_load(report)
+        return
+    if not recipe.new_classifier:
+        raise CheckpointError(f"{file.path}: holds a backbone without a head for this task")
+    report = backbone.load(file, weights=recipe.weights_kind, in_chans="convert")
+    log.info("%s: loaded into the backbone; the head starts anew", report.source)
+    for name, how in report.converted.items():
+        log.warning("%s: %s: %s", report.source, name, how)
+
+
+FREE_OF_DECAY = ("norm", "absolute_pos_embed", "relative_position_bias_table")
+"""With `optim.decay: paper`, what in a parameter's name frees it of weight decay."""
+
+
+def dense_parameter_groups(model: nn.Module, optim: OptimRecipe) -> Groups:
+    """The optimiser's groups of a backbone with a head.
+
+    "clean" frees norms, biases and the scan's own parameters, as in classification. "paper" does what the
+    authors' configurations do: free is what has "norm" in its name in their code. There the norms of stem and
+    downsampling have an index for a name, and UPerNet's are called "bn": like biases, they are decayed.
+
+    Args:
+        model: Its backbone is a `Features`.
+        optim: The section of the recipe.
+
+    Raises:
+        RecipeError: `optim.layer_decay` is set together with "paper", which knows no rates by layer.
+    """
+    if optim.decay == "clean":
+        return parameter_groups(model, optim)
+    if optim.layer_decay is not None:
+        raise RecipeError("optim.layer_decay: not with optim.decay=paper; take clean, or set it to null")
+    authors: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, Features):
+            ours = dict(module.named_parameters())
+            authors |= zip(map(id, ours.values()), backbone_names(ours), strict=True)
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            known_as = authors.get(id(parameter), name)
+            groups[any(part in known_as for part in FREE_OF_DECAY)].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": 0.0},
+        {"params": groups[False], "weight_decay": optim.weight_decay},
+    ]

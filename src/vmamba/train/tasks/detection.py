@@ -1,0 +1,175 @@
+"""Detection and instance segmentation with Mask R-CNN."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vmamba.data import Preprocessing
+from vmamba.data.annotated import AnnotatedImages
+from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
+from vmamba.data.sources import DetectionData
+from vmamba.data.sources.coco import CocoSection
+from vmamba.dense_inference import DetectionPredictor
+from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from vmamba.train.dense import (
+    DenseModelRecipe,
+    configuration,
+    create_backbone,
+    dense_parameter_groups,
+    load_recipe_weights,
+)
+from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric
+from vmamba.train.detection_reports import (
+    JudgedDetections,
+    draw_worst_detections,
+    judge_detections,
+    write_detection_report,
+)
+from vmamba.train.optim import Groups
+from vmamba.train.recipe import OptimRecipe, Recipe
+from vmamba.train.task import SamplePrediction, Task
+
+_HEAD_NAMES = ("rpn.", "rpn_head.", "roi_heads.", "roi_head.")
+"""How names begin of what a detector has beside its backbone: ours and mmdet's."""
+
+
+class DetectorRecipe(DenseModelRecipe):
+    """Mask R-CNN on a backbone; the defaults are the paper's."""
+
+    channels: int = Field(default=256, ge=1, description="of the feature pyramid and the heads")
+    hidden: int = Field(default=1024, ge=1, description="width of the box head")
+    proposals: int = Field(default=1000, ge=1, description="most regions of an image that reach the heads")
+    detections: int = Field(default=100, ge=1, description="most objects found in an image")
+    score_threshold: float = Field(default=0.05, ge=0, lt=1, description="objects below it are dropped")
+
+
+class DetectionRecipe(Recipe):
+    """A recipe with `task: detection`."""
+
+    task: Literal["detection"] = "detection"
+    model: DetectorRecipe = DetectorRecipe()
+    data: DetectionData = CocoSection()
+    augment: DetectionAugment = DetectionAugment()
+
+
+class DetectionTask(Task):
+    """Boxes and masks of objects, with Mask R-CNN."""
+
+    name = "detection"
+    recipe_type = DetectionRecipe
+    monitor = "box_AP"
+
+    def __init__(self, recipe: DetectionRecipe, classes: Sequence[str] | None = None) -> None:
+        self.recipe: Any = self.resolve(recipe)
+        self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
+        self._sources: dict[str, AnnotatedImages] = {}
+        self.classes = list(classes) if classes is not None else self._source("train").classes
+
+    @classmethod
+    def resolve(cls, recipe: DetectionRecipe) -> DetectionRecipe:
+        """Channels, mean and std from the backbone's pretrained configuration."""
+        data = recipe.data.resolved(configuration(recipe.model))
+        return recipe.model_copy(update={"data": data})
+
+    @classmethod
+    def without_training_data(cls, recipe: DetectionRecipe) -> DetectionRecipe:
+        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
+
+    def _source(self, split: Literal["train", "val"]) -> AnnotatedImages:
+        if split not in self._sources:
+            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
+        return self._sources[split]
+
+    def dataset(self, split: Literal["train", "val"]) -> DetectionDataset:
+        source = self._source(split)
+        source.use_classes(self.classes)
+        augment = self.recipe.augment if split == "train" else None
+        return DetectionDataset(source, self.recipe.train.seed, augment, self.recipe.data.limit)
+
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return collate_dense
+
+    def build_model(self, recipe: DetectionRecipe) -> MaskRCNN:
+        section, data = recipe.model, self.recipe.data
+        backbone = create_backbone(section, self.preprocessing.channels)
+        config = MaskRCNNConfig(
+            num_classes=len(self.classes) + 1,
+            channels=section.channels,
+            hidden=section.hidden,
+            min_size=data.short_side,
+            max_size=data.long_side,
+            resize_in_training=False,  # the augmentation does it
+            mean=self.preprocessing.mean,
+            std=self.preprocessing.std,
+            proposals=section.proposals,
+            detections=section.detections,
+            score_threshold=section.score_threshold,
+        )
+        model = MaskRCNN(backbone, config)
+        load_recipe_weights(model, backbone, section, _HEAD_NAMES)
+        return model
+
+    def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
+        return dense_parameter_groups(model, optim)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        frozen: nn.Module = model.backbone.body.model  # type: ignore[union-attr,assignment]
+        return frozen
+
+    def training_step(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = model(batch["images"], batch["targets"])
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def metrics(self) -> CocoMetric:
+        """COCO's AP of boxes and masks."""
+        return CocoMetric(self.classes)
+
+    def report_metrics(self) -> CocoMetric:
+        """The same, and tables: AP by class, precision by recall, and the confusion of classes."""
+        return CocoMetric(self.classes, tables=True)
+
+    def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> None:
+        self._judge(model, batch, metrics)
+
+    def _judge(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> list[dict[str, Tensor]]:
+        """Detections, image by image: in a batch padding would change them."""
+        detections = [model([image])[0] for image in batch["images"]]
+        metrics.update(detections, batch["objects"])
+        return detections
+
+    def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        columns = [f"{kind}_{score}" for kind in KINDS for score in SCORES]
+        values = torch.cat([results[f"{kind}_per_class"] for kind in KINDS], 1).tolist()
+        return [
+            {"name": name, **dict(zip(columns, map(_defined, row), strict=True))}
+            for name, row in zip(self.classes, values, strict=True)
+        ]
+
+    def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
+        """ap.csv, precision_recall.csv and .png, confusion.csv and .png."""
+        write_detection_report(results, self.classes, folder)
+
+    def report_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> tuple[None, list[JudgedDetections]]:
+        detections = self._judge(model, batch, metrics)
+        pairs = zip(detections, batch["objects"], strict=True)
+        return None, [judge_detections(*pair, len(self.classes)) for pair in pairs]
+
+    def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
+        """worst.png: the images with the most mistakes, truth beside prediction."""
+        draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
+
+    def predictor(self, model: nn.Module) -> DetectionPredictor:
+        return DetectionPredictor(model, self.preprocessing, self.classes)
+
+
+def _defined(value: float) -> float | None:
+    """None for NaN, which a score is where a class has no such objects."""
+    return None if value != value else value

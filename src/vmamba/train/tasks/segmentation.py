@@ -1,0 +1,187 @@
+"""Semantic segmentation with UPerNet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from vmamba.data import Preprocessing
+from vmamba.data.dense import SegmentationAugment, SegmentationDataset, collate_dense
+from vmamba.data.segmented import SegmentedImages
+from vmamba.data.sources import SegmentationData
+from vmamba.data.sources.ade20k import Ade20kSection
+from vmamba.dense_inference import SegmentationPredictor
+from vmamba.errors import RecipeError
+from vmamba.heads.sliding import SegmentedViews
+from vmamba.heads.upernet import UPerNet, upernet
+from vmamba.train.dense import (
+    DenseModelRecipe,
+    configuration,
+    create_backbone,
+    dense_parameter_groups,
+    load_recipe_weights,
+)
+from vmamba.train.optim import Groups
+from vmamba.train.recipe import OptimRecipe, Recipe
+from vmamba.train.segmentation_metrics import COLUMNS, IoUMetric
+from vmamba.train.segmentation_reports import (
+    JudgedSegmentation,
+    draw_worst_segmentations,
+    judge_segmentation,
+    write_segmentation_report,
+)
+from vmamba.train.task import SamplePrediction, Task
+
+_HEAD_NAMES = ("decode_head.",)
+"""How names begin of what a segmenter has beside its backbone, here and in mmseg."""
+
+
+class SegmenterRecipe(DenseModelRecipe):
+    """UPerNet on a backbone; the defaults are the paper's."""
+
+    channels: int = Field(default=512, ge=1, description="of the head")
+    aux_channels: int = Field(default=256, ge=1, description="of the auxiliary head")
+    aux_weight: float = Field(default=0.4, ge=0, description="of the auxiliary head's loss")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="before the classifiers")
+
+
+class SegmentationRecipe(Recipe):
+    """A recipe with `task: segmentation`."""
+
+    task: Literal["segmentation"] = "segmentation"
+    model: SegmenterRecipe = SegmenterRecipe()
+    data: SegmentationData = Ade20kSection()
+    augment: SegmentationAugment = SegmentationAugment()
+
+    @model_validator(mode="after")
+    def _batchnorm_has_samples(self) -> "SegmentationRecipe":
+        train = self.train
+        if train.batch_size == 1 or (train.micro_batch_size == 1 and not train.sync_batchnorm):
+            raise ValueError(
+                "train.micro_batch_size: BatchNorm in the head trains on at least 2 images at a time"
+            )
+        return self
+
+
+class SegmentationTask(Task):
+    """A class for each pixel, with UPerNet."""
+
+    name = "segmentation"
+    recipe_type = SegmentationRecipe
+    monitor = "mIoU"
+
+    def __init__(self, recipe: SegmentationRecipe, classes: Sequence[str] | None = None) -> None:
+        self.recipe: Any = self.resolve(recipe)
+        self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
+        self._sources: dict[str, SegmentedImages] = {}
+        self.classes = list(classes) if classes is not None else self._source("train").classes
+
+    @classmethod
+    def resolve(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
+        """Channels, mean and std from the backbone's pretrained configuration."""
+        data = recipe.data.resolved(configuration(recipe.model))
+        return recipe.model_copy(update={"data": data})
+
+    @classmethod
+    def without_training_data(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
+        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
+
+    def _source(self, split: Literal["train", "val"]) -> SegmentedImages:
+        if split not in self._sources:
+            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
+        return self._sources[split]
+
+    def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
+        source = self._source(split)
+        source.use_classes(self.classes)
+        augment = self.recipe.augment if split == "train" else None
+        return SegmentationDataset(
+            source, self.preprocessing, self.recipe.train.seed, augment, self.recipe.data.limit
+        )
+
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return collate_dense
+
+    def build_model(self, recipe: SegmentationRecipe) -> UPerNet:
+        section = recipe.model
+        backbone = create_backbone(section, self.preprocessing.channels)
+        model = upernet(
+            backbone,
+            len(self.classes),
+            channels=section.channels,
+            aux_channels=section.aux_channels,
+            aux_weight=section.aux_weight,
+            dropout=section.dropout,
+        )
+        load_recipe_weights(model, backbone, section, _HEAD_NAMES)
+        return model
+
+    def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
+        return dense_parameter_groups(model, optim)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        frozen: nn.Module = model.backbone.model  # type: ignore[union-attr,assignment]
+        return frozen
+
+    def training_step(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = model(batch["images"], batch["labels"])
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def metrics(self) -> IoUMetric:
+        """mIoU and pixel accuracy."""
+        return IoUMetric(self.classes)
+
+    def report_metrics(self) -> IoUMetric:
+        """The same, and tables of all classes and their confusion."""
+        return IoUMetric(self.classes, tables=True)
+
+    def _views(self, model: nn.Module, **options: Any) -> SegmentedViews:
+        data = self.recipe.data
+        try:
+            return SegmentedViews(
+                model, data.short_side, data.long_side, window=data.window, stride=data.stride, **options
+            )
+        except ValueError as error:
+            raise RecipeError(f"data: {error}") from None
+
+    def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric) -> None:
+        self._judge(model, batch, metrics)
+
+    def _judge(self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric) -> list[Tensor]:
+        """The class of each pixel, image by image: their sizes differ, and padding would change them."""
+        views = model if isinstance(model, SegmentedViews) else self._views(model)
+        predicted = []
+        for image, labels in zip(batch["images"], batch["labels"], strict=True):
+            predicted.append(views.labels(image[None])[0])
+            metrics.update(predicted[-1], labels)
+        return predicted
+
+    def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        rows = zip(self.classes, results["per_class"].tolist(), strict=True)
+        return [
+            {"name": name, **{c: None if v != v else v for c, v in zip(COLUMNS, values, strict=True)}}
+            for name, values in rows
+        ]
+
+    def report(self, results: Mapping[str, Tensor], folder: Path) -> None:
+        """iou.csv, confusion.csv and confusion.png."""
+        write_segmentation_report(results, self.classes, folder)
+
+    def report_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric
+    ) -> tuple[None, list[JudgedSegmentation]]:
+        pairs = zip(self._judge(model, batch, metrics), batch["labels"], strict=True)
+        return None, [judge_segmentation(*pair, len(self.classes)) for pair in pairs]
+
+    def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
+        """worst.png: the images with the lowest mean IoU, truth beside prediction."""
+        draw_worst_segmentations(predictions, self.classes, self._source("val").load, folder / "worst.png")
+
+    def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
+        return self._views(model, flip=flip, scales=scales)
+
+    def predictor(self, model: nn.Module) -> SegmentationPredictor:
+        return SegmentationPredictor(model, self.preprocessing, self.classes)

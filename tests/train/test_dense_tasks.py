@@ -1,0 +1,224 @@
+"""Detection and segmentation, from a recipe to a report, by the loop that all tasks share."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import vmamba
+from dense_runs import SIZE, STEPS, values
+from images import assert_same
+from vmamba.errors import CheckpointError, RecipeError
+from vmamba.heads import mmdet_names
+from vmamba.models.checkpoints import read_checkpoint
+from vmamba.train import run
+from vmamba.train.curves import read_metrics
+from vmamba.train.evaluation import evaluate, write_evaluation
+from vmamba.train.runs import find_runs
+from vmamba.train.session import load_recipe, open_session, training_session
+
+TASKS = ["detection", "segmentation"]
+MONITOR = {"detection": "box_AP", "segmentation": "mIoU"}
+REPORT = {
+    "detection": {
+        "results.json",
+        "ap.csv",
+        "precision_recall.csv",
+        "precision_recall.png",
+        "confusion.csv",
+        "confusion.png",
+        "worst.png",
+    },
+    "segmentation": {"results.json", "iou.csv", "confusion.csv", "confusion.png", "worst.png"},
+}
+
+
+def write_recipe(folder: Path, task: str, **train: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values(task, **train)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each task."""
+    folders = {}
+    for task in TASKS:
+        folders[task] = tmp_path_factory.mktemp(task)
+        run.train(load_recipe(write_recipe(folders[task], task)), folders[task])
+    return folders
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """But for the speed."""
+    table = read_metrics(folder / "metrics.csv")
+    return [{name: value for name, value in row.items() if name != "images/s"} for row in table]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_trained(task: str, runs: dict[str, Path]) -> None:
+    table = rows(runs[task])
+    assert [row["step"] for row in table] == ["3", "6"]
+    assert float(table[1]["train/loss"]) < float(table[0]["train/loss"])
+    (described,) = find_runs(runs[task])
+    assert (described.state, described.unit, described.length) == ("finished", "steps", STEPS)
+    assert described.best == max(float(row[f"val/ema_{MONITOR[task]}"]) for row in table)
+    for name in ("best.safetensors", "config.json", "curves.png"):
+        assert (runs[task] / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluated_and_reported(task: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    evaluation = evaluate(runs[task], keep_predictions=True)
+    assert (evaluation.weights, evaluation.samples) == ("ema", 8)
+    best = max(float(row[f"val/ema_{MONITOR[task]}"]) for row in rows(runs[task]))
+    assert evaluation.scores[MONITOR[task]] == pytest.approx(best, abs=1e-6)
+    write_evaluation(evaluation, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == REPORT[task]
+    table = evaluation.class_table
+    assert [row["name"] for row in table] == evaluation.classes
+    json.dumps(table, allow_nan=False)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predicted_from_the_run_and_from_its_weights(task: str, runs: dict[str, Path]) -> None:
+    image = torch.randint(256, (3, SIZE, 80), dtype=torch.uint8)
+    expected = open_session(runs[task]).predictor()(image)
+    for source in (runs[task], runs[task] / "best.safetensors"):
+        assert repr(vmamba.load(source)(image)) == repr(expected)
+
+
+KILLED = """
+import os, signal
+from vmamba.train import run
+from vmamba.train.session import load_recipe
+from vmamba.train.tasks import task_type
+recipe = load_recipe({recipe!r})
+task = task_type(recipe.task)
+step, calls = task.training_step, [0]
+def counted(self, model, batch):
+    calls[0] += 1
+    if calls[0] == 10:  # in step 5, of two passes each; the last checkpoint is that of step 4
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, model, batch)
+task.training_step = counted
+run.train(recipe, {out!r})
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_killed_run_ends_with_the_same_bits(task: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = KILLED.format(recipe=str(write_recipe(tmp_path, task)), out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run.resume(out)
+    assert_same(state(out), state(runs[task]))
+    assert rows(out) == rows(runs[task])
+
+
+def test_workers_change_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
+    run.train(load_recipe(write_recipe(tmp_path, "detection", workers=2)), tmp_path)
+    assert_same(state(tmp_path), state(runs["detection"]))
+
+
+def test_averaged_over_scales_and_mirror_images(runs: dict[str, Path]) -> None:
+    evaluation = evaluate(runs["segmentation"], flip=True, scales=(0.75, 1.0))
+    assert 0 <= evaluation.scores["mIoU"] <= 1
+    with pytest.raises(RecipeError, match="test-time augmentation: not for detection"):
+        evaluate(runs["detection"], flip=True)
+
+
+def test_windows_that_cover_the_image_change_nothing(runs: dict[str, Path]) -> None:
+    whole = evaluate(runs["segmentation"])
+    covered = evaluate(runs["segmentation"], ["data.window=96"])
+    assert covered.results["confusion"].equal(whole.results["confusion"])
+    smaller = evaluate(runs["segmentation"], ["data.window=48", "data.stride=16"])
+    assert not smaller.results["confusion"].equal(whole.results["confusion"])
+    with pytest.raises(RecipeError, match="stride 16: expected a window"):
+        evaluate(runs["segmentation"], ["data.stride=16"])
+
+
+def begin(tmp_path: Path, task: str, *overrides: str) -> Any:
+    """The model that a recipe would train."""
+    return training_session(load_recipe(write_recipe(tmp_path, task), overrides)).model
+
+
+def test_begun_from_a_detectors_weights(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Whole, the backbone alone, and under mmdet's names."""
+    trained = open_session(runs["detection"]).model.state_dict()
+    source = runs["detection"] / "best.safetensors"
+    whole = begin(tmp_path, "detection", f"model.weights={source}").state_dict()
+    assert_same(whole, trained)
+    backbone = begin(tmp_path, "detection", f"model.weights={source}", "model.weights_of=backbone")
+    for name, value in backbone.state_dict().items():
+        head = not name.startswith("backbone.body.") and value.ndim > 1
+        assert not (head and value.any() and value.equal(trained[name])), name
+        assert head or value.ndim < 2 or value.equal(trained[name]), name
+    theirs = tmp_path / "theirs.pth"
+    torch.save({"state_dict": mmdet_names(trained)}, theirs)
+    assert_same(begin(tmp_path, "detection", f"model.weights={theirs}").state_dict(), trained)
+    # A segmenter takes the backbone of a detector.
+    segmenter = begin(tmp_path, "segmentation", f"model.weights={source}").backbone.state_dict()
+    assert_same(segmenter, {name: trained[f"backbone.body.{name}"] for name in segmenter})
+
+
+def test_weights_that_do_not_fit(runs: dict[str, Path], tmp_path: Path) -> None:
+    source = runs["detection"] / "best.safetensors"
+    with pytest.raises(CheckpointError, match="does not fit"):
+        begin(tmp_path, "detection", f"model.weights={source}", "model.args.dims=[16, 16, 16, 32]")
+    backbone = tmp_path / "backbone.pth"
+    torch.save(open_session(runs["detection"]).model.backbone.body.state_dict(), backbone)
+    with pytest.raises(CheckpointError, match="holds a backbone without a head"):
+        evaluate(write_recipe(tmp_path, "segmentation"), [f"model.weights={backbone}"])
+
+
+def test_beginning_without_weights_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begin(tmp_path, "segmentation")
+    assert "model.weights: none given, so the backbone starts anew" in caplog.text
+
+
+def test_a_frozen_backbone_never_changes(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Its norms on the maps and the head do."""
+    source = runs["detection"] / "best.safetensors"
+    overrides = [f"model.weights={source}", "model.freeze=backbone", "schedule.steps=2"]
+    run.train(load_recipe(write_recipe(tmp_path, "detection"), overrides), tmp_path / "run")
+    before = open_session(runs["detection"]).model.state_dict()
+    after = {name.removeprefix("model."): value for name, value in state(tmp_path / "run").items()}
+    for name, value in before.items():
+        if name.startswith("backbone.body.model."):
+            assert value.equal(after[name]), name
+    assert not before["backbone.body.outnorm0.weight"].equal(after["backbone.body.outnorm0.weight"])
+    assert not before["rpn.head.cls_logits.weight"].equal(after["rpn.head.cls_logits.weight"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.micro_batch_size=1", "BatchNorm in the head trains on at least 2 images"),
+        ("model.name=vit_tiny_patch16_224", "expected feature maps at the strides"),
+        ("model.args.num_classes=3", "model.args.num_classes: not here"),
+        ("model.args.eggs=3", "eggs"),
+        ("data.short_side=200", "short_side 200 is above long_side 96"),
+        ("data.image_size=64", "no such key"),
+    ],
+)
+def test_recipes_that_cannot_be_run(override: str, message: str, tmp_path: Path) -> None:
+    overrides = [override]
+    if override.startswith("model.name"):
+        overrides.append("model.args={}")
+    with pytest.raises(RecipeError, match=message):
+        begin(tmp_path, "segmentation", *overrides)
