@@ -3,13 +3,17 @@
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from vmamba_cli._messages import encodable, refuse, say
 
 
 class Weights(str, Enum):
@@ -24,8 +28,8 @@ class Precision(str, Enum):
     bfloat16 = "bfloat16"
 
 
-_TABLES = (".csv", ".json", ".jsonl")
-_SHEETS = (".png", ".jpg", ".jpeg")
+TABLES = (".csv", ".json", ".jsonl")
+SHEETS = (".png", ".jpg", ".jpeg")
 _MANY = 100
 """Least number of images for which progress is shown."""
 
@@ -33,7 +37,9 @@ _MANY = 100
 def command(
     images: Annotated[
         list[str],
-        typer.Argument(help="Image files, folders with all below them, or globs such as 'photos/**/*.jpg'."),
+        typer.Argument(
+            help="Images, folders with all images below them, videos, or globs such as 'photos/**/*.jpg'."
+        ),
     ],
     checkpoint: Annotated[
         str | None,
@@ -45,7 +51,8 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model's name: its pretrained weights, or with --checkpoint what that file is of.",
+            help="A model's name: its pretrained weights, or with --checkpoint the model or backbone that "
+            "the file is of.",
             show_default=False,
         ),
     ] = None,
@@ -55,23 +62,45 @@ def command(
     ] = Weights.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Of weights and computation.")] = Precision.float32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 16,
-    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images judged at once; by default 16 for classification, else 1.", show_default=False
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Classes or objects of each image; by default 5 or all.", show_default=False
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Least probability of an object; by default 0.3.", show_default=False
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Of videos, take the first of so many frames.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Also write a table (.csv, .json, .jsonl) or a contact sheet (.png, .jpg).",
+            help="Also write a table (.csv, .json, .jsonl), a contact sheet (.png, .jpg) or, of objects and "
+            "segmentations, a folder of pictures.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Say what images show."""
+    """Say what images and videos show."""
     _check(images, checkpoint, model, out)  # before the import below, which takes seconds
     import vmamba
-    from vmamba.words import counted
+    from vmamba_cli._predictions import writing
 
-    paths = list(_find(images))
+    out = None if out is None else out.expanduser()
+    inputs = _outside_of(out, list(_find(images)))
+    videos = sum(each.is_video for each in inputs)
+    if every > 1 and not videos:
+        refuse("--every: of videos, and there is none among these images")
     source = checkpoint if checkpoint is not None else model
     predictor = vmamba.load(
         source,  # type: ignore[arg-type]  # one of them is given
@@ -80,79 +109,148 @@ def command(
         dtype=precision.value,
         weights=weights.value,
     )
-    what = f"{counted(len(paths), 'image')}, {counted(len(predictor.classes), 'class', 'classes')}"
-    _say(f"{what}, {predictor.device}, {precision.value}")
-    shown = _progress(predictor.stream(paths, batch_size=batch_size, top=top), len(paths))
-    with _writing(out, predictor) as keep:
-        failed = _print(_kept(shown, keep), as_json, needed=out is not None)
+    _configure(predictor, min_score, out)
+    say(f"{_what(len(inputs) - videos, videos, predictor)}, {predictor.device}, {precision.value}")
+    results = _results(predictor, inputs, every, batch_size=batch_size, top="auto" if top is None else top)
+    shown = _progress(results, None if videos else len(inputs))
+    with nullcontext() if out is None else writing(out, predictor, inputs, bool(videos)) as keep:
+        failed, total = _print(_kept(shown, keep), as_json, needed=out is not None)
     if failed:
-        _say(f"vmamba: {failed:,} of {counted(len(paths), 'image')} could not be judged", error=True)
-        raise typer.Exit(1 if failed < len(paths) else 2)
+        from vmamba.words import counted
+
+        say(f"vmamba: {failed:,} of {counted(total, 'image')} could not be judged", error=True)
+        raise typer.Exit(1 if failed < total else 2)
 
 
-def _refuse(message: str) -> None:
-    """Stop with a message, as for a `vmamba.errors.UserError`, without importing the library."""
-    _say(f"vmamba: {message}", error=True)
-    raise typer.Exit(2)
+def _what(images: int, videos: int, predictor: Any) -> str:
+    from vmamba.words import counted
+
+    numbers = [counted(images, "image")] if images or not videos else []
+    numbers += [counted(videos, "video")] if videos else []
+    return ", ".join([*numbers, counted(len(predictor.classes), "class", "classes")])
 
 
-def _say(message: str, error: bool = False) -> None:
-    typer.secho(_encodable(message, sys.stderr), fg=typer.colors.RED if error else None, err=True)
+def _configure(predictor: Any, min_score: float | None, out: Path | None) -> None:
+    """Refuse options that do not suit the predictor's task."""
+    from vmamba_cli._predictions import drawable
+
+    if out is not None and _is_folder(out) and not drawable(predictor.task):
+        refuse(
+            f"--out {out}: a folder of pictures is of detection and segmentation, and this model's task is "
+            f"{predictor.task}; expected a name that ends in {', '.join((*TABLES, *SHEETS))}"
+        )
+    if min_score is None:
+        return
+    if not hasattr(predictor, "min_score"):
+        refuse(f"--min-score: of detection, and this model's task is {predictor.task}")
+    try:
+        predictor.min_score = min_score
+    except ValueError as error:
+        refuse(f"--{str(error).replace('_', '-', 1)}")
 
 
-def _encodable(text: str, stream: Any) -> str:
-    """The text, with characters that the stream cannot encode and bytes that are not text escaped."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace") if not text.isascii() else text
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def _results(predictor: Any, inputs: Sequence[Any], every: int, **options: Any) -> Iterator[Any]:
+    """The result for each image, and for each frame of each video, in order."""
+    from vmamba_cli._predictions import Result
+
+    for is_video, group in groupby(inputs, lambda each: each.is_video):
+        members = list(group)
+        if is_video:
+            for each in members:
+                yield from _of_video(predictor, each, every, options)
+            continue
+        predictions = predictor.stream([each.path for each in members], **options)
+        for each, prediction in zip(members, predictions, strict=True):
+            yield Result(each, prediction)
+
+
+def _of_video(predictor: Any, file: Any, every: int, options: Any) -> Iterator[Any]:
+    """The results for frames; if the video is damaged, the last one is the error."""
+    from vmamba.data.video import Video
+    from vmamba.errors import DataError
+    from vmamba.inference import FailedImage
+    from vmamba_cli._predictions import Result
+
+    pending: deque[Any] = deque()
+    errors: list[DataError] = []
+
+    def images(video: Video) -> Iterator[Any]:
+        try:
+            for frame in video:
+                pending.append(frame)
+                yield frame.image
+        except DataError as error:  # raised further it would lose the frames of the batch
+            errors.append(error)
+
+    try:
+        with Video(file.path, every) as video:
+            for prediction in predictor.stream(images(video), **options):
+                yield Result(file, prediction, pending.popleft(), video)
+    except DataError as error:
+        errors.append(error)
+    for problem in errors:
+        yield Result(file, FailedImage(file.path, str(problem)))
 
 
 def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out: Path | None) -> None:
     if checkpoint is None and model is None:
-        _refuse("predict: what with? Give --checkpoint RUN, or --model vmamba_tiny for pretrained weights")
+        refuse("predict: what with? Give --checkpoint RUN, or --model vmamba_tiny for pretrained weights")
     for image in images:
         if not os.path.lexists(os.path.expanduser(image)) and not _is_glob(image):
-            _refuse(f"{image}: no such image or folder")
+            refuse(f"{image}: no such image or folder")
     if out is None:
         return
     out = out.expanduser()
-    if out.suffix.lower() not in (*_TABLES, *_SHEETS):
-        _refuse(f"--out {out}: expected a name that ends in {', '.join((*_TABLES, *_SHEETS))}")
+    if not _is_folder(out) and out.suffix.lower() not in (*TABLES, *SHEETS):
+        refuse(
+            f"--out {out}: expected a name that ends in {', '.join((*TABLES, *SHEETS))}, or a folder for "
+            "pictures: one that exists, or a name without a suffix"
+        )
     above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
-    folder = os.path.isdir(out)
-    if folder or not above.is_dir():
-        _refuse(f"--out {out}: cannot be written ({out if folder else above} is in the way)")
-    if not os.access(out if os.path.exists(out) else above, os.W_OK):
-        _refuse(f"--out {out}: cannot be written (Permission denied)")
+    exists = os.path.lexists(out)
+    in_the_way = exists and _is_folder(out) != os.path.isdir(out)
+    if in_the_way or not above.is_dir():
+        refuse(f"--out {out}: cannot be written ({out if in_the_way else above} is in the way)")
+    if not os.access(out if exists else above, os.W_OK):
+        refuse(f"--out {out}: cannot be written (Permission denied)")
+
+
+def _is_folder(out: Path) -> bool:
+    """Whether `--out` is a folder of pictures."""
+    return out.suffix == "" or (os.path.isdir(out) and out.suffix.lower() not in (*TABLES, *SHEETS))
 
 
 def _is_glob(text: str) -> bool:
     return any(char in text for char in "*?[")
 
 
-def _find(images: Iterable[str]) -> Iterator[str]:
-    """The image files named; from folders and globs those that are not hidden, sorted by name."""
+def _find(images: Iterable[str]) -> Iterator[Any]:
+    """The files named; from folders and globs those that are not hidden, sorted by name."""
     import glob
 
     from vmamba.errors import DataError
+    from vmamba_cli._predictions import Input
 
     for image in images:
         path = os.path.expanduser(image)
         if os.path.isdir(path):
             yield from _in_folder(path)
         elif os.path.lexists(path):
-            yield path
+            yield Input(path, os.path.basename(path))
         else:
             matches = sorted(glob.glob(path, recursive=True))
             files = [match for match in matches if not os.path.isdir(match)]
             if not files:
                 raise DataError(f"{image}: no file has such a name")
-            yield from files
+            above = os.path.commonpath([os.path.dirname(file) for file in files])
+            for file in files:
+                yield Input(file, os.path.relpath(file, above or "."))
 
 
-def _in_folder(folder: str) -> Iterator[str]:
+def _in_folder(folder: str) -> Iterator[Any]:
     from vmamba.data.finding import LeftOut, find_images
     from vmamba.errors import DataError
+    from vmamba_cli._predictions import Input
 
     left_out = LeftOut()
     names = find_images(folder, left_out)
@@ -161,61 +259,83 @@ def _in_folder(folder: str) -> Iterator[str]:
             f"{folder}: no images in this folder or below{f'; {left_out}' if str(left_out) else ''}"
         )
     if str(left_out):
-        _say(f"{folder}: left out {left_out}")
+        say(f"{folder}: left out {left_out}")
     for name in names:
-        yield os.path.join(folder, name)
+        yield Input(os.path.join(folder, name), name)
 
 
-def _progress(predictions: Iterable[Any], total: int) -> Iterator[Any]:
-    """Show progress on stderr unless stdout shows it: every second on a terminal, else every ten."""
+def _outside_of(out: Path | None, inputs: list[Any]) -> list[Any]:
+    """The files without those that an earlier call wrote into the folder `--out`."""
+    from vmamba.errors import DataError
+    from vmamba_cli._predictions import MASKS, OVERLAYS
+
+    if out is None or not out.is_dir():
+        return inputs
+    written = [(out / name).resolve() for name in (OVERLAYS, MASKS)]
+    kept = [each for each in inputs if not any(map(Path(each.path).resolve().is_relative_to, written))]
+    if not kept:
+        raise DataError(f"--out {out}: all images are in it, where an earlier call wrote them")
+    if len(kept) < len(inputs):
+        say(f"{out}: left out {len(inputs) - len(kept):,} images in it, which an earlier call wrote")
+    return kept
+
+
+def _progress(results: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """Show progress on stderr unless stdout shows it: every second on a terminal, else every ten.
+
+    Args:
+        results: Of images and frames.
+        total: How many they are; None if nobody knows, as of videos.
+    """
     terminal = sys.stderr.isatty()
-    if total < _MANY or sys.stdout.isatty():
-        yield from predictions
+    if (total is not None and total < _MANY) or sys.stdout.isatty():
+        yield from results
         return
     start = last = time.monotonic()
-    for number, prediction in enumerate(predictions, 1):
-        yield prediction
+    of_all = "" if total is None else f"/{total:,}"
+    for number, result in enumerate(results, 1):
+        yield result
         now = time.monotonic()
         if now - last > (1 if terminal else 10) or number == total:
             last = now
-            line = f"{number:,}/{total:,} images, {number / (now - start):.1f} images/s"
+            line = f"{number:,}{of_all} images, {number / (now - start):.1f} images/s"
             sys.stderr.write(f"\r{line}\033[K" if terminal else f"{line}\n")
             sys.stderr.flush()
     if terminal:
         sys.stderr.write("\n")
 
 
-def _kept(predictions: Iterable[Any], keep: Any) -> Iterator[Any]:
-    for prediction in predictions:
-        keep(prediction)
-        yield prediction
+def _kept(results: Iterable[Any], keep: Any) -> Iterator[Any]:
+    """The results, given to `keep` as well if there is such a function."""
+    for result in results:
+        if keep is not None:
+            keep(result)
+        yield result
 
 
-def _print(predictions: Iterable[Any], as_json: bool, needed: bool) -> int:
-    """Print each prediction as it comes.
+def _print(results: Iterable[Any], as_json: bool, needed: bool) -> tuple[int, int]:
+    """Print each result as it comes.
 
     Args:
-        predictions: To print.
+        results: To print.
         as_json: As an array of JSON.
         needed: Whether `--out` needs them too, so that they go on when stdout's reader is gone.
 
     Returns:
-        How many images failed.
+        How many images failed, and how many there were.
     """
-    from vmamba.inference import FailedImage
-
-    failed = 0
-    for number, prediction in enumerate(predictions):
-        wrong = isinstance(prediction, FailedImage)
-        failed += wrong
-        if wrong:
-            _say(f"vmamba: {prediction.text()}", error=True)
+    failed = total = 0
+    for result in results:
+        failed += result.failed
+        if result.failed:
+            say(f"vmamba: {result.text}", error=True)
         if as_json:
-            _emit(f"{',' if number else '['}\n  {_json(prediction)}", needed)
-        elif not wrong:
-            _emit(_encodable(f"{prediction.image}: {prediction.text()}\n", sys.stdout), needed)
+            _emit(f"{',' if total else '['}\n  {result.json()}", needed)
+        elif not result.failed:
+            _emit(encodable(f"{result.text}\n", sys.stdout), needed)
+        total += 1
     _emit("\n]\n" if as_json else "", needed)
-    return failed
+    return failed, total
 
 
 def _emit(text: str, needed: bool) -> None:
@@ -229,119 +349,5 @@ def _emit(text: str, needed: bool) -> None:
         if isinstance(error, BrokenPipeError) and needed:
             return
         if not isinstance(error, BrokenPipeError):
-            _say(f"vmamba: the output cannot be written ({error.strerror or error})", error=True)
+            say(f"vmamba: the output cannot be written ({error.strerror or error})", error=True)
         raise typer.Exit(2) from error
-
-
-def _json(prediction: Any) -> str:
-    """One line of JSON; bytes of a file name that are not text are escaped as on a terminal."""
-    import json
-    from dataclasses import asdict
-
-    from vmamba.data.decoding import printable
-
-    return json.dumps({**asdict(prediction), "image": printable(prediction.image)}, allow_nan=False)
-
-
-@contextmanager
-def _writing(out: Path | None, predictor: Any) -> Iterator[Any]:
-    """A function to call with each prediction for the file `--out`, which is created when all are done."""
-    from vmamba.errors import OutputError
-
-    if out is None:
-        yield lambda prediction: None
-        return
-    out = out.expanduser()
-    try:
-        if out.suffix.lower() in _SHEETS:
-            with _sheet(out, predictor) as keep:
-                yield keep
-        else:
-            with _table(out) as keep:
-                yield keep
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"--out {out}: cannot be written ({error.strerror or error})") from error
-
-
-@contextmanager
-def _table(out: Path) -> Iterator[Any]:
-    from vmamba.files import replacing
-
-    kind = out.suffix.lower()
-    rows = 0
-    with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-
-        def keep(prediction: Any) -> None:
-            nonlocal rows
-            if kind == ".csv":
-                _write_row(file, prediction, first=not rows)
-            else:
-                start = "" if kind == ".jsonl" else ",\n  " if rows else "[\n  "
-                file.write(start + _json(prediction) + ("\n" if kind == ".jsonl" else ""))
-            rows += 1
-
-        yield keep
-        if kind == ".json":
-            file.write("\n]\n")
-
-
-def _write_row(file: Any, prediction: Any, first: bool) -> None:
-    """Columns: image, best label, its score, all labels with their scores, error."""
-    import csv
-
-    from vmamba.data.decoding import printable
-    from vmamba.inference import Classification, FailedImage
-
-    writer = csv.writer(file)
-    if first:
-        writer.writerow(["image", "label", "score", "all", "error"])
-    row: list[Any] = [printable(prediction.image)]
-    if isinstance(prediction, Classification):
-        best = prediction.classes[0]
-        row += [best.label, f"{best.score:.6f}"]
-        row += ["; ".join(f"{each.label} {each.score:.6f}" for each in prediction.classes), ""]
-    else:
-        wrong = isinstance(prediction, FailedImage)
-        row += ["", "", "" if wrong else prediction.text(), prediction.text() if wrong else ""]
-    writer.writerow(row)
-
-
-@contextmanager
-def _sheet(out: Path, predictor: Any) -> Iterator[Any]:
-    from vmamba.data.contact_sheet import MOST, draw_sheet
-
-    predictions: list[Any] = []
-    total = 0
-
-    def keep(prediction: Any) -> None:
-        nonlocal total
-        total += 1
-        if total <= MOST:
-            predictions.append(prediction)
-
-    yield keep
-    draw_sheet([_cell(prediction, predictor) for prediction in predictions], out)
-    if total > MOST:
-        _say(f"{out}: shows the first {MOST:,} of {total:,} images")
-
-
-def _cell(prediction: Any, predictor: Any) -> Any:
-    """A cell of a contact sheet; its image is read again, so that no images are held in memory."""
-    from vmamba.data.contact_sheet import Cell, picture
-    from vmamba.data.decoding import printable
-    from vmamba.errors import DataError
-    from vmamba.inference import Classification, FailedImage
-
-    name = printable(prediction.image)
-    if isinstance(prediction, FailedImage):
-        return Cell(name, None, prediction.text().removeprefix(f"{name}: "))
-    try:
-        image = picture(predictor.preprocessing.read(prediction.image))
-    except DataError as error:
-        return Cell(name, None, str(error).removeprefix(f"{name}: "))
-    if isinstance(prediction, Classification):
-        best = prediction.classes[0]
-        return Cell(name, image, best.label, f"{best.score:.0%}")
-    return Cell(name, image, prediction.text())

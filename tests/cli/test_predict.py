@@ -5,10 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import timm
@@ -17,29 +15,13 @@ from PIL import Image, ImageFont
 from torch import nn
 
 from images import COLOURS, make_folder
+from predicting import Done, predict
 from vmamba.data import fonts
 from vmamba.data.contact_sheet import Cell, draw_sheet
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.pretrained import model_config, save_pretrained
-from vmamba_cli.__main__ import main
 
 CLASSES = sorted(COLOURS)
-
-
-class Done(NamedTuple):
-    status: int
-    stdout: str
-    stderr: str
-
-
-def predict(place: Path, *arguments: str) -> Done:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr(sys, "argv", ["vmamba", "predict", *arguments])
-        stdout, stderr = StringIO(), StringIO()
-        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as raised:
-            main()
-    return Done(int(raised.value.code or 0), stdout.getvalue(), stderr.getvalue())
 
 
 def assert_refused(done: Done, message: str) -> None:

@@ -47,6 +47,13 @@ def picture(image: DecodedImage) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
+def thumbnail(image: Image.Image) -> Image.Image:
+    """The image at the size that it has on a sheet, in RGB."""
+    scale = _SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((width, height))
+
+
 def draw_sheet(cells: Sequence[Cell], path: Path) -> None:
     """Write a grid of images as PNG or JPEG, by the file's suffix.
 
@@ -71,11 +78,9 @@ def draw_sheet(cells: Sequence[Cell], path: Path) -> None:
 def _draw_cell(sheet: Any, draw: Any, cell: Cell, left: int, top: int) -> None:
     draw.rectangle((left, top, left + _SIDE - 1, top + _SIDE - 1), fill=(238, 238, 238))
     if cell.image is not None:
-        scale = _SIDE / max(cell.image.size)
-        width, height = (max(1, round(side * scale)) for side in cell.image.size)
-        size = (width, height)
-        thumbnail = cell.image.convert("RGB").resize(size)
-        sheet.paste(thumbnail, (left + (_SIDE - size[0]) // 2, top + (_SIDE - size[1]) // 2))
+        small_image = thumbnail(cell.image)
+        width, height = small_image.size
+        sheet.paste(small_image, (left + (_SIDE - width) // 2, top + (_SIDE - height) // 2))
     large, small = font_of(_SIZES[0]), font_of(_SIZES[1])
     below = top + _SIDE + 3
     room = _SIDE

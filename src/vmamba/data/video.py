@@ -77,7 +77,7 @@ class Video:
         except OSError as error:
             raise DataError(f"{self._name}: cannot be read ({error.strerror})") from None
         try:
-            self._container = self._av.open(self._file, metadata_errors="replace")
+            self._container = self._av.open(self._file, **_lenient(self._av))
             stream = self._container.streams.best("video")
         except (self._av.error.FFmpegError, ValueError, EOFError) as error:
             self._file.close()
@@ -87,8 +87,8 @@ class Video:
             raise DataError(f"{self._name}: there is no video in it")
         stream.thread_type = "AUTO"
         self._stream = stream
-        self.rate: Fraction = stream.guessed_rate or stream.average_rate or Fraction(25)
-        self.time_base: Fraction = stream.time_base
+        self.rate = _fraction(stream.guessed_rate or stream.average_rate or Fraction(25))
+        self.time_base = _fraction(stream.time_base or 1 / self.rate)
         frames = stream.frames or int((self._promised() or 0) * self.rate)
         self.expected = -(-frames // every) or None
 
@@ -156,6 +156,16 @@ class Video:
         return hours * 3600 + minutes * 60 + seconds
 
 
+def _fraction(value: Any) -> Fraction:
+    """A rational number of PyAV, which from version 19 on is of a type of its own."""
+    return Fraction(value.numerator, value.denominator)
+
+
+def _lenient(av: Any) -> dict[str, str]:
+    """The argument by which titles and the like may be other than UTF-8; from version 19 on they may."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
+
 def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
@@ -170,7 +180,7 @@ def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        raise DataError(f"videos need PyAV ({error}): pip install av") from error
+        raise DataError(f"videos need PyAV ({error}): pip install 'vmamba[video]'") from error
     return av
 
 
