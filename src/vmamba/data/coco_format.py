@@ -332,16 +332,16 @@ class _Reader:
         columns.ends.append(len(columns.polygon_ends))
         columns.code_ends.append(len(columns.codes))
 
-    def _box(self, where: str, box: Any, size: tuple[int, int]) -> NDArray[np.float32] | str:
+    def _box(self, where: str, box: Any, size: tuple[int, int]) -> "array[float] | str":
         """Left, top, right and bottom inside of the image, or why the annotation is left out."""
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             self._refuse(where, f"bbox: expected [x, y, width, height], finite numbers, got {box!r:.90}")
-        left, top, width, height = box
+        x, y, width, height = box
         if width <= 0 or height <= 0:
             return NO_AREA
-        corners = np.array([left, top, left + width, top + height])
-        clipped = np.clip(corners, 0, [size[1], size[0]] * 2).astype(np.float32)
-        return clipped if (clipped[:2] < clipped[2:]).all() else OUTSIDE
+        right, bottom = min(x + width, size[1]), min(y + height, size[0])
+        clipped = array("f", (max(x, 0), max(y, 0), right, bottom))
+        return clipped if clipped[0] < clipped[2] and clipped[1] < clipped[3] else OUTSIDE
 
     def _outline(
         self, where: str, outline: Any, size: tuple[int, int]
