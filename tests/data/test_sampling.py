@@ -57,6 +57,20 @@ def test_ranks_partition_the_samples(
         assert len({len(keys) for keys in ranks}) == 1
 
 
+@given(LENGTHS, SEEDS, EPOCHS, st.integers(1, 3), st.data())
+def test_pairs_are_alike(length: int, seed: int, epoch: int, kinds: int, data: st.DataObject) -> None:
+    alike = data.draw(st.lists(st.integers(0, kinds - 1), min_size=length, max_size=length))
+    sampler = EpochSampler(length, seed=seed, alike=alike)
+    sampler.set_epoch(epoch)
+    order = [key.index for key in sampler]
+    assert sorted(order) == list(range(length))
+    single = sum(alike.count(kind) % 2 for kind in range(kinds))
+    paired = [alike[index] for index in order[: length - single]]
+    assert paired[::2] == paired[1::2]
+    unshuffled = EpochSampler(length, shuffle=False, alike=alike)
+    assert [key.index for key in unshuffled] == list(range(length))
+
+
 GROUPS, WINDOWS = st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 5)
 
 

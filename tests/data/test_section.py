@@ -19,10 +19,12 @@ from vmamba.data import (
     ClassificationSection,
     DataSection,
     Decoding,
+    DetectionData,
     ImageDataset,
     ImageFolder,
     ImageSource,
     SampleKey,
+    SegmentationData,
     SplitImages,
     TarImages,
     class_weights,
@@ -30,9 +32,13 @@ from vmamba.data import (
     write_tar,
 )
 from vmamba.data.section import union_of_sources
+from vmamba.data.sources.ade20k import Ade20kSection
+from vmamba.data.sources.coco import CocoSection
 from vmamba.data.sources.folder import FolderSection
 from vmamba.data.sources.huggingface import HuggingFaceSection
+from vmamba.data.sources.masks import MasksSection
 from vmamba.data.sources.mnist import MnistSection
+from vmamba.data.sources.shapes import ShapesDetectionSection, ShapesSegmentationSection
 from vmamba.data.sources.tar import TarSection
 from vmamba.data.sources.webdataset import WebDatasetSection
 from vmamba.errors import DataError, RecipeError
@@ -396,3 +402,42 @@ def test_two_sources_of_one_name_are_refused() -> None:
 
     with pytest.raises(TypeError, match="Copied: 'one' is the source of One already"):
         union_of_sources(TwiceBase, "one")
+
+
+class Dense(Section):
+    detection: DetectionData = CocoSection()
+    segmentation: SegmentationData = MasksSection()
+
+
+def test_sources_of_detection_and_segmentation() -> None:
+    def kinds(**values: Any) -> tuple[type, type]:
+        section = Dense.model_validate({"detection": values, "segmentation": values})
+        return type(section.detection), type(section.segmentation)
+
+    assert kinds() == (CocoSection, MasksSection)
+    assert kinds(source="shapes") == (ShapesDetectionSection, ShapesSegmentationSection)
+    for values in ({"source": "folder"}, {"image_size": 224}, {"sampling": "balanced"}, {"crop_pct": 0.9}):
+        for task in ("detection", "segmentation"):
+            with pytest.raises(ValidationError):
+                Dense.model_validate({task: values})
+
+
+def test_dense_sections_take_mean_and_deviation_of_the_model() -> None:
+    model = timm.create_model("test_convnext")
+    section = ShapesSegmentationSection(float_images=True)
+    resolved = section.resolved(model)
+    assert (resolved.channels, resolved.mean, resolved.std) == (
+        3,
+        tuple(model.default_cfg["mean"]),
+        tuple(model.default_cfg["std"]),
+    )
+    assert resolved.resolved(model) == resolved
+    assert resolved.preprocessing(model).decoding == Decoding(3, float_images=True)
+    with pytest.raises(RecipeError, match="data: mean has 3 values for 5 channels"):
+        resolved.model_copy(update={"channels": 5}).preprocessing(model)
+
+
+def test_dense_sections_without_the_training_split() -> None:
+    section = CocoSection(val_split="v", val_annotations="v.json").without_training_split()
+    assert (section.train_split, section.train_annotations) == ("v", "v.json")
+    assert Ade20kSection().without_training_split().train_split == "validation"

@@ -253,9 +253,9 @@ def test_wrong_keys_are_refused(tmp_path: Path) -> None:
 def test_classes_of_a_model(tmp_path: Path) -> None:
     source = opened(make(tmp_path))
     source.use_classes(NAMES)
-    with pytest.raises(DataError, match=r"missing \['bike'\], extra \['sky'\]"):
+    with pytest.raises(DataError, match="missing 'bike', not expected 'sky'"):
         source.use_classes(["road", "car", "bike"])
-    with pytest.raises(DataError, match="the same names in another order"):
+    with pytest.raises(DataError, match="3 classes; in another order"):
         source.use_classes(NAMES[::-1])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import dense_runs
 from images import make_folder, tiny_values
 
 
@@ -176,3 +177,22 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_two_processes_of_a_dense_task_equal_one(task: str, tmp_path: Path) -> None:
+    """Drawn boxes and drop path follow the share of a step; BatchNorm sees the images of both processes."""
+    values = dense_runs.values(task)
+    if task == "segmentation":  # normed over 4 images at once, so that a share is no unit of randomness
+        values["train"] |= {"micro_batch_size": None, "sync_batchnorm": True}
+        values["model"] |= {"dropout": 0.0}
+        values["model"]["args"]["drop_path_rate"] = 0.0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert_close(train(tmp_path, "two", TWO), train(tmp_path, "one"))
+    tables = []
+    for out in ("one", "two"):
+        with (tmp_path / out / "metrics.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    score = {"detection": "val/box_AP", "segmentation": "val/mIoU"}[task]
+    for one, two in zip(*tables, strict=True):
+        assert float(two[score]) == pytest.approx(float(one[score]), abs=1e-4)

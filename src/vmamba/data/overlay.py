@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.nn import functional as F
 
 from vmamba.data.contact_sheet import picture
 from vmamba.data.decoding import DecodedImage
@@ -329,15 +328,15 @@ class _Canvas:
 
     def draw_classes(self, classes: NDArray[Any]) -> None:
         """Tint pixels by class."""
-        size = self._image.size
-        labels = np.asarray(Image.fromarray(classes.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
-        tints = np.array([colour(label) for label in range(256)], np.uint8)[labels]
-        counted = labels != IGNORED
+        tints = Image.fromarray(classes.astype(np.uint8)).resize(self._image.size, Image.Resampling.NEAREST)
+        labels = np.asarray(tints)
         border = np.zeros(labels.shape, bool)
         border[:-1] |= labels[:-1] != labels[1:]
         border[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-        strength = np.where(counted, np.where(border, 255, 165), 0).astype(np.uint8)
-        self._image.paste(Image.fromarray(tints), (0, 0), Image.fromarray(strength))
+        strength = np.where(border, np.uint8(255), np.uint8(165))
+        strength[labels == IGNORED] = 0
+        tints.putpalette([value for label in range(256) for value in colour(label)])
+        self._image.paste(tints.convert("RGB"), (0, 0), Image.fromarray(strength))
 
     def with_legend(self, entries: Sequence[Entry]) -> Image.Image:
         """The picture, with the entries below it in as many columns as fit."""
@@ -366,10 +365,12 @@ class _Canvas:
 
 def _shrunk(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
     """A mask without the pixels that are within `by` rows or columns of its outside."""
-    outside = torch.from_numpy(~mask)[None].float()
-    for kernel, padding in (((2 * by + 1, 1), (by, 0)), ((1, 2 * by + 1), (0, by))):
-        outside = F.max_pool2d(outside, kernel, 1, padding)
-    return ~outside[0].bool().numpy()
+    width = 2 * by + 1
+    for axis in (0, 1):
+        counts = np.pad(mask, by, constant_values=True).swapaxes(0, axis)[:, by:-by].cumsum(0, np.int32)
+        counts = np.concatenate([counts[:1] * 0, counts])
+        mask = (counts[width:] - counts[:-width] == width).swapaxes(0, axis)
+    return mask
 
 
 def _overlap(one: Box, other: Box) -> bool:

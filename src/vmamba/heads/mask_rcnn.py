@@ -48,6 +48,7 @@ class MaskRCNNConfig:
         mean: Of the image's channels in 0 … 1.
         std: Their deviation.
         proposals: At most so many regions of an image go to the heads.
+        samples: So many of them, of an image, the heads train on, at most a quarter of them on objects.
         detections: At most so many objects of an image are returned.
         score_threshold: Objects of a lower probability are not returned.
 
@@ -64,6 +65,7 @@ class MaskRCNNConfig:
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
     std: Sequence[float] = IMAGENET_DEFAULT_STD
     proposals: int = 1000
+    samples: int = 512
     detections: int = 100
     score_threshold: float = 0.05
 
@@ -72,7 +74,7 @@ class MaskRCNNConfig:
             raise ValueError(
                 f"num_classes: expected at least 2, the background counts as one; got {self.num_classes}"
             )
-        for name in ("channels", "hidden", "max_size", "proposals", "detections"):
+        for name in ("channels", "hidden", "max_size", "proposals", "samples", "detections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         sizes = [self.min_size] if isinstance(self.min_size, int) else list(self.min_size)
@@ -124,7 +126,7 @@ class MaskRCNN(generalized_rcnn.GeneralizedRCNN):
         super().__init__(
             body,
             ProposalNetwork(config.channels, config.proposals),
-            RegionHeads(heads, config.score_threshold, config.detections),
+            RegionHeads(heads, config.score_threshold, config.detections, config.samples),
             Resize(config.min_size, config.max_size, config.mean, config.std, config.resize_in_training),
         )
         self.config = config

@@ -72,15 +72,18 @@ class RegionHeads(RoIHeads):
         heads: The modules `box_head`, `box_predictor`, `mask_head` and `mask_predictor`.
         score_threshold: Detections of a lower probability are dropped.
         detections: At most so many are kept of an image.
+        samples: Regions of an image that training draws, at most a quarter of them on objects.
     """
 
-    def __init__(self, heads: Mapping[str, nn.Module], score_threshold: float, detections: int) -> None:
+    def __init__(
+        self, heads: Mapping[str, nn.Module], score_threshold: float, detections: int, samples: int
+    ) -> None:
         super().__init__(
             box_roi_pool=RegionFeatures(7),
             mask_roi_pool=RegionFeatures(14),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=samples,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=score_threshold,

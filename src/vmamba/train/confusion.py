@@ -106,7 +106,8 @@ def draw_confusion(
     percent = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     cells = F.max_pool2d(percent[None], block, ceil_mode=True)[0].tolist()
     labelled = number <= LABELLED
-    side = max(4.5, 0.5 * number + 2) if labelled else 9
+    names = [shortened(name) for name in classes]
+    side = max(4.5, 0.5 * number + 2 + 0.07 * max(map(len, names))) if labelled else 9
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     edge = block * len(cells) - 0.5
@@ -118,11 +119,12 @@ def draw_confusion(
         extent=(-0.5, edge, edge, -0.5),
     )
     if labelled:
-        _label(axes, cells, classes, confusion.sum(1).tolist())
+        _label(axes, cells, names, confusion.sum(1).tolist())
     if block > 1:
         title += f"\nlargest share within {block} × {block} classes"
     across, down = ("", f" ({counts})") if labelled else (", by number", ", by number")
-    axes.set(xlabel=f"predicted class{across}", ylabel=f"true class{down}", title=title)
+    axes.set(xlabel=f"predicted class{across}", ylabel=f"true class{down}")
+    axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
     with replacing(path) as temporary, without_missing_glyphs():
         figure.savefig(temporary, format="png", dpi=120)
@@ -136,16 +138,16 @@ def without_missing_glyphs() -> Iterator[None]:
         yield
 
 
-def escaped(name: str) -> str:
-    """A name in which matplotlib reads no formula."""
-    return name.replace("$", r"\$")
+def shortened(name: str, most: int = 24) -> str:
+    """A name for a figure: not long, and without a formula for matplotlib."""
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return short.replace("$", r"\$")
 
 
 def _label(
-    axes: Any, cells: Sequence[Sequence[float]], classes: Sequence[str], counts: Sequence[int]
+    axes: Any, cells: Sequence[Sequence[float]], names: Sequence[str], counts: Sequence[int]
 ) -> None:
     """Names beside the rows and columns, what was counted beside the rows, percentages in the cells."""
-    names = [escaped(name) for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90)
     rows = [f"{name} ({number:,})" for name, number in zip(names, counts, strict=True)]
     axes.set_yticks(range(len(names)), rows)

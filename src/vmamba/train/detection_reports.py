@@ -13,7 +13,7 @@ from vmamba.data.objects import Objects
 from vmamba.data.overlay import colour, draw_objects
 from vmamba.errors import DataError
 from vmamba.files import replacing
-from vmamba.train.confusion import draw_confusion, escaped, without_missing_glyphs, write_csv
+from vmamba.train.confusion import draw_confusion, shortened, without_missing_glyphs, write_csv
 from vmamba.train.detection_matches import (
     MATCH_IOU,
     MATCH_SCORE,
@@ -110,7 +110,7 @@ def write_detection_report(results: Mapping[str, Tensor], classes: Sequence[str]
         names,
         folder / "confusion.png",
         "How the objects of each class are detected; the last is the background\n"
-        f"(detections of a score ≥ {MATCH_SCORE}, boxes of an IoU ≥ {MATCH_IOU})",
+        f"(score ≥ {MATCH_SCORE}, IoU of boxes ≥ {MATCH_IOU})",
         counts="objects",
     )
 
@@ -185,14 +185,10 @@ def _draw_classes(axes: Any, precision: Tensor, objects: Tensor, classes: Sequen
         axes.plot(RECALLS, precision[:, number], color="0.82", linewidth=0.7, label=label)
     for place, number in enumerate(ranked[:NAMED]):
         of = [value / 255 for value in colour(place)]
-        label = f"{_short(classes[number])} ({scores[number]:.3f})"
+        label = f"{shortened(classes[number])} ({scores[number]:.3f})"
         axes.plot(RECALLS, precision[:, number], color=of, linewidth=1.5, label=label)
     mean = precision.nanmean(1)
     axes.plot(RECALLS, mean, color="black", linewidth=2, label=f"mean ({mean.mean():.3f})")
-
-
-def _short(name: str, most: int = 24) -> str:
-    return escaped(name if len(name) <= most else f"{name[: most - 1]}…")
 
 
 def draw_worst_detections(
@@ -201,7 +197,9 @@ def draw_worst_detections(
     read: Callable[[int], tuple[DecodedImage, Objects]],
     path: Path,
 ) -> None:
-    """Draw the images with the lowest F1, of those the ones with most mistakes: truth beside prediction.
+    """Draw the images with the lowest F1, of equal ones those with most mistakes: truth beside prediction.
+
+    Crowd regions are left out, and so are detections with a score below 0.3.
 
     Args:
         predictions: With values of `JudgedDetections`.
@@ -218,6 +216,7 @@ def draw_worst_detections(
             image, objects = read(each.index)
         except DataError:  # it could be read before
             continue
+        objects = objects.select(~objects.crowd)
         truth = draw_objects(image, objects.boxes, objects.labels, None, objects.masks, classes, side=SIDE)
         prediction = draw_objects(
             image, judged.boxes, judged.labels, judged.scores, judged.masks, classes, side=SIDE

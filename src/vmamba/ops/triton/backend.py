@@ -312,30 +312,65 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands, states: Tensor) -> Gradients:
     """As `Backend.backward`."""
-    from vmamba.ops.triton import kernels
-
     call = _Call(operands, WHOLE_BACKWARD)
-    x, delta = operands.x, operands.delta
     grad_y = grad_y.contiguous()
     carry, adjoint = call.per_channel(operands.initial_state), call.per_channel(grad_last_state)
-    batch, n_routes, n_state, rank = call.batch, call.n_routes, call.n_state, call.rank
-    grad_initial = call.empty(batch, n_routes, n_state, call.channels)
+    n_routes, n_state, rank = call.n_routes, call.n_state, call.rank
+    grad_initial = call.empty(call.batch, n_routes, n_state, call.channels)
     if not call.whole:
         carry = states if states.numel() else call.carry(carry)[0]
         adjoint, grad_initial = call.carry(adjoint, grad_y)
-    grad_x = x.new_empty(x.shape)
-    grad_delta = delta.new_empty(0 if rank else delta.shape)
+    grad_x = operands.x.new_empty(operands.x.shape)
+    grad_delta = operands.delta.new_empty(0 if rank else operands.delta.shape)
+    rows, shares = _launch_gradient(call, carry, adjoint, (grad_y, grad_x, grad_delta), grad_initial)
+    grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
+    parameters = total(shares, 0)
+    of_routes = parameters[1:].unflatten(0, (n_routes, -1))
+    grad_A, grad_bias, grad_weight = of_routes.split((n_state, 1, rank), 1)
+    return (
+        grad_x,
+        grad_low if rank else grad_delta,
+        grad_A.mT,
+        grad_B,
+        grad_C,
+        None if operands.D is None else parameters[0].expand(n_routes, -1),
+        None if operands.delta_bias is None else grad_bias[:, 0],
+        grad_weight.mT if rank else None,
+        None if operands.initial_state is None else grad_initial.mT,
+    )
+
+
+def _launch_gradient(
+    call: _Call,
+    carry: Tensor | None,
+    adjoint: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    grad_initial: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel of the gradients.
+
+    Args:
+        call: The call.
+        carry: The state before each tile, or the initial state where an image is one tile.
+        adjoint: The gradient of the state after each tile, likewise.
+        gradients: Of y, given, and of x and delta, which the kernel fills.
+        grad_initial: Filled where an image is one tile.
+
+    Returns:
+        The gradients of delta's low rank, B and C by block of channels, and those of the parameters by
+        program, both still to be summed.
+    """
+    from vmamba.ops.triton import kernels
 
     def gradient(plan: Plan) -> tuple[Tensor, Tensor]:
-        rows = call.empty(batch, plan.groups, *operands.B.shape[1:4], rank + 2 * n_state)
+        image = (call.height, call.width, call.n_routes)
+        rows = call.empty(call.batch, plan.groups, *image, call.rank + 2 * call.n_state)
         shares = call.empty(plan.programs, *call.parameters.shape)
         kernels.gradient_kernel[plan.grid](
             *call.operands,
-            x if carry is None else carry,
-            x if adjoint is None else adjoint,
-            grad_y,
-            grad_x,
-            grad_delta,
+            call.x if carry is None else carry,
+            call.x if adjoint is None else adjoint,
+            *gradients,
             rows,
             shares,
             grad_initial,
@@ -344,7 +379,7 @@ def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands,
             plan.blocks,
             max(1, *call.segments),
             *call.routes,
-            rank,
+            call.rank,
             **call.constants,
             **plan.constants,
             EVEN=call.channels % plan.channels == 0,
@@ -356,27 +391,8 @@ def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands,
         )
         return rows, shares
 
-    settings = "gradient" if n_state == 1 else "gradient of several states"
-    rows, shares = call.launch("gradient", settings, gradient)
-    grad_low, grad_B, grad_C = total(rows, 1).split((rank, n_state, n_state), -1)
-    grad_A, grad_D, grad_bias, grad_weight = _of_parameters(call, operands, total(shares, 0))
-    grad_initial = None if operands.initial_state is None else grad_initial.mT
-    grad_delta = grad_low if rank else grad_delta
-    return grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_weight, grad_initial
-
-
-def _of_parameters(
-    call: _Call, operands: Operands, rows: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of A, D, delta's bias and its weight from the kernel's rows, in the order of `_Call`."""
-    of_routes = rows[1:].unflatten(0, (call.n_routes, -1))
-    grad_A, grad_bias, grad_weight = of_routes.split((call.n_state, 1, call.rank), 1)
-    return (
-        grad_A.mT,
-        None if operands.D is None else rows[0].expand(call.n_routes, -1),
-        None if operands.delta_bias is None else grad_bias[:, 0],
-        grad_weight.mT if call.rank else None,
-    )
+    settings = "gradient" if call.n_state == 1 else "gradient of several states"
+    return call.launch("gradient", settings, gradient)
 
 
 def total(shares: Tensor, dim: int) -> Tensor:

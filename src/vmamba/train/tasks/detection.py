@@ -43,6 +43,11 @@ class DetectorRecipe(DenseModelRecipe):
     channels: int = Field(default=256, ge=1, description="of the feature pyramid and the heads")
     hidden: int = Field(default=1024, ge=1, description="width of the box head")
     proposals: int = Field(default=1000, ge=1, description="most regions of an image that reach the heads")
+    samples: int = Field(
+        default=512,
+        ge=1,
+        description="regions of an image that the heads train on, at most a quarter of them on objects",
+    )
     detections: int = Field(default=100, ge=1, description="most objects found in an image")
     score_threshold: float = Field(default=0.05, ge=0, lt=1, description="objects below it are dropped")
 
@@ -106,6 +111,7 @@ class DetectionTask(Task):
             mean=self.preprocessing.mean,
             std=self.preprocessing.std,
             proposals=section.proposals,
+            samples=section.samples,
             detections=section.detections,
             score_threshold=section.score_threshold,
         )

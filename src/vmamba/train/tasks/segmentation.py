@@ -184,4 +184,12 @@ class SegmentationTask(Task):
         return self._views(model, flip=flip, scales=scales)
 
     def predictor(self, model: nn.Module) -> SegmentationPredictor:
-        return SegmentationPredictor(model, self.preprocessing, self.classes)
+        data = self.recipe.data
+        return SegmentationPredictor(
+            model,
+            self.preprocessing,
+            self.classes,
+            base_size=(data.short_side, data.long_side),
+            window=data.window,
+            stride=data.stride,
+        )
