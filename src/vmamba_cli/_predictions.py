@@ -380,7 +380,7 @@ class _Pictures:
         self._stack.__exit__(*error)
 
     def write(self, result: Result) -> dict[str, str]:
-        """The paths of what was written, in the folder, with "/"."""
+        """The paths of what was written, in the folder, with "/" and printable."""
         name = self._names[result.input]
         files = {"overlay": self._overlay(result, name)}
         if self._predictor.task == "segmentation":
@@ -391,7 +391,7 @@ class _Pictures:
             mask.putpalette(bytes(value for index in range(256) for value in colour(index)))
             with replacing(self._out / files["mask"]) as temporary:
                 mask.save(temporary, "PNG")
-        return files
+        return {kind: printable(path) for kind, path in files.items()}
 
     def _overlay(self, result: Result, name: str) -> str:
         if result.frame is not None:

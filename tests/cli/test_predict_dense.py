@@ -133,16 +133,16 @@ def test_a_folder_of_objects(place: Path, tmp_path: Path) -> None:
 
 
 def test_tables_of_objects(place: Path, tmp_path: Path) -> None:
-    options = (*IMAGES, *DETECT, "--top", "2")
+    options = (*IMAGES[:2], *DETECT, "--top", "2")
     for name in ("a.json", "a.jsonl", "a.csv", "a.png"):
         done = predict(place, *options, "--out", str(tmp_path / name))
         assert_done(done)
     data = COCO(str(tmp_path / "a.json"))
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [len(each["objects"]) for each in lines] == [2, 2, 2]
-    assert len(data.getAnnIds()) == 6
+    assert [len(each["objects"]) for each in lines] == [2, 2]
+    assert len(data.getAnnIds()) == 4
     rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
-    assert [row["image"] for row in rows] == [name for name in IMAGES for _ in range(2)]
+    assert [row["image"] for row in rows] == [name for name in IMAGES[:2] for _ in range(2)]
     expected = [thing for each in lines for thing in each["objects"]]
     for row, thing in zip(rows, expected, strict=True):
         assert row["label"] == thing["label"]
@@ -151,7 +151,7 @@ def test_tables_of_objects(place: Path, tmp_path: Path) -> None:
             thing["box"], abs=0.01
         )
     with Image.open(tmp_path / "a.png") as sheet:
-        assert min(sheet.size) > 300
+        assert min(sheet.size) > 200
 
 
 def test_images_without_objects_are_not_lost(place: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_video_of_classes(place: Path, tmp_path: Path) -> None:
         assert_done(predict(place, "clip.mp4", *CLASSIFY, "--out", str(tmp_path / name)))
     assert json.loads((tmp_path / "a.json").read_text()) == printed[:5]
     with Image.open(tmp_path / "a.jpg") as sheet:
-        assert min(sheet.size) > 300
+        assert min(sheet.size) > 200
     for number, (_, image) in enumerate(read(place / "clip.mp4")):
         assert np.allclose(image.getpixel((40, 20)), shade(number), atol=8)
         assert np.allclose(image.getpixel((5, 20)), (255, 255, 255), atol=8)
