@@ -93,10 +93,11 @@ def memory(field: str) -> int:
 def measure(task: str, size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     """The rows of a task: its models in turns, after two steps each that are not timed."""
     context = multiprocessing.get_context("spawn")
-    connections = []
+    connections, processes = [], []
     for name in MODELS:
         here, there = context.Pipe()
-        context.Process(target=serve, args=(there, task, name, size), daemon=True).start()
+        processes.append(context.Process(target=serve, args=(there, task, name, size), daemon=True))
+        processes[-1].start()
         there.close()  # so that waiting for a process that died is an error
         connections.append(here)
     seconds: list[list[float]] = [[] for _ in MODELS]
@@ -107,12 +108,11 @@ def measure(task: str, size: tuple[int, int], rounds: int) -> list[dict[str, Any
             if number >= 0:
                 seconds[i].append(taken)
     rows = []
-    for name, connection, values in zip(MODELS, connections, seconds, strict=True):
-        connection.send(False)
-        rows.append({
-            "task": task, "model": name, "size": size, "batch": BATCHES[task], "seconds": values,
-            "peak_bytes": connection.recv(),
-        })  # fmt: skip
+    for i, name in enumerate(MODELS):
+        connections[i].send(False)
+        row = {"task": task, "model": name, "size": size, "batch": BATCHES[task], "seconds": seconds[i]}
+        rows.append({**row, "peak_bytes": connections[i].recv()})
+        processes[i].join()  # the next task needs its memory
     return rows
 
 
