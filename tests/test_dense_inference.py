@@ -22,7 +22,6 @@ from vmamba.dense_inference import (
     DetectionPredictor,
     Segmentation,
     SegmentationPredictor,
-    best_classes,
 )
 from vmamba.errors import CheckpointError, DataError, ModelError
 from vmamba.heads import Features, mask_rcnn, mmdet_names
@@ -163,15 +162,6 @@ def test_what_is_said_and_written_of_pixels(segmenting: SegmentationPredictor, p
     text = Segmentation(None, answer.labels, many).text()
     assert text == "0 12.5%, 1 12.5%, 2 12.5%, 3 12.5%, 4 12.5%, 3 more"
     assert len(segmenting(photos[0], top=1).classes) == 1
-
-
-def test_classes_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
-    logits[3] = logits[1]  # of equal ones the first
-    expected = nn.functional.interpolate(logits[None], (9, 8), mode="bilinear").argmax(1)[0]
-    for values in (1, 2 * 72, 10**9):
-        monkeypatch.setattr("vmamba.dense_inference._BLOCK", values)
-        assert torch.equal(best_classes(logits, (9, 8)).long(), expected)
 
 
 def test_windows(segmenting: SegmentationPredictor, photos: list[Path]) -> None:

@@ -23,7 +23,7 @@ from vmamba.errors import ModelError
 from vmamba.heads.mask_rcnn import MaskRCNN
 from vmamba.heads.masks import paste_masks
 from vmamba.heads.restoring import restore
-from vmamba.heads.sliding import sliding
+from vmamba.heads.sliding import best_classes, sliding
 from vmamba.heads.upernet import UPerNet, resize
 from vmamba.inference import Prediction, Predictor, Size, not_finite
 from vmamba.models.checkpoints import Checkpoint, Weights
@@ -35,9 +35,6 @@ _SCORES_SHOWN = 3
 
 _CLASSES_SHOWN = 5
 """Most classes of a segmented image in one line of text."""
-
-_BLOCK = 2**26
-"""Most values of logits at the image's size that are held at once: 256 MB."""
 
 
 @dataclass(frozen=True)
@@ -354,27 +351,6 @@ class SegmentationPredictor(Predictor):
             for index in order.tolist()
         ]
         return Segmentation(name, labels, shares)
-
-
-def best_classes(logits: Tensor, size: Size) -> Tensor:
-    """The class of each pixel, uint8 (h, w), after resizing logits (k, h', w') bilinearly to a size.
-
-    Some classes at a time, since a photo's logits of 150 classes take 7 GB.
-    """
-    step = max(1, _BLOCK // (size[0] * size[1]))
-    best: Tensor | None = None
-    labels = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    for start in range(0, len(logits), step):
-        block = logits[start : start + step]
-        resized = block if block.shape[1:] == size else resize(block[None], size)[0]
-        values, indices = resized.max(0)
-        if best is None:
-            best, labels = values, indices.byte()
-            continue
-        better = values > best
-        labels[better] = (indices[better] + start).byte()
-        best = torch.maximum(best, values)
-    return labels
 
 
 def load_dense(

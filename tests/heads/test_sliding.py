@@ -1,14 +1,15 @@
 """Windows, scales and mirror images against what they mean."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.heads import upernet
-from vmamba.heads.sliding import mean_probabilities, scaled, sliding
+from vmamba.heads.sliding import SegmentedViews, best_classes, mean_probabilities, scaled, sliding
 
 IMAGES = torch.randn(2, 3, 50, 71, generator=torch.Generator().manual_seed(1))
 WEIGHT = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
@@ -89,3 +90,48 @@ def test_scales_and_windows_together() -> None:
     torch.testing.assert_close(actual, sliding(near, IMAGES, (32, 32), (21, 21)).softmax(1))
     with pytest.raises(ValueError, match="views: expected at least one"):
         mean_probabilities(near, scaled(IMAGES, ()), (50, 71))
+
+
+def test_classes_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
+    logits[3] = logits[1]  # of equal ones the first
+    expected = F.interpolate(logits[None], (9, 8), mode="bilinear").argmax(1)[0]
+    for values in (1, 2 * 72, 10**9):
+        monkeypatch.setattr("vmamba.heads.sliding._BLOCK", values)
+        assert torch.equal(best_classes(logits, (9, 8)).long(), expected)
+
+
+def test_views_are_resized_for_the_model_and_back() -> None:
+    """By mmseg's rounding; several views give the mean of their probabilities, at the images' size."""
+    seen: list[tuple[int, ...]] = []
+
+    def model(images: Tensor) -> Tensor:
+        seen.append(tuple(images.shape[2:]))
+        return torch.cat([images, images.flip(1)], 1)
+
+    images = torch.rand(2, 3, 30, 50, generator=torch.Generator().manual_seed(0))
+    views = SegmentedViews(model, 16, 64)
+    small = F.interpolate(images, (16, 27), mode="bilinear")
+    expected = F.interpolate(torch.cat([small, small.flip(1)], 1), (30, 50), mode="bilinear")
+    torch.testing.assert_close(views(images), expected)
+    assert torch.equal(views.labels(images).long(), views(images).argmax(1))
+    seen.clear()
+    averaged = SegmentedViews(model, 16, 64, scales=(0.5, 2.0), flip=True)
+    probabilities = averaged(images)
+    assert seen == 2 * [(8, 13)] + 2 * [(32, 53)]
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 30, 50))
+    assert torch.equal(averaged.labels(images).long(), probabilities.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": ()}, "scales: expected numbers above 0"),
+        ({"scales": (0.0,)}, "scales: expected numbers above 0"),
+        ({"stride": 4}, "stride: there is no window"),
+        ({"window": 4, "stride": 5}, "stride: expected from 1 to the window's 4, got 5"),
+    ],
+)
+def test_views_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentedViews(nn.Identity(), 8, 8, **options)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vmamba.heads.resizing import scaled_size
 from vmamba.heads.upernet import resize
+from vmamba.sizes import scaled_size
 
 Segmenter = Callable[[Tensor], Tensor]
 
@@ -139,21 +139,11 @@ class SegmentedViews(nn.Module):
         return mean_probabilities(self._segment, views, (height, width), flip=self.flip)
 
     def labels(self, images: Tensor) -> Tensor:
-        """The class of each pixel, (b, h, w), without all classes' scores at the images' size in memory."""
+        """The class of each pixel, uint8 (b, h, w), without the scores of all classes in memory."""
         if len(self.scales) > 1 or self.flip:
-            return self(images).argmax(1)
+            return self(images).argmax(1).byte()
         logits = self._segment(self._view(images, self.scales[0]))
-        best = labels = None
-        for first in range(0, logits.shape[1], _CLASSES_AT_ONCE):
-            scores = resize(logits[:, first : first + _CLASSES_AT_ONCE], images.shape[2:])
-            highest, index = scores.max(1)
-            if best is None or labels is None:
-                best, labels = highest, index
-                continue
-            better = highest > best
-            best, labels = torch.where(better, highest, best), torch.where(better, index + first, labels)
-        assert labels is not None
-        return labels
+        return torch.stack([best_classes(each, images.shape[2:]) for each in logits])
 
     def _view(self, images: Tensor, scale: float) -> Tensor:
         height, width = images.shape[2:]
@@ -168,4 +158,27 @@ class SegmentedViews(nn.Module):
         return sliding(self.model, images, crop, stride)
 
 
-_CLASSES_AT_ONCE = 16
+def best_classes(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The class of each pixel, uint8 (h, w), after resizing logits (k, h', w') bilinearly to a size.
+
+    Some classes at a time, since a photo's logits of 150 classes take 7 GB.
+    """
+    height, width = size
+    step = max(1, _BLOCK // (height * width))
+    best: Tensor | None = None
+    labels = torch.zeros(height, width, dtype=torch.uint8, device=logits.device)
+    for start in range(0, len(logits), step):
+        block = logits[start : start + step]
+        resized = block if block.shape[1:] == (height, width) else resize(block[None], size)[0]
+        values, indices = resized.max(0)
+        if best is None:
+            best, labels = values, indices.byte()
+            continue
+        better = values > best
+        labels[better] = (indices[better] + start).byte()
+        best = torch.maximum(best, values)
+    return labels
+
+
+_BLOCK = 2**26
+"""Most values of logits at the image's size that are held at once: 256 MB."""

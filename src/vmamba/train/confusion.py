@@ -144,9 +144,7 @@ def shortened(name: str, most: int = 24) -> str:
     return short.replace("$", r"\$")
 
 
-def _label(
-    axes: Any, cells: Sequence[Sequence[float]], names: Sequence[str], counts: Sequence[int]
-) -> None:
+def _label(axes: Any, cells: Sequence[Sequence[float]], names: Sequence[str], counts: Sequence[int]) -> None:
     """Names beside the rows and columns, what was counted beside the rows, percentages in the cells."""
     axes.set_xticks(range(len(names)), names, rotation=90)
     rows = [f"{name} ({number:,})" for name, number in zip(names, counts, strict=True)]
