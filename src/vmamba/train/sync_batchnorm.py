@@ -77,6 +77,9 @@ class SyncedBatchNorm(_BatchNorm):
 class SyncedBatchNormAct(SyncedBatchNorm):
     """The same of timm's layer that ends with an activation."""
 
+    act: nn.Module
+    drop: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.act(self.drop(super().forward(x)))
         return output

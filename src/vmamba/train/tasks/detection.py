@@ -172,7 +172,7 @@ class DetectionTask(Task):
         """worst.png: the images with the most mistakes, truth beside prediction."""
         draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
 
-    def predictor(self, model: nn.Module) -> DetectionPredictor:
+    def predictor(self, model: Any) -> DetectionPredictor:
         return DetectionPredictor(model, self.preprocessing, self.classes)
 
 

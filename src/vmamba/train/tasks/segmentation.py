@@ -183,7 +183,7 @@ class SegmentationTask(Task):
     def averaged(self, model: nn.Module, flip: bool, scales: Sequence[float]) -> nn.Module:
         return self._views(model, flip=flip, scales=scales)
 
-    def predictor(self, model: nn.Module) -> SegmentationPredictor:
+    def predictor(self, model: Any) -> SegmentationPredictor:
         data = self.recipe.data
         return SegmentationPredictor(
             model,
