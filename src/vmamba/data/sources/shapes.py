@@ -85,15 +85,14 @@ class Shapes:
         """Draw an image: a function of (seed, split, index) alone."""
         random = self._random(index)
         height, width = _size(random, self.sides)
-        base = random.randint(40, 216, 3)
-        pixels = _background(random, base, height, width)
+        pixels = _background(random, height, width)
         owner = np.zeros((height, width), dtype=np.int64)
         kinds: list[int] = []
         areas: list[int] = []
         for _ in range(random.randint(1, MOST_SHAPES + 1)):
             kind = random.randint(len(KINDS))
             filled = _fill(random, KINDS[kind], height, width, self.sides[0])
-            colour = _colour_apart(random, base)
+            colour = _vivid_colour(random)
             if not _may_cover(owner, filled, areas):
                 continue
             kinds.append(kind)
@@ -115,14 +114,11 @@ def _size(random: np.random.RandomState, sides: tuple[int, int]) -> tuple[int, i
     return (short, long) if random.randint(2) else (long, short)
 
 
-def _background(
-    random: np.random.RandomState, base: NDArray[np.int64], height: int, width: int
-) -> NDArray[np.int64]:
-    """Soft clouds around a colour, (h, w, 3), in whole numbers."""
-    corners = random.randint(-40, 41, (4, 5, 3))
-    rows, columns = _weights(height, 4), _weights(width, 5)
-    clouds = np.einsum("hr,rcx->hcx", rows, corners)
-    return base + np.einsum("wc,hcx->hwx", columns, clouds) // GRID**2
+def _background(random: np.random.RandomState, height: int, width: int) -> NDArray[np.int64]:
+    """Soft clouds of gray, (h, w, 3), in whole numbers."""
+    corners = random.randint(-50, 51, (4, 5))
+    clouds = _weights(height, 4) @ corners @ _weights(width, 5).T // GRID**2
+    return np.repeat((random.randint(60, 196) + clouds)[:, :, None], 3, axis=2)
 
 
 @lru_cache
@@ -136,11 +132,11 @@ def _weights(length: int, knots: int) -> NDArray[np.int64]:
     return weights
 
 
-def _colour_apart(random: np.random.RandomState, base: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A colour that differs well from another one."""
+def _vivid_colour(random: np.random.RandomState) -> NDArray[np.int64]:
+    """A colour that no gray comes near: a small network soon tells shapes from the background."""
     while True:
         colour = random.randint(0, 256, 3)
-        if np.abs(colour - base).sum() >= 150:
+        if colour.max() - colour.min() >= 120:
             return colour
 
 
