@@ -454,6 +454,11 @@ def load(
     if task_of(checkpoint) != CLASSIFICATION:
         tasks = importlib.import_module(_TASKS)
         predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        if classes is not None:
+            if len(classes) != len(predictor.classes):
+                expected = counted(len(predictor.classes), "class", "classes")
+                raise ModelError(f"classes: {counted(len(classes), 'name')} for a model of {expected}")
+            predictor.classes = list(classes)
         return predictor
     if checkpoint.config is None and is_dense(checkpoint.state_dict(weights)):
         dense = importlib.import_module(_DENSE)

@@ -16,7 +16,7 @@ from torch import Tensor
 import vmamba
 from dense_runs import SIZE, STEPS, values
 from images import assert_same
-from vmamba.errors import CheckpointError, RecipeError
+from vmamba.errors import CheckpointError, ModelError, RecipeError
 from vmamba.heads import mmdet_names
 from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
@@ -98,6 +98,13 @@ def test_predicted_from_the_run_and_from_its_weights(task: str, runs: dict[str, 
     expected = open_session(runs[task]).predictor()(image)
     for source in (runs[task], runs[task] / "best.safetensors"):
         assert repr(vmamba.load(source)(image)) == repr(expected)
+
+
+def test_other_names_of_the_classes(runs: dict[str, Path]) -> None:
+    names = [f"shape {number}" for number in range(6)]
+    assert vmamba.load(runs["detection"], classes=names).classes == names
+    with pytest.raises(ModelError, match="classes: 1 name for a model of 6 classes"):
+        vmamba.load(runs["detection"], classes=["shape"])
 
 
 KILLED = """
