@@ -100,6 +100,7 @@ def assert_done(done: Done) -> None:
     assert done.status == 0, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' decode
 def test_a_folder_of_objects(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = predict(place, "photos/val", *DETECT, "--out", str(out), "--json")
