@@ -315,7 +315,18 @@ def marked() -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+def orientation_after_the_pixels(file: Path) -> None:
+    """Move a PNG's chunk eXIf behind its pixels, where it is allowed too."""
+    content, chunks, place = file.read_bytes(), [], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        chunks.append(content[place:end])
+        place = end
+    chunks.sort(key=lambda chunk: (chunk[4:8] == b"IEND", chunk[4:8] == b"eXIf"))  # others keep their order
+    file.write_bytes(content[:8] + b"".join(chunks))
+
+
+@pytest.mark.parametrize("suffix", ["png", "late.png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_and_masks_are_turned_with_the_image(
     opened: Callable[..., CocoImages], tmp_path: Path, orientation: int, suffix: str
@@ -323,6 +334,8 @@ def test_boxes_and_masks_are_turned_with_the_image(
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(marked()).convert("RGB").save(tmp_path / f"a.{suffix}", exif=exif)
+    if suffix == "late.png":
+        orientation_after_the_pixels(tmp_path / "a.late.png")
     turned = orientation >= 5
 
     def objects_are_on_the_mark(values: Content) -> None:

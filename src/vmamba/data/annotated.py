@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vmamba.data.classes import class_difference
-from vmamba.data.decoding import DecodedImage, read_orientation
+from vmamba.data.decoding import DecodedImage
 from vmamba.data.objects import Objects
 from vmamba.data.orientation import turn_of_target
 from vmamba.data.source import ImageSource, image_size
@@ -70,8 +70,7 @@ class AnnotatedImages(ImageSource[Objects]):
         Raises:
             DataError: The image is missing or damaged, or of another size than annotated.
         """
-        image, objects = self.image(index), self.target(index)
-        orientation = read_orientation(self.open(index), self.name(index))
+        (image, orientation), objects = self.oriented(index), self.target(index)
         name = f"{self.name(index)} (image {objects.image_id} of {self})"
         return image, objects.turned(turn_of_target(orientation, image_size(image), objects.size, name))
 

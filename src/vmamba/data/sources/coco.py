@@ -52,9 +52,9 @@ class CocoImages(AnnotatedImages):
     def open(self, index: int) -> Path:
         return self.folder / self._all.file_names[index]
 
-    def image(self, index: int) -> DecodedImage:
+    def oriented(self, index: int) -> tuple[DecodedImage, int]:
         try:
-            return super().image(index)
+            return super().oriented(index)
         except DataError as error:
             raise DataError(f"{error} (image {self._all.image_ids[index]} of {self})") from error
 
