@@ -47,7 +47,7 @@ class AnnotatedImages(ImageSource[Objects]):
 
     @abstractmethod
     def has_objects(self, index: int) -> bool:
-        """Whether the image has an object that is no crowd."""
+        """Whether an object that is no crowd is on the image."""
 
     @abstractmethod
     def class_counts(self) -> NDArray[np.int64]:

@@ -32,7 +32,9 @@ class CocoMetric(nn.Module):
     """Average precision and recall as COCO computes them.
 
     They are computed by faster-coco-eval where it is installed, else by pycocotools, which gives the same.
-    An image that comes several times counts once.
+    An image that comes several times counts once. The truth is what the annotation file says, boxes over the
+    border of an image included, but for the annotations that `vmamba.data.coco_format.read_instances` leaves
+    out: those with an empty or inverted box, or without an outline that has an area.
 
     Args:
         classes: Names.

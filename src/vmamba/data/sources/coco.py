@@ -40,7 +40,10 @@ class CocoImages(AnnotatedImages):
         # The annotations image by image, and where each image's end.
         self._order = np.argsort(self._all.image_of, kind="stable").astype(np.int32)
         self._ends = np.cumsum(np.bincount(self._all.image_of, minlength=len(self)))
-        real = self._all.image_of[~self._all.crowd]
+        height, width = self._all.sizes[self._all.image_of].T
+        left, top, right, bottom = self._all.boxes.T
+        inside = (left < width) & (top < height) & (right > 0) & (bottom > 0)
+        real = self._all.image_of[~self._all.crowd & inside]
         self._has_objects = np.bincount(real, minlength=len(self)) > 0
 
     def __str__(self) -> str:
