@@ -393,6 +393,11 @@ def test_empty_classes_are_logged(
 ) -> None:
     opened(content(annotation(1))).report_empty_classes()
     assert "no objects of 1 of 2 classes: 'cat'" in caplog.text
+    caplog.clear()
+    source = opened(content(annotation(1)))
+    source.use_classes(["bird", "cat", "dog"])
+    source.report_empty_classes()
+    assert "no objects of 2 of 3 classes: 'bird', 'cat'" in caplog.text
 
 
 @pytest.mark.skipif(IMAGES_OF_COCO is None, reason="the 200 images of COCO are not here")

@@ -107,8 +107,13 @@ class AnnotatedImages(ImageSource[Objects]):
         self.classes = classes
 
     def report_empty_classes(self) -> None:
-        """Log which classes have no objects; to be called before `use_classes`."""
-        empty = [name for name, count in zip(self.classes, self.class_counts(), strict=True) if not count]
+        """Log which classes have no objects."""
+        counts = self.class_counts()
+        if self._numbers is not None:
+            present = set(self._numbers[torch.from_numpy(counts) > 0].tolist())
+        else:
+            present = set(np.flatnonzero(counts).tolist())
+        empty = [name for number, name in enumerate(self.classes) if number not in present]
         if empty:
             log.warning(
                 "%s: no objects of %d of %d classes: %s", self, len(empty), len(self.classes), listed(empty)

@@ -129,7 +129,9 @@ def draw_objects(
     classes = labels.tolist()
     _check_objects(image, boxes, classes, scores, masks, names)
     canvas = _Canvas(image, side)
-    corners = (boxes.double().cpu() * canvas.scale).tolist()
+    width, height = picture(image).size  # annotated boxes may reach over the border
+    boxes = boxes.double().cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    corners = (boxes * canvas.scale).tolist()
     largest_first = sorted(range(len(classes)), key=lambda n: -_area(corners[n]))
     if masks is not None:
         for number in largest_first:

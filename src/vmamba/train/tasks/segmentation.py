@@ -72,6 +72,7 @@ class SegmentationTask(Task):
     name = "segmentation"
     recipe_type = SegmentationRecipe
     monitor = "mIoU"
+    eval_batch_size = 1
 
     def __init__(self, recipe: SegmentationRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
