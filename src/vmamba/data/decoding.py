@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from vmamba.errors import DataError
 
@@ -179,6 +180,11 @@ def read_oriented(
         ) from None
     except Exception as error:  # on damaged bytes Pillow's decoders raise any exception
         raise DataError(f"{name}: not an image, or a damaged one ({error})") from error
+
+
+def as_floats(image: DecodedImage) -> Tensor:
+    """A decoded image as float32 (c, h, w) from 0 to 1."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(image).float() / 255
 
 
 @contextmanager

@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import Self
 
 from vmamba.config import Section
 from vmamba.data.annotated import AnnotatedImages
 from vmamba.data.dataset import ImageDataset
-from vmamba.data.decoding import DecodedImage
+from vmamba.data.decoding import DecodedImage, as_floats
 from vmamba.data.objects import Objects, decoded_masks
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.data.sampling import SampleKey
-from vmamba.data.segmented import IGNORED, SegmentedImages
+from vmamba.data.segmented import SegmentedImages
 from vmamba.errors import DataError
+from vmamba.labels import IGNORED
 from vmamba.sizes import scaled_size
 from vmamba.words import counted
 
@@ -145,7 +145,7 @@ class DetectionDataset(ImageDataset[Objects]):
         return super().__getitem__(key._replace(index=int(self.kept[key.index])))
 
     def augment(self, image: DecodedImage, target: Objects) -> dict[str, Any]:
-        pixels = _pixels(image)
+        pixels = as_floats(image)
         if self.settings is None:
             return {"image": pixels, "objects": target}
         boxes = _clipped(target.boxes, target.size)  # annotated ones may reach over the border
@@ -191,7 +191,7 @@ class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
         return len(self.source) if self.limit is None else min(self.limit, len(self.source))
 
     def augment(self, image: DecodedImage, target: NDArray[np.uint8]) -> dict[str, Tensor]:
-        pixels, labels = _pixels(image), torch.from_numpy(np.ascontiguousarray(target))
+        pixels, labels = as_floats(image), torch.from_numpy(np.ascontiguousarray(target))
         if self.settings is None:
             return {"image": (pixels - self.mean) / self.std, "labels": labels}
         pixels, labels = _augment_labels(pixels, labels, self.settings)
@@ -238,13 +238,6 @@ def _trainable(source: AnnotatedImages) -> NDArray[np.int64]:
             f"least {SMALLEST_SIDE} pixels"
         )
     return kept
-
-
-def _pixels(image: DecodedImage) -> Tensor:
-    """A decoded image as float32 (c, h, w) from 0 to 1."""
-    if isinstance(image, Tensor):
-        return image
-    return pil_to_tensor(image).float() / 255
 
 
 def _size(pixels: Tensor) -> tuple[int, int]:
@@ -313,9 +306,10 @@ class _Changes:
             left, top, right, bottom = boxes.unbind(1)
             boxes = torch.stack([size[1] - right, top, size[1] - left, bottom], 1)
         if self.crop is not None:
-            resized, (top, left, height, width) = self.crop
-            boxes = _scaled_boxes(boxes, size, resized) - torch.tensor([left, top, left, top])
-            size = height, width
+            resized, window = self.crop
+            corner = torch.tensor([window[1], window[0]] * 2)
+            boxes = _scaled_boxes(boxes, size, resized) - corner
+            size = window[2:]
             boxes = _clipped(boxes, size)
         return _scaled_boxes(boxes, size, self.resized)
 

@@ -18,9 +18,7 @@ from vmamba.data.contact_sheet import picture
 from vmamba.data.decoding import DecodedImage
 from vmamba.data.fonts import drawable, fitting, font_of
 from vmamba.data.objects import decoded_masks
-
-IGNORED = 255
-"""In a map of classes: a pixel of no class, which is left as it is."""
+from vmamba.labels import IGNORED
 
 SMALLEST = 256
 """Images with a smaller longer side are enlarged, so that there is room for what is drawn."""

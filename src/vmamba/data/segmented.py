@@ -15,12 +15,9 @@ from vmamba.data.source import ImageSource, image_size
 from vmamba.errors import DataError
 from vmamba.words import counted
 
-IGNORED = 255
-"""The label of pixels that neither training nor evaluation counts."""
-
 
 class SegmentedImages(ImageSource[NDArray[np.uint8]]):
-    """A source of images and their label maps, (h, w) uint8: indices into `classes`, or `IGNORED`.
+    """A source of images and their label maps, (h, w) uint8: indices into `classes`, or 255 for none.
 
     A subclass sets `classes` and implements `target`.
     """
