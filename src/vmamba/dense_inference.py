@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.transforms.functional import pil_to_tensor
 
-from vmamba.data.decoding import DecodedImage
+from vmamba.data.decoding import DecodedImage, as_floats
 from vmamba.data.names import ADE20K_CLASSES, COCO_CATEGORY_IDS, COCO_CLASSES
 from vmamba.data.objects import encoded_masks, run_lengths
 from vmamba.data.preprocessing import Preprocessing
@@ -129,11 +128,6 @@ class Segmentation(ClassShares):
         self.labels = labels
 
 
-def _pixels(image: DecodedImage) -> Tensor:
-    """A decoded image as floats (c, h, w) in 0 … 1."""
-    return image if isinstance(image, Tensor) else pil_to_tensor(image).float() / 255
-
-
 class DetectionPredictor(Predictor):
     """For a `MaskRCNN`, which resizes and norms images itself; see `Predictor`.
 
@@ -177,7 +171,7 @@ class DetectionPredictor(Predictor):
             number = counted(len(classes), "class", "classes")
             raise ModelError(f"category_ids: {counted(len(category_ids), 'id')} for {number}")
         run_lengths()  # raises if pycocotools is missing, before any image is read
-        super().__init__(model, preprocessing, classes, transform=_pixels, device=device, dtype=dtype)
+        super().__init__(model, preprocessing, classes, transform=as_floats, device=device, dtype=dtype)
         self.category_ids = list(category_ids)
         self._least_score = model.config.score_threshold
         self.min_score = min_score
@@ -314,7 +308,7 @@ class SegmentationPredictor(Predictor):
         )
 
         def transform(image: DecodedImage) -> Tensor:
-            pixels = _pixels(image)
+            pixels = as_floats(image)
             height, width = pixels.shape[-2:]
             size = scaled_size((height, width), *base_size)
             resized = pixels if size == (height, width) else resize(pixels[None], size)[0]

@@ -97,8 +97,8 @@ class SegmentedViews(nn.Module):
 
     Args:
         model: From images (b, c, h, w) to logits (b, k, h, w).
-        short: The shorter side becomes at most this many pixels.
-        long: The longer side at most.
+        short: Images become as large, or as small, as this many pixels of their shorter side
+        long: and this many of their longer side allow.
         scales: Factors of both, one for each view.
         flip: Add the mirror image of each view.
         window: Side of the square windows by which a view is segmented; None for the whole view.

@@ -23,7 +23,7 @@ from vmamba.train.dense import (
     load_recipe_weights,
     warnings_of_weights,
 )
-from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric
+from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric, no_objects
 from vmamba.train.detection_reports import (
     JudgedDetections,
     draw_worst_detections,
@@ -68,6 +68,7 @@ class DetectionTask(Task):
     name = "detection"
     recipe_type = DetectionRecipe
     monitor = "box_AP"
+    eval_batch_size = 1
 
     def __init__(self, recipe: DetectionRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
@@ -93,8 +94,14 @@ class DetectionTask(Task):
     def dataset(self, split: Literal["train", "val"]) -> DetectionDataset:
         source = self._source(split)
         source.use_classes(self.classes)
-        augment = self.recipe.augment if split == "train" else None
-        return DetectionDataset(source, self.recipe.train.seed, augment, self.recipe.data.limit)
+        seed, limit = self.recipe.train.seed, self.recipe.data.limit
+        if split == "train":
+            source.report_empty_classes()
+            return DetectionDataset(source, seed, self.recipe.augment, limit)
+        dataset = DetectionDataset(source, seed, limit=limit)
+        if not any(source.has_objects(index) for index in dataset.kept.tolist()):
+            raise no_objects(len(dataset))  # now, and not after an epoch
+        return dataset
 
     def collate(self) -> Callable[[list[Any]], Any]:
         return collate_dense
@@ -173,7 +180,7 @@ class DetectionTask(Task):
         return None, [judge_detections(*pair, len(self.classes)) for pair in pairs]
 
     def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
-        """worst.png: the images with the most mistakes, truth beside prediction."""
+        """worst.png: the images with the lowest F1, truth beside prediction."""
         draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
 
     def predictor(self, model: Any) -> DetectionPredictor:
