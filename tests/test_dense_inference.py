@@ -110,6 +110,12 @@ def test_at_most_so_many_and_so_sure(photos: list[Path]) -> None:
             predictor.min_score = wrong
 
 
+@pytest.mark.parametrize(("threshold", "least"), [(0.05, 0.3), (0.5, 0.5)])
+def test_a_high_score_threshold_is_the_least_score(threshold: float, least: float) -> None:
+    model = detector(score_threshold=threshold)
+    assert DetectionPredictor(model, PREPROCESSING, THINGS).min_score == least
+
+
 def test_what_is_said_and_written_of_objects(detecting: DetectionPredictor, photos: list[Path]) -> None:
     detection = detecting(photos[0])
     values = json.loads(json.dumps(asdict(detection)))

@@ -30,6 +30,9 @@ from vmamba.models.checkpoints import Checkpoint, Weights
 from vmamba.sizes import scaled_size
 from vmamba.words import counted
 
+_MIN_SCORE = 0.3
+"""Objects of a lower probability are left out by default."""
+
 _SCORES_SHOWN = 3
 """Most scores of a class in one line of text."""
 
@@ -145,7 +148,8 @@ class DetectionPredictor(Predictor):
         preprocessing: How images are decoded.
         classes: Names of the classes, without the background.
         category_ids: Their numbers in annotations; by default COCO's for COCO's classes, else from 1 on.
-        min_score: Objects of a lower probability are left out; may be set later as well.
+        min_score: Objects of a lower probability are left out; may be set later as well. None for 0.3, or for
+            the score from which on the model gives objects, if that is higher.
         device: As PyTorch names it; None for where the model is.
         dtype: A floating type; None for the model's.
 
@@ -166,7 +170,7 @@ class DetectionPredictor(Predictor):
         classes: Sequence[str],
         *,
         category_ids: Sequence[int] | None = None,
-        min_score: float = 0.3,
+        min_score: float | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -180,7 +184,7 @@ class DetectionPredictor(Predictor):
         super().__init__(model, preprocessing, classes, transform=_pixels, device=device, dtype=dtype)
         self.category_ids = list(category_ids)
         self._least_score = model.config.score_threshold
-        self.min_score = min_score
+        self.min_score = max(_MIN_SCORE, self._least_score) if min_score is None else min_score
 
     @property
     def min_score(self) -> float:
