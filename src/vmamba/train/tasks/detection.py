@@ -72,7 +72,9 @@ class DetectionTask(Task):
         self.recipe: Any = self.resolve(recipe)
         self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
         self._sources: dict[str, AnnotatedImages] = {}
-        self.classes = list(classes) if classes is not None else self._source("train").classes
+        if classes is None:
+            classes, self.category_ids = self._source("train").classes, self._source("train").category_ids
+        self.classes = list(classes)
 
     @classmethod
     def resolve(cls, recipe: DetectionRecipe) -> DetectionRecipe:
@@ -173,7 +175,7 @@ class DetectionTask(Task):
         draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
 
     def predictor(self, model: Any) -> DetectionPredictor:
-        return DetectionPredictor(model, self.preprocessing, self.classes)
+        return DetectionPredictor(model, self.preprocessing, self.classes, category_ids=self.category_ids)
 
 
 def _defined(value: float) -> float | None:
