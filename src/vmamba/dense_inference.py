@@ -235,11 +235,10 @@ class DetectionPredictor(Predictor):
         height, width = output["size"].tolist()
         number = int((output["scores"] >= self.min_score).sum())
         number = number if top is None else min(number, top)
-        boxes, masks = output["boxes"][:number], output["masks"][:number]
+        boxes = output["boxes"][:number]
+        codes = mask_codes(output["masks"][:number], boxes, (height, width))
         objects = []
-        for index in range(number):
-            one = slice(index, index + 1)
-            mask = paste_masks(masks[one].float(), boxes[one], (height, width))[0, 0] >= 0.5
+        for index, code in enumerate(codes):
             label = int(output["labels"][index]) - 1
             x1, y1, x2, y2 = boxes[index].tolist()
             objects.append(
@@ -248,15 +247,29 @@ class DetectionPredictor(Predictor):
                     self.category_ids[label],
                     float(output["scores"][index]),
                     (x1, y1, x2, y2),
-                    _run_lengths(mask.cpu().numpy()),
+                    {**code, "counts": code["counts"].decode("ascii")},
                 )
             )
         return Detection(name, (height, width), objects)
 
 
-def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    (code,) = encoded_masks([mask.astype(np.uint8)])
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+def mask_codes(masks: Tensor, boxes: Tensor, size: Size) -> list[dict[str, Any]]:
+    """COCO's run-length codes of an image's masks, of which only one at a time is at the image's size.
+
+    Args:
+        masks: Probabilities within the boxes, (n, 1, m, m); a pixel belongs to the object from 0.5 on.
+        boxes: (n, 4) in the image's pixels.
+        size: Of the image.
+
+    Returns:
+        {"size": [height, width], "counts": bytes} of each.
+    """
+    codes = []
+    for index in range(len(masks)):
+        one = slice(index, index + 1)
+        pasted = paste_masks(masks[one], boxes[one], size)[0] >= 0.5
+        codes += encoded_masks(pasted.byte().cpu().numpy())
+    return codes
 
 
 def _check_names(classes: Sequence[str], number: int) -> None:

@@ -13,7 +13,7 @@ from vmamba.data.annotated import AnnotatedImages
 from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
 from vmamba.data.sources import DetectionData
 from vmamba.data.sources.coco import CocoSection
-from vmamba.dense_inference import DetectionPredictor
+from vmamba.dense_inference import DetectionPredictor, mask_codes
 from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from vmamba.train.dense import (
     DenseModelRecipe,
@@ -143,11 +143,13 @@ class DetectionTask(Task):
     def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> None:
         self._judge(model, batch, metrics)
 
-    def _judge(
-        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
-    ) -> list[dict[str, Tensor]]:
-        """Detections, image by image: in a batch padding would change them."""
-        detections = [model([image])[0] for image in batch["images"]]
+    def _judge(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> list[dict[str, Any]]:
+        """Detections with run-length codes, image by image: in a batch padding would change them."""
+        detections = []
+        for image in batch["images"]:
+            (one,) = model([image], paste=False)
+            height, width = image.shape[-2:]
+            detections.append({**one, "masks": mask_codes(one["masks"], one["boxes"], (height, width))})
         metrics.update(detections, batch["objects"])
         return detections
 
