@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # --- vmamba.ops: the operator's own autograd kernel -------------------------------------------------------
 # The public way would be `torch.library.register_autograd`. Its kernel silently drops the tangents of
@@ -214,3 +215,9 @@ def cpu_computes_in(kind: str) -> bool:
     """
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
     return True if supported is None else bool(supported())
+
+
+# --- vmamba.train: the layers whose statistics are of a batch --------------------------------------------
+# PyTorch names no public class that BatchNorm1d, 2d, 3d and SyncBatchNorm share.
+
+AnyBatchNorm = _BatchNorm

@@ -209,6 +209,12 @@ def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out
             f"--out {out}: expected a name that ends in {', '.join((*TABLES, *SHEETS))}, or a folder for "
             "pictures: one that exists, or a name without a suffix"
         )
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, or below a file
+        refuse(f"--out {out}: cannot be written ({error.strerror or error})")
     above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
     exists = os.path.lexists(out)
     in_the_way = exists and _is_folder(out) != os.path.isdir(out)
@@ -220,7 +226,9 @@ def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out
 
 def _is_folder(out: Path) -> bool:
     """Whether `--out` is a folder of pictures."""
-    return out.suffix == "" or (os.path.isdir(out) and out.suffix.lower() not in (*TABLES, *SHEETS))
+    if os.path.lexists(out):
+        return os.path.isdir(out) and out.suffix.lower() not in (*TABLES, *SHEETS)
+    return out.suffix == ""
 
 
 def _is_glob(text: str) -> bool:

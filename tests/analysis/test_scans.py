@@ -105,7 +105,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="in_chans"):
         record_scans(model, IMAGES[:, :2])
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -136,7 +136,7 @@ def test_an_error_in_a_module_does_not_shift_the_names() -> None:
     model = Wrapper().eval()
     seen: list[str] = []
     with watching_scans(model, lambda name, scan: seen.append(name)):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="in_chans"):
             model(IMAGES[:, :2])
         model.neck(torch.randn(1, 2, 2, 16))
         one = torch.ones(1, 1, 1, 1, 1)

@@ -19,13 +19,15 @@ import vmamba
 from dense_runs import SIZE, STEPS, values
 from images import assert_same
 from vmamba.errors import CheckpointError, ModelError, RecipeError
-from vmamba.heads import mmdet_names
+from vmamba.heads import UPerNet, mmdet_names
 from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
 from vmamba.train.curves import read_metrics
 from vmamba.train.evaluation import evaluate, write_evaluation
+from vmamba.train.guard import NonFiniteError
 from vmamba.train.runs import find_runs
 from vmamba.train.session import load_recipe, open_session, training_session
+from vmamba.train.tasks.segmentation import SegmentationTask
 
 TASKS = ["detection", "segmentation"]
 MONITOR = {"detection": "box_AP", "segmentation": "mIoU"}
@@ -253,6 +255,41 @@ def test_beginning_without_weights_is_said(tmp_path: Path, caplog: pytest.LogCap
     assert "model.weights: none given, so the backbone starts anew" in caplog.text
 
 
+def test_batchnorm_needs_two_images_at_a_time(tmp_path: Path) -> None:
+    for override in ("train.micro_batch_size=1", "train.batch_size=1", "train.sync_batchnorm=true"):
+        overrides = ["train.micro_batch_size=1", override]
+        with pytest.raises(RecipeError, match="BatchNorm would see 1 sample at a time and needs at least 2"):
+            run.train(load_recipe(write_recipe(tmp_path, "segmentation"), overrides), tmp_path / "run")
+
+
+def test_outputs_that_are_not_finite_are_no_scores(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        UPerNet, "forward", lambda self, images: torch.full((1, 7, *images.shape[2:]), torch.nan)
+    )
+    with pytest.raises(NonFiniteError, match="the model's outputs are not finite"):
+        evaluate(runs["segmentation"])
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_batchnorm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one batch of infinities would stay in the running statistics, and so in every evaluation."""
+    step, calls = SegmentationTask.training_step, [0]
+
+    def infinite(self: Any, model: Any, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:  # the first pass of step 2
+            batch = {**batch, "images": batch["images"] * torch.inf}
+        return step(self, model, batch)
+
+    monkeypatch.setattr(SegmentationTask, "training_step", infinite)
+    recipe = load_recipe(write_recipe(tmp_path, "segmentation", on_nonfinite="skip"), ["schedule.steps=3"])
+    run.train(recipe, tmp_path / "run")
+    assert all(value.isfinite().all() for value in state(tmp_path / "run").values())
+
+
 def test_a_frozen_backbone_never_changes(runs: dict[str, Path], tmp_path: Path) -> None:
     """Its norms on the maps and the head do."""
     source = runs["detection"] / "best.safetensors"
@@ -270,7 +307,6 @@ def test_a_frozen_backbone_never_changes(runs: dict[str, Path], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.micro_batch_size=1", "BatchNorm in the head trains on at least 2 images"),
         ("model.name=vit_tiny_patch16_224", "expected feature maps at the strides"),
         ("model.args.num_classes=3", "model.args.num_classes: not here"),
         ("model.args.eggs=3", "eggs"),

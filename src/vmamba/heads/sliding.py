@@ -104,6 +104,9 @@ class SegmentedViews(nn.Module):
         window: Side of the square windows by which a view is segmented; None for the whole view.
         stride: Steps between windows; None for two thirds of the window.
 
+    Attributes:
+        finite: Whether all logits of the last images were finite; if not, their classes mean nothing.
+
     Raises:
         ValueError: There is no scale, or one is not above 0; or the stride does not fit the window.
     """
@@ -127,12 +130,14 @@ class SegmentedViews(nn.Module):
         self.model, self.short, self.long = model, short, long
         self.scales, self.flip = tuple(scales), flip
         self.window = window
+        self.finite = True
         self.stride = stride if stride is not None or window is None else max(1, window * 2 // 3)
         if window is not None and not 0 < (self.stride or 0) <= window:
             raise ValueError(f"stride: expected from 1 to the window's {window}, got {stride}")
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
+        self.finite = True
         if len(self.scales) == 1 and not self.flip:
             return resize(self._segment(self._view(images, self.scales[0])), (height, width))
         views = (self._view(images, scale) for scale in self.scales)
@@ -142,6 +147,7 @@ class SegmentedViews(nn.Module):
         """The class of each pixel, uint8 (b, h, w), without the scores of all classes in memory."""
         if len(self.scales) > 1 or self.flip:
             return self(images).argmax(1).byte()
+        self.finite = True
         logits = self._segment(self._view(images, self.scales[0]))
         return torch.stack([best_classes(each, images.shape[2:]) for each in logits])
 
@@ -153,9 +159,11 @@ class SegmentedViews(nn.Module):
     def _segment(self, images: Tensor) -> Tensor:
         if self.window is None or self.stride is None:
             logits: Tensor = self.model(images)
-            return logits
-        crop, stride = (self.window, self.window), (self.stride, self.stride)
-        return sliding(self.model, images, crop, stride)
+        else:
+            crop, stride = (self.window, self.window), (self.stride, self.stride)
+            logits = sliding(self.model, images, crop, stride)
+        self.finite = self.finite and bool(logits.isfinite().all())
+        return logits
 
 
 def best_classes(logits: Tensor, size: Sequence[int]) -> Tensor:

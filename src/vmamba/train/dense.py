@@ -63,6 +63,13 @@ def create_backbone(recipe: DenseModelRecipe, in_chans: int) -> Features:
     return backbone
 
 
+def warnings_of_weights(recipe: DenseModelRecipe) -> list[str]:
+    """A warning if the backbone begins untrained: from there the paper's schedules reach far lower scores."""
+    if recipe.weights is not None:
+        return []
+    return ["model.weights: none given, so the backbone starts anew; see docs/guides/dense.md"]
+
+
 def load_recipe_weights(
     model: nn.Module, backbone: Features, recipe: DenseModelRecipe, head_names: Sequence[str]
 ) -> None:
@@ -78,10 +85,7 @@ def load_recipe_weights(
         CheckpointError: The file cannot be read or does not fit, or holds a backbone where the whole model is
             to be judged.
     """
-    if recipe.weights is None:
-        log.warning("model.weights: none given, so the backbone starts anew; see docs/guides/dense.md")
-        return
-    if recipe.weights == "pretrained":
+    if recipe.weights is None or recipe.weights == "pretrained":
         return
     file = open_checkpoint(recipe.weights)
     names = file.state_dict(recipe.weights_kind)
@@ -94,7 +98,12 @@ def load_recipe_weights(
         log_load(report)
         return
     if not recipe.new_classifier:
-        raise CheckpointError(f"{file.path}: holds a backbone without a head for this task")
+        why = (
+            "model.weights_of is 'backbone'"
+            if has_head
+            else "it holds a backbone without a head for this task"
+        )
+        raise CheckpointError(f"{file.path}: there is no whole model to judge, {why}")
     report = backbone.load(file, weights=recipe.weights_kind, in_chans="convert")
     log.info("%s: loaded into the backbone; the head starts anew", report.source)
     for name, how in report.converted.items():

@@ -58,6 +58,13 @@ def loader(
     dataset: Any = task.dataset(split) if samples is None else samples
     train = recipe.train
     size, _ = batches_of_a_step(recipe, trainer.world_size)
+    together = size * (trainer.world_size if train.sync_batchnorm else 1)
+    if training and together < task.least_at_once:
+        raise RecipeError(
+            f"train.batch_size: BatchNorm would see {counted(together, 'sample')} at a time and needs at "
+            f"least {task.least_at_once}: raise train.batch_size or train.micro_batch_size, or on several "
+            "processes set train.sync_batchnorm=true"
+        )
     if task.needs_pairs and size % 2:
         key = "train.batch_size" if train.micro_batch_size is None else "train.micro_batch_size"
         raise RecipeError(

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import vmamba
+from vmamba._torch_private import AnyBatchNorm
 from vmamba.data import LoadedBatch, SampleKey, draw_seed, seeded
 from vmamba.errors import DataError
 from vmamba.models.checkpoints import CONTENTS
@@ -85,6 +86,7 @@ class TaskModule(lightning.LightningModule):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._step_batches: list[tuple[int, list[SampleKey]]] = []  # batches of the step so far
+        self._statistics: list[tuple[Tensor, Tensor]] = []
         self._finite: Tensor | None = None
         self._scheduler: Any = None
         self._group_settings: list[dict[str, Any]] = []
@@ -125,6 +127,8 @@ class TaskModule(lightning.LightningModule):
         # A checkpoint is written between steps, so the samples of this step count as consumed.
         loader: Any = self.trainer.train_dataloader
         loader.consumed = (batch_idx + 1) * loader.batch_size * self.trainer.world_size
+        if not self._step_batches and self.recipe.train.on_nonfinite == "skip":
+            self._statistics = batchnorm_statistics(self.model)
         self._step_batches.append((batch_idx, loaded.keys))
         losses = self._losses(loaded.batch, batch_idx)
         loss = losses["loss"]
@@ -181,6 +185,8 @@ class TaskModule(lightning.LightningModule):
         else:
             optimizer.zero_grad()  # so that the step does nothing; and the diagnosis needs the memory
             self._report_nonfinite("gradient" if loss_finite else "loss")
+            for buffer, before in self._statistics:  # else one bad batch would stay in every evaluation
+                buffer.copy_(before)
             self._skipped_in_a_row += 1
             self.skipped_steps += 1
         most = MOST_SCALED if scaled and loss_finite else MOST_SKIPPED
@@ -278,8 +284,9 @@ class TaskModule(lightning.LightningModule):
     def _broadcast_buffers(self) -> None:
         """Copy the first process' buffers, such as BatchNorm's running means, to all others."""
         if self.trainer.world_size > 1 and not isinstance(self.model, FSDPModule):
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
+            for model in [self.model] if self.ema is None else [self.model, self.ema.module]:
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, 0)
 
     def _check_evaluation(
         self,
@@ -349,6 +356,12 @@ class TaskModule(lightning.LightningModule):
             "classes": list(self.task.classes),
             **self.contents,
         }
+
+
+def batchnorm_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of a model's BatchNorm layers, each with a copy of its values."""
+    layers = [module for module in model.modules() if isinstance(module, AnyBatchNorm)]
+    return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 def monitored(task: Task | type[Task], recipe: Recipe) -> str:

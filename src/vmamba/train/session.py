@@ -74,6 +74,8 @@ def training_session(recipe: Recipe, source: str = "recipe") -> Session:
         CheckpointError: The weights to start from do not fit or cannot be read.
     """
     task = task_type(recipe.task)(recipe)
+    for warning in task.warnings():
+        log.warning("%s", warning)
     with seeded("initialisation", recipe.train.seed):
         model = task.build_model(task.recipe)
     if recipe.train.grad_checkpointing:

@@ -5,8 +5,8 @@ import torch.distributed
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from vmamba._torch_private import AnyBatchNorm
 from vmamba.errors import RecipeError
 
 
@@ -26,7 +26,7 @@ def synchronise_batchnorm(model: nn.Module, on_cpu: bool) -> nn.Module:
         converted: nn.Module = convert_sync_batchnorm(model)
         return converted
     for name, layer in model.named_modules():
-        if not isinstance(layer, _BatchNorm):
+        if not isinstance(layer, AnyBatchNorm):
             continue
         if type(layer) not in _SYNCED:
             raise RecipeError(
@@ -38,7 +38,7 @@ def synchronise_batchnorm(model: nn.Module, on_cpu: bool) -> nn.Module:
     return model
 
 
-class SyncedBatchNorm(_BatchNorm):
+class SyncedBatchNorm(AnyBatchNorm):
     """BatchNorm of (b, c, …), with mean and variance of all processes' samples in training."""
 
     def _check_input_dim(self, input: Tensor) -> None:

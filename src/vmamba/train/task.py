@@ -98,6 +98,9 @@ class Task(ABC):
     @abstractmethod
     def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...
 
+    least_at_once: int = 1
+    """Fewest samples that the model trains on at a time: 2 where BatchNorm would see a single value."""
+
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
         """Shape of one sample, from which the model's work is counted; None if it is not one tensor."""
@@ -139,6 +142,10 @@ class Task(ABC):
             RecipeError: The model has no layers for `optim.layer_decay`, or the task does not go with it.
         """
         return parameter_groups(model, optim)
+
+    def warnings(self) -> list[str]:
+        """What a user should know of the recipe before a training; it is logged."""
+        return []
 
     def frozen(self, model: nn.Module) -> nn.Module:
         """What stays in evaluation mode while the model trains, where the recipe has `model.freeze`."""

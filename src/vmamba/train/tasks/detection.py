@@ -21,6 +21,7 @@ from vmamba.train.dense import (
     create_backbone,
     dense_parameter_groups,
     load_recipe_weights,
+    warnings_of_weights,
 )
 from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric
 from vmamba.train.detection_reports import (
@@ -120,6 +121,9 @@ class DetectionTask(Task):
         model = MaskRCNN(backbone, config)
         load_recipe_weights(model, backbone, section, _HEAD_NAMES)
         return model
+
+    def warnings(self) -> list[str]:
+        return warnings_of_weights(self.recipe.model)
 
     def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
         return dense_parameter_groups(model, optim)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from vmamba.data import Preprocessing
@@ -23,6 +23,7 @@ from vmamba.train.dense import (
     create_backbone,
     dense_parameter_groups,
     load_recipe_weights,
+    warnings_of_weights,
 )
 from vmamba.train.optim import Groups
 from vmamba.train.recipe import OptimRecipe, Recipe
@@ -56,15 +57,6 @@ class SegmentationRecipe(Recipe):
     data: SegmentationData = Ade20kSection()
     augment: SegmentationAugment = SegmentationAugment()
 
-    @model_validator(mode="after")
-    def _batchnorm_has_samples(self) -> "SegmentationRecipe":
-        train = self.train
-        if train.batch_size == 1 or (train.micro_batch_size == 1 and not train.sync_batchnorm):
-            raise ValueError(
-                "train.micro_batch_size: BatchNorm in the head trains on at least 2 images at a time"
-            )
-        return self
-
 
 class SegmentationTask(Task):
     """A class for each pixel, with UPerNet."""
@@ -72,6 +64,7 @@ class SegmentationTask(Task):
     name = "segmentation"
     recipe_type = SegmentationRecipe
     monitor = "mIoU"
+    least_at_once = 2
 
     def __init__(self, recipe: SegmentationRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
@@ -119,6 +112,9 @@ class SegmentationTask(Task):
         load_recipe_weights(model, backbone, section, _HEAD_NAMES)
         return model
 
+    def warnings(self) -> list[str]:
+        return warnings_of_weights(self.recipe.model)
+
     def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
         return dense_parameter_groups(model, optim)
 
@@ -147,17 +143,26 @@ class SegmentationTask(Task):
         except ValueError as error:
             raise RecipeError(f"data: {error}") from None
 
-    def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric) -> None:
-        self._judge(model, batch, metrics)
+    def validation_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric
+    ) -> dict[str, Tensor] | None:
+        return self._judge(model, batch, metrics)[0]
 
-    def _judge(self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric) -> list[Tensor]:
-        """The class of each pixel, image by image: their sizes differ, and padding would change them."""
+    def _judge(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric
+    ) -> tuple[dict[str, Tensor] | None, list[Tensor]]:
+        """The class of each pixel, image by image: their sizes differ, and padding would change them.
+
+        Returns:
+            A loss of NaN if the logits of an image are not finite, else None; and the classes of each image.
+        """
         views = model if isinstance(model, SegmentedViews) else self._views(model)
-        predicted = []
+        predicted, finite = [], True
         for image, labels in zip(batch["images"], batch["labels"], strict=True):
             predicted.append(views.labels(image[None])[0])
+            finite = finite and views.finite
             metrics.update(predicted[-1], labels)
-        return predicted
+        return None if finite else {"loss": torch.tensor(float("nan"))}, predicted
 
     def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         rows = zip(self.classes, results["per_class"].tolist(), strict=True)
@@ -172,9 +177,10 @@ class SegmentationTask(Task):
 
     def report_step(
         self, model: nn.Module, batch: Mapping[str, Any], metrics: IoUMetric
-    ) -> tuple[None, list[JudgedSegmentation]]:
-        pairs = zip(self._judge(model, batch, metrics), batch["labels"], strict=True)
-        return None, [judge_segmentation(*pair, len(self.classes)) for pair in pairs]
+    ) -> tuple[dict[str, Tensor] | None, list[JudgedSegmentation]]:
+        losses, predicted = self._judge(model, batch, metrics)
+        pairs = zip(predicted, batch["labels"], strict=True)
+        return losses, [judge_segmentation(*pair, len(self.classes)) for pair in pairs]
 
     def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
         """worst.png: the images with the lowest mean IoU, truth beside prediction."""
