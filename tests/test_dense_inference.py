@@ -28,6 +28,7 @@ from vmamba.dense_inference import (
 from vmamba.errors import CheckpointError, DataError, ModelError
 from vmamba.heads import Features, mask_rcnn, mmdet_names
 from vmamba.heads.masks import paste_masks
+from vmamba.heads.sliding import SegmentedViews
 from vmamba.heads.upernet import mmseg_names
 from vmamba.inference import FailedImage
 from vmamba.sizes import scaled_size
@@ -197,10 +198,13 @@ def test_windows(segmenting: SegmentationPredictor, photos: list[Path]) -> None:
     model = segmenting.model
     settings: dict[str, Any] = {"base_size": (64, 128)}
     whole = SegmentationPredictor(model, PREPROCESSING, STUFF, window=128, **settings)
-    assert whole.stride == 85
+    assert whole.views.stride == 85
     assert np.array_equal(whole(photos[0]).labels, segmenting(photos[0]).labels)
     windows = SegmentationPredictor(model, PREPROCESSING, STUFF, window=48, stride=16, **settings)
     assert not np.array_equal(windows(photos[0]).labels, segmenting(photos[0]).labels)
+    evaluated = SegmentedViews(model, 64, 128, window=48, stride=16)
+    labels = evaluated.labels(windows.transform(Image.open(photos[0]))[None])[0]
+    assert np.array_equal(windows(photos[0]).labels, labels.numpy())
     with pytest.raises(ValueError, match="stride: expected from 1 to the window's 48, got 50"):
         SegmentationPredictor(model, PREPROCESSING, STUFF, window=48, stride=50, **settings)
 
@@ -249,6 +253,15 @@ def test_nan_in_classes_of_pixels(photos: list[Path]) -> None:
         SegmentationPredictor(model, PREPROCESSING, STUFF)(photos[0])
 
 
+def test_one_of_a_batch_has_nan(segmenting: SegmentationPredictor) -> None:
+    good = torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0))
+    broken = good.clone()
+    broken[0, 0, 0] = torch.nan
+    first, second = segmenting([broken, good], batch_size=2)
+    assert isinstance(first, FailedImage)
+    assert isinstance(second, Segmentation)
+
+
 def test_every_kind_of_image(
     detecting: DetectionPredictor, segmenting: SegmentationPredictor, photos: list[Path]
 ) -> None:
@@ -259,7 +272,7 @@ def test_every_kind_of_image(
         expected = asdict(predictor(photos[0]))
         for form in (image, array, chw):
             assert asdict(predictor(form)) == {**expected, "image": None}
-        assert predictor(floats).text()
+        assert asdict(predictor(floats)) == {**expected, "image": None}
     assert detecting(chw / 255) == detecting(image)
     gray = detecting(image.convert("L"))
     assert gray.size == (40, 50)

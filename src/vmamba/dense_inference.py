@@ -23,11 +23,10 @@ from vmamba.errors import ModelError
 from vmamba.heads.mask_rcnn import MaskRCNN
 from vmamba.heads.masks import paste_masks
 from vmamba.heads.restoring import restore
-from vmamba.heads.sliding import best_classes, sliding
-from vmamba.heads.upernet import UPerNet, resize
+from vmamba.heads.sliding import SegmentedViews
+from vmamba.heads.upernet import UPerNet
 from vmamba.inference import Prediction, Predictor, Size, not_finite
 from vmamba.models.checkpoints import Checkpoint, Weights
-from vmamba.sizes import scaled_size
 from vmamba.words import counted
 
 _MIN_SCORE = 0.3
@@ -286,7 +285,8 @@ class SegmentationPredictor(Predictor):
     """For a `UPerNet`; see `Predictor`.
 
     An image's shorter side becomes `base_size[0]` unless the longer one would exceed `base_size[1]`; the map
-    of classes has the image's own size. A tensor of floats goes into the model as it is.
+    of classes has the image's own size. `SegmentedViews` does both, as in an evaluation. A tensor of floats
+    is an image from which the mean is subtracted already, and which is divided by the deviation.
 
     Args:
         model: It is moved and converted.
@@ -322,34 +322,22 @@ class SegmentationPredictor(Predictor):
         _check_names(classes, model.num_classes)
         if len(classes) > 255:
             raise ModelError(f"classes: expected at most 255, got {len(classes)}")
-        if window is not None and stride is None:
-            stride = max(1, window * 2 // 3)
-        if stride is not None and (window is None or not 0 < stride <= window):
-            raise ValueError(f"stride: expected from 1 to the window's {window}, got {stride}")
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
         )
 
         def transform(image: DecodedImage) -> Tensor:
-            pixels = _pixels(image)
-            height, width = pixels.shape[-2:]
-            size = scaled_size((height, width), *base_size)
-            resized = pixels if size == (height, width) else resize(pixels[None], size)[0]
-            return (resized - mean) / std
+            return (_pixels(image) - mean) / std
 
         super().__init__(model, preprocessing, classes, transform=transform, device=device, dtype=dtype)
-        self.window, self.stride = window, stride
+        short, long = base_size
+        self.views = SegmentedViews(self.model, short, long, window=window, stride=stride)
 
     def run(self, inputs: Tensor, sizes: Sequence[Size]) -> list[Tensor | None]:
         """Maps of classes (h, w) at the images' sizes; None where logits are not finite."""
-        inputs = inputs.to(self.device, self.dtype)
-        if self.window is None or self.stride is None:
-            logits = self.model(inputs)
-        else:
-            logits = sliding(self.model, inputs, (self.window,) * 2, (self.stride,) * 2)
+        labels = self.views.labels(inputs.to(self.device, self.dtype))
         return [
-            best_classes(each, size) if each.isfinite().all() else None
-            for each, size in zip(logits, sizes, strict=True)
+            each if finite else None for each, finite in zip(labels, self.views.finite.tolist(), strict=True)
         ]
 
     def decode(
