@@ -16,15 +16,19 @@ from torch import Tensor, nn
 import vmamba
 from dense_models import detector, mmdet_file, segmenter
 from vmamba.data.names import ADE20K_CLASSES, COCO_CATEGORY_IDS, COCO_CLASSES
+from vmamba.data.objects import decoded_masks, encoded_masks
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.dense_inference import (
     Detection,
     DetectionPredictor,
     Segmentation,
     SegmentationPredictor,
+    mask_codes,
 )
 from vmamba.errors import CheckpointError, DataError, ModelError
 from vmamba.heads import Features, mask_rcnn, mmdet_names
+from vmamba.heads.masks import paste_masks
+from vmamba.heads.sliding import SegmentedViews
 from vmamba.heads.upernet import mmseg_names
 from vmamba.inference import FailedImage
 from vmamba.sizes import scaled_size
@@ -68,7 +72,7 @@ def upright(path: Path) -> Tensor:
 
 def decoded(detection: Detection) -> Tensor:
     codes = [dict(each.mask) for each in detection.objects]
-    return torch.from_numpy(coco_masks.decode(codes)).permute(2, 0, 1).bool()
+    return decoded_masks(codes, detection.size).bool()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -110,6 +114,32 @@ def test_at_most_so_many_and_so_sure(photos: list[Path]) -> None:
             predictor.min_score = wrong
 
 
+@pytest.mark.parametrize(("threshold", "least"), [(0.05, 0.3), (0.5, 0.5)])
+def test_a_high_score_threshold_is_the_least_score(threshold: float, least: float) -> None:
+    model = detector(score_threshold=threshold)
+    assert DetectionPredictor(model, PREPROCESSING, THINGS).min_score == least
+
+
+def test_masks_are_pasted_and_encoded_one_by_one(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = detector(), upright(photos[0])
+    with torch.no_grad():
+        (whole,) = model([image])
+        (within_boxes,) = model([image], paste=False)
+    expected = encoded_masks((whole["masks"][:, 0] >= 0.5).byte().numpy())
+    pasted = []
+
+    def paste(masks: Tensor, *args: Any) -> Tensor:
+        pasted.append(len(masks))
+        return paste_masks(masks, *args)
+
+    monkeypatch.setattr("vmamba.dense_inference.paste_masks", paste)
+    assert mask_codes(within_boxes["masks"], within_boxes["boxes"], (40, 50)) == expected
+    assert pasted == [1] * 12
+    assert torch.equal(within_boxes["boxes"], whole["boxes"])
+    (half,) = mask_codes(torch.full((1, 1, 1, 1), 0.5), torch.tensor([[0.0, 0, 1, 1]]), (40, 50))
+    assert coco_masks.area(half) == 1  # 0.5 belongs to the object
+
+
 def test_what_is_said_and_written_of_objects(detecting: DetectionPredictor, photos: list[Path]) -> None:
     detection = detecting(photos[0])
     values = json.loads(json.dumps(asdict(detection)))
@@ -117,7 +147,7 @@ def test_what_is_said_and_written_of_objects(detecting: DetectionPredictor, phot
     assert list(values["objects"][0]) == ["label", "category", "score", "box", "mask"]
     mask = values["objects"][0]["mask"]
     assert mask["size"] == [40, 50]
-    assert coco_masks.decode(mask).shape == (40, 50)
+    assert decoded_masks([mask], (40, 50)).shape == (1, 40, 50)
     one, *_ = detection.objects
     scores = [("dog", 0.987), ("cat", 0.912), ("dog", 0.87), ("cow", 0.8), ("dog", 0.5), ("dog", 0.4)]
     objects = [type(one)(label, 1, score, one.box, one.mask) for label, score in scores]
@@ -168,10 +198,13 @@ def test_windows(segmenting: SegmentationPredictor, photos: list[Path]) -> None:
     model = segmenting.model
     settings: dict[str, Any] = {"base_size": (64, 128)}
     whole = SegmentationPredictor(model, PREPROCESSING, STUFF, window=128, **settings)
-    assert whole.stride == 85
+    assert whole.views.stride == 85
     assert np.array_equal(whole(photos[0]).labels, segmenting(photos[0]).labels)
     windows = SegmentationPredictor(model, PREPROCESSING, STUFF, window=48, stride=16, **settings)
     assert not np.array_equal(windows(photos[0]).labels, segmenting(photos[0]).labels)
+    evaluated = SegmentedViews(model, 64, 128, window=48, stride=16)
+    labels = evaluated.labels(windows.transform(Image.open(photos[0]))[None])[0]
+    assert np.array_equal(windows(photos[0]).labels, labels.numpy())
     with pytest.raises(ValueError, match="stride: expected from 1 to the window's 48, got 50"):
         SegmentationPredictor(model, PREPROCESSING, STUFF, window=48, stride=50, **settings)
 
@@ -220,6 +253,15 @@ def test_nan_in_classes_of_pixels(photos: list[Path]) -> None:
         SegmentationPredictor(model, PREPROCESSING, STUFF)(photos[0])
 
 
+def test_one_of_a_batch_has_nan(segmenting: SegmentationPredictor) -> None:
+    good = torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0))
+    broken = good.clone()
+    broken[0, 0, 0] = torch.nan
+    first, second = segmenting([broken, good], batch_size=2)
+    assert isinstance(first, FailedImage)
+    assert isinstance(second, Segmentation)
+
+
 def test_every_kind_of_image(
     detecting: DetectionPredictor, segmenting: SegmentationPredictor, photos: list[Path]
 ) -> None:
@@ -230,7 +272,7 @@ def test_every_kind_of_image(
         expected = asdict(predictor(photos[0]))
         for form in (image, array, chw):
             assert asdict(predictor(form)) == {**expected, "image": None}
-        assert predictor(floats).text()
+        assert asdict(predictor(floats)) == {**expected, "image": None}
     assert detecting(chw / 255) == detecting(image)
     gray = detecting(image.convert("L"))
     assert gray.size == (40, 50)

@@ -453,7 +453,9 @@ def test_another_tasks_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"maps": x * self.scale}
 
-    def load_predictor(checkpoint: Any, weights: str, *, device: Any, dtype: Any) -> vmamba.Predictor:
+    def load_predictor(
+        checkpoint: Any, weights: str, *, model: str | None, device: Any, dtype: Any
+    ) -> vmamba.Predictor:
         model = Maps()
         model.load_state_dict(checkpoint.state_dict(weights))
         return Brightness(model, PREPROCESSING, checkpoint.classes, device=device, dtype=dtype)

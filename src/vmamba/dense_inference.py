@@ -22,12 +22,14 @@ from vmamba.errors import ModelError
 from vmamba.heads.mask_rcnn import MaskRCNN
 from vmamba.heads.masks import paste_masks
 from vmamba.heads.restoring import restore
-from vmamba.heads.sliding import best_classes, sliding
-from vmamba.heads.upernet import UPerNet, resize
+from vmamba.heads.sliding import SegmentedViews
+from vmamba.heads.upernet import UPerNet
 from vmamba.inference import Prediction, Predictor, Size, not_finite
 from vmamba.models.checkpoints import Checkpoint, Weights
-from vmamba.sizes import scaled_size
 from vmamba.words import counted
+
+_MIN_SCORE = 0.3
+"""Objects of a lower probability are left out by default."""
 
 _SCORES_SHOWN = 3
 """Most scores of a class in one line of text."""
@@ -139,7 +141,8 @@ class DetectionPredictor(Predictor):
         preprocessing: How images are decoded.
         classes: Names of the classes, without the background.
         category_ids: Their numbers in annotations; by default COCO's for COCO's classes, else from 1 on.
-        min_score: Objects of a lower probability are left out; may be set later as well.
+        min_score: Objects of a lower probability are left out; may be set later as well. None for 0.3, or for
+            the score from which on the model gives objects, if that is higher.
         device: As PyTorch names it; None for where the model is.
         dtype: A floating type; None for the model's.
 
@@ -160,7 +163,7 @@ class DetectionPredictor(Predictor):
         classes: Sequence[str],
         *,
         category_ids: Sequence[int] | None = None,
-        min_score: float = 0.3,
+        min_score: float | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -174,7 +177,7 @@ class DetectionPredictor(Predictor):
         super().__init__(model, preprocessing, classes, transform=as_floats, device=device, dtype=dtype)
         self.category_ids = list(category_ids)
         self._least_score = model.config.score_threshold
-        self.min_score = min_score
+        self.min_score = max(_MIN_SCORE, self._least_score) if min_score is None else min_score
 
     @property
     def min_score(self) -> float:
@@ -225,11 +228,10 @@ class DetectionPredictor(Predictor):
         height, width = output["size"].tolist()
         number = int((output["scores"] >= self.min_score).sum())
         number = number if top is None else min(number, top)
-        boxes, masks = output["boxes"][:number], output["masks"][:number]
+        boxes = output["boxes"][:number]
+        codes = mask_codes(output["masks"][:number], boxes, (height, width))
         objects = []
-        for index in range(number):
-            one = slice(index, index + 1)
-            mask = paste_masks(masks[one].float(), boxes[one], (height, width))[0, 0] >= 0.5
+        for index, code in enumerate(codes):
             label = int(output["labels"][index]) - 1
             x1, y1, x2, y2 = boxes[index].tolist()
             objects.append(
@@ -238,15 +240,29 @@ class DetectionPredictor(Predictor):
                     self.category_ids[label],
                     float(output["scores"][index]),
                     (x1, y1, x2, y2),
-                    _run_lengths(mask.cpu().numpy()),
+                    {**code, "counts": code["counts"].decode("ascii")},
                 )
             )
         return Detection(name, (height, width), objects)
 
 
-def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    (code,) = encoded_masks([mask.astype(np.uint8)])
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+def mask_codes(masks: Tensor, boxes: Tensor, size: Size) -> list[dict[str, Any]]:
+    """COCO's run-length codes of an image's masks, of which only one at a time is at the image's size.
+
+    Args:
+        masks: Probabilities within the boxes, (n, 1, m, m); a pixel belongs to the object from 0.5 on.
+        boxes: (n, 4) in the image's pixels.
+        size: Of the image.
+
+    Returns:
+        {"size": [height, width], "counts": bytes} of each.
+    """
+    codes = []
+    for index in range(len(masks)):
+        one = slice(index, index + 1)
+        pasted = paste_masks(masks[one], boxes[one], size)[0] >= 0.5
+        codes += encoded_masks(pasted.byte().cpu().numpy())
+    return codes
 
 
 def _check_names(classes: Sequence[str], number: int) -> None:
@@ -263,7 +279,8 @@ class SegmentationPredictor(Predictor):
     """For a `UPerNet`; see `Predictor`.
 
     An image's shorter side becomes `base_size[0]` unless the longer one would exceed `base_size[1]`; the map
-    of classes has the image's own size. A tensor of floats goes into the model as it is.
+    of classes has the image's own size. `SegmentedViews` does both, as in an evaluation. A tensor of floats
+    is an image from which the mean is subtracted already, and which is divided by the deviation.
 
     Args:
         model: It is moved and converted.
@@ -299,34 +316,22 @@ class SegmentationPredictor(Predictor):
         _check_names(classes, model.num_classes)
         if len(classes) > 255:
             raise ModelError(f"classes: expected at most 255, got {len(classes)}")
-        if window is not None and stride is None:
-            stride = max(1, window * 2 // 3)
-        if stride is not None and (window is None or not 0 < stride <= window):
-            raise ValueError(f"stride: expected from 1 to the window's {window}, got {stride}")
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
         )
 
         def transform(image: DecodedImage) -> Tensor:
-            pixels = as_floats(image)
-            height, width = pixels.shape[-2:]
-            size = scaled_size((height, width), *base_size)
-            resized = pixels if size == (height, width) else resize(pixels[None], size)[0]
-            return (resized - mean) / std
+            return (as_floats(image) - mean) / std
 
         super().__init__(model, preprocessing, classes, transform=transform, device=device, dtype=dtype)
-        self.window, self.stride = window, stride
+        short, long = base_size
+        self.views = SegmentedViews(self.model, short, long, window=window, stride=stride)
 
     def run(self, inputs: Tensor, sizes: Sequence[Size]) -> list[Tensor | None]:
         """Maps of classes (h, w) at the images' sizes; None where logits are not finite."""
-        inputs = inputs.to(self.device, self.dtype)
-        if self.window is None or self.stride is None:
-            logits = self.model(inputs)
-        else:
-            logits = sliding(self.model, inputs, (self.window,) * 2, (self.stride,) * 2)
+        labels = self.views.labels(inputs.to(self.device, self.dtype))
         return [
-            best_classes(each, size) if each.isfinite().all() else None
-            for each, size in zip(logits, sizes, strict=True)
+            each if finite else None for each, finite in zip(labels, self.views.finite.tolist(), strict=True)
         ]
 
     def decode(

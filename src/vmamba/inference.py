@@ -421,7 +421,8 @@ def load(
             of weights such as the VMamba authors' `.pth` of classifiers, of mmdet's Mask R-CNN or mmseg's
             UPerNet; or a model's name, "vmamba_tiny", whose pretrained weights are downloaded.
         model: The name of the model, or of a detector's or segmenter's backbone, for a file that does not
-            contain it; None is enough if only one variant has the file's shapes.
+            contain it, or to be compared with the file's; None is enough if only one variant has the file's
+            shapes.
         device: None or "auto" for the GPU if there is one; otherwise as PyTorch names it.
         dtype: "float32" (the default), "float16", "bfloat16" or "float64", or PyTorch's type.
         classes: Names of the classes; by default those of the file, or ImageNet's, COCO's or ADE20K's for
@@ -431,7 +432,8 @@ def load(
     Raises:
         MissingCheckpointError: There is no such file, and no model of that name.
         CheckpointError: The file cannot be read safely, is damaged or does not fit the model.
-        ModelError: The model's name, the device or the type is unknown, or must be given.
+        ModelError: The model's name, the device or the type is unknown, or must be given; or the file is of
+            another model.
     """
     target, dtype = _device(device), _dtype(dtype)
     name = os.fsdecode(source)
@@ -453,7 +455,7 @@ def load(
     predictor: Predictor
     if task_of(checkpoint) != CLASSIFICATION:
         tasks = importlib.import_module(_TASKS)
-        predictor = tasks.load_predictor(checkpoint, weights, device=target, dtype=dtype)
+        predictor = tasks.load_predictor(checkpoint, weights, model=model, device=target, dtype=dtype)
         if classes is not None:
             if len(classes) != len(predictor.classes):
                 expected = counted(len(predictor.classes), "class", "classes")
@@ -471,8 +473,8 @@ def load(
 
 
 _TASKS = "vmamba.train.tasks"
-"""The module with `load_predictor(checkpoint, weights, *, device, dtype)` for all tasks but classification.
-Imported only for those: a classifier does not need `vmamba.train`."""
+"""The module with `load_predictor(checkpoint, weights, *, model, device, dtype)` for all tasks but
+classification. Imported only for those: a classifier does not need `vmamba.train`."""
 
 _DENSE = "vmamba.dense_inference"
 """The module with the predictors of Mask R-CNN and UPerNet. Imported only for those: it takes a second."""

@@ -193,6 +193,7 @@ def model_config(
     task: str = CLASSIFICATION,
     model_args: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
+    category_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The content of a model's `config.json`: timm's hub form, with an additional key of ours; plain values.
 
@@ -203,6 +204,7 @@ def model_config(
         task: Name of the task.
         model_args: The arguments that it was created with, besides `num_classes` and `in_chans`.
         recipe: The run's recipe, as plain values; a task other than classification creates its model from it.
+        category_ids: The classes' numbers in annotation files, if they have such.
 
     Raises:
         ModelError: A model created from its name and `model_args` has other weights, so the file could not be
@@ -218,7 +220,11 @@ def model_config(
         "num_classes": len(classes),
         "custom_load": False,
     }
-    ours = {"task": task, "preprocessing": preprocessing.to_dict()}
+    ours: dict[str, Any] = {"task": task, "preprocessing": preprocessing.to_dict()}
+    if recipe is not None:
+        ours["recipe"] = dict(recipe)
+    if category_ids is not None:
+        ours["category_ids"] = list(category_ids)
     config = {
         "architecture": given.get("architecture", type(model).__name__),
         "num_classes": len(classes),
@@ -226,7 +232,7 @@ def model_config(
         "label_names": list(classes),
         "model_args": args,
         "pretrained_cfg": cfg,
-        CONTENTS: ours if recipe is None else {**ours, "recipe": dict(recipe)},
+        CONTENTS: ours,
     }
     plain: dict[str, Any] = json.loads(json.dumps(config))
     return plain

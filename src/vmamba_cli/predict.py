@@ -77,7 +77,10 @@ def command(
     min_score: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Least probability of an object; by default 0.3.", show_default=False
+            min=0,
+            max=1,
+            help="Least probability of an object; by default 0.3, or the model's threshold if higher.",
+            show_default=False,
         ),
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Of videos, take the first of so many frames.")] = 1,

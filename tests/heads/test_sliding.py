@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.heads import upernet
-from vmamba.heads.sliding import SegmentedViews, best_classes, mean_probabilities, scaled, sliding
+from vmamba.heads.sliding import SegmentedViews, best_classes, mean_probabilities, sliding
 
 IMAGES = torch.randn(2, 3, 50, 71, generator=torch.Generator().manual_seed(1))
 WEIGHT = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
@@ -72,12 +72,13 @@ def test_strides_that_leave_pixels_out(stride: tuple[int, int]) -> None:
 
 
 def test_probabilities_are_averaged_not_logits() -> None:
-    parts = []
+    parts, views = [], []
     for height, width in ((25, 36), (50, 71), (88, 124)):
         view = F.interpolate(IMAGES, (height, width), mode="bilinear") if height != 50 else IMAGES
+        views.append(view)
         for logits in (near(view), near(view.flip(3)).flip(3)):
             parts.append(F.interpolate(logits, (50, 71), mode="bilinear").softmax(1))
-    actual = mean_probabilities(near, scaled(IMAGES, (0.5, 1, 1.75)), (50, 71))
+    actual = mean_probabilities(near, views, (50, 71))
     torch.testing.assert_close(actual, torch.stack(parts).mean(0))
     torch.testing.assert_close(actual.sum(1), torch.ones(2, 50, 71))
     once = mean_probabilities(near, [IMAGES], (50, 71), flip=False)
@@ -89,7 +90,7 @@ def test_scales_and_windows_together() -> None:
     actual = mean_probabilities(by_windows, [IMAGES], (50, 71), flip=False)
     torch.testing.assert_close(actual, sliding(near, IMAGES, (32, 32), (21, 21)).softmax(1))
     with pytest.raises(ValueError, match="views: expected at least one"):
-        mean_probabilities(near, scaled(IMAGES, ()), (50, 71))
+        mean_probabilities(near, [], (50, 71))
 
 
 def test_classes_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +122,17 @@ def test_views_are_resized_for_the_model_and_back() -> None:
     assert seen == 2 * [(8, 13)] + 2 * [(32, 53)]
     torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 30, 50))
     assert torch.equal(averaged.labels(images).long(), probabilities.argmax(1))
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0)])
+def test_views_tell_which_images_are_not_finite(scales: tuple[float, ...]) -> None:
+    views = SegmentedViews(nn.Identity(), 50, 71, scales=scales, window=40)
+    broken = IMAGES.clone()
+    broken[1, 2, 49, 70] = torch.nan
+    views.labels(broken)
+    assert views.finite.tolist() == [True, False]
+    views.labels(IMAGES)
+    assert views.finite.tolist() == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 import vmamba
@@ -111,6 +113,59 @@ def test_other_names_of_the_classes(runs: dict[str, Path]) -> None:
     assert vmamba.load(runs["detection"], classes=names).classes == names
     with pytest.raises(ModelError, match="classes: 1 name for a model of 6 classes"):
         vmamba.load(runs["detection"], classes=["shape"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_another_backbone_than_the_runs(task: str, runs: dict[str, Path]) -> None:
+    for source in (runs[task], runs[task] / "best.safetensors"):
+        assert vmamba.load(source, model="vmamba_pico").task == task
+        with pytest.raises(ModelError, match=r"model: the backbone of .* is vmamba_pico, not vmamba_tiny"):
+            vmamba.load(source, model="vmamba_tiny")
+
+
+def write_coco(folder: Path, split: str, categories: dict[int, str]) -> None:
+    """Four images, on each a square of each category."""
+    (folder / split).mkdir(parents=True)
+    images, annotations = [], []
+    for number in range(1, 5):
+        Image.new("RGB", (SIZE, SIZE), (40 * number, 90, 120)).save(folder / split / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": SIZE, "width": SIZE})
+        for place, category in enumerate(categories):
+            left, top, side = 30 * place + 2, 5, 25
+            corners = [left, top, left + side, top, left + side, top + side, left, top + side]
+            square = {"bbox": [left, top, side, side], "area": side**2, "segmentation": [corners]}
+            owner = {"id": len(annotations) + 1, "image_id": number, "category_id": category, "iscrowd": 0}
+            annotations.append({**owner, **square})
+    named = [{"id": number, "name": name} for number, name in categories.items()]
+    values = {"images": images, "annotations": annotations, "categories": named}
+    (folder / f"{split}.json").write_text(json.dumps(values))
+
+
+def test_a_run_keeps_the_ids_of_its_annotation_file(tmp_path: Path) -> None:
+    """Without its data too; a file without ids is as before."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    for split in ("train", "val"):
+        write_coco(data, split, {90: "cat", 3: "dog"})
+    recipe = values("detection", batch_size=2, eval_every_steps=1)
+    recipe["schedule"] |= {"steps": 1, "warmup_steps": 0}
+    recipe["data"] = {"source": "coco", "root": str(data), "short_side": SIZE, "long_side": 96}
+    for split in ("train", "val"):
+        recipe["data"] |= {f"{split}_split": split, f"{split}_annotations": f"{split}.json"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run.train(load_recipe(tmp_path / "recipe.yaml"), out)
+    shutil.rmtree(data / "train")
+    (data / "train.json").unlink()
+    for source in (out, out / "best.safetensors"):
+        predictor: Any = open_session(source).predictor()
+        assert (predictor.classes, predictor.category_ids) == (["dog", "cat"], [3, 90])
+        assert evaluate(source).classes == ["dog", "cat"]
+    shutil.rmtree(data)
+    for source in (out, out / "best.safetensors"):
+        assert vmamba.load(source).category_ids == [3, 90]
+    config = json.loads((out / "config.json").read_text())
+    del config["vmamba"]["category_ids"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert vmamba.load(out / "best.safetensors").category_ids == [1, 2]
 
 
 KILLED = """

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from vmamba.train.task import SamplePrediction
 from vmamba.train.task import scores as task_scores
 
 CLASSES = ["cat", "dog", "owl"]
-Detections = dict[str, Tensor]
+Detections = dict[str, Any]
 
 
 def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -84,7 +85,7 @@ def make_detections(
         "boxes": boxes.float(),
         "labels": torch.tensor(labels, dtype=torch.int64) + 1,
         "scores": torch.tensor(scores),
-        "masks": boxes_to_masks(boxes, size)[:, None].float() * 0.5,  # 0.5 belongs to the object
+        "masks": encoded_masks(boxes_to_masks(boxes, size).byte().numpy()),
     }
 
 
@@ -137,7 +138,7 @@ def coco_scores(images: list[tuple[Detections, Objects]], folder: Path) -> dict[
                 "score": detections["scores"][number].item(),
             }
             results["box"].append({**shared, "bbox": [left, top, right - left, bottom - top]})
-            mask = coco_masks.encode(np.asfortranarray(detections["masks"][number, 0] >= 0.5, np.uint8))
+            mask = detections["masks"][number]
             results["mask"].append({**shared, "segmentation": {**mask, "counts": mask["counts"].decode()}})
     truth = {
         "images": [
@@ -288,10 +289,11 @@ def test_only_crowd_regions_are_an_error() -> None:
         ("boxes", torch.tensor([[0.0, 0, float("inf"), 9]]), NonFiniteError, "not finite"),
         ("labels", torch.tensor([4]), ValueError, r"expected 1 to 3, got \[4\]"),
         ("labels", torch.tensor([0]), ValueError, r"expected 1 to 3, got \[0\]"),
-        ("masks", torch.zeros(1, 1, 9, 9), ValueError, r"expected \(1, 1, 40, 40\)"),
+        ("masks", [], ValueError, r"expected 1 of the image's size \(40, 40\), got \[\]"),
+        ("masks", encoded_masks(np.zeros((1, 9, 9), np.uint8)), ValueError, r"\(40, 40\), got \[\(9, 9\)\]"),
     ],
 )
-def test_detections_that_do_not_fit(name: str, value: Tensor, error: type[Exception], message: str) -> None:
+def test_detections_that_do_not_fit(name: str, value: Any, error: type[Exception], message: str) -> None:
     box, size = torch.tensor([[1.0, 2, 30, 20]]), (40, 40)
     detections = {**make_detections(box, [0], [0.9], size), name: value}
     with pytest.raises(error, match=message):

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vmamba.data.decoding import printable
@@ -62,7 +63,6 @@ class Video:
     Attributes:
         rate: Frames a second in the file, on average.
         time_base: The unit of its times, in seconds.
-        expected: About how many frames will be given; None if the file does not say.
 
     Raises:
         DataError: It is missing or not a video, or PyAV is not installed.
@@ -89,8 +89,6 @@ class Video:
         self._stream = stream
         self.rate = _fraction(stream.guessed_rate or stream.average_rate or Fraction(25))
         self.time_base = _fraction(stream.time_base or 1 / self.rate)
-        frames = stream.frames or int((self._promised() or 0) * self.rate)
-        self.expected = -(-frames // every) or None
 
     def close(self) -> None:
         self._container.close()
@@ -190,11 +188,13 @@ def writing_video(
 ) -> Iterator[Callable[[Image.Image, float], None]]:
     """Write an MP4 file, which replaces `path` once it is complete.
 
-    It is encoded as H.264, or as MPEG-4 where PyAV has been built without x264.
+    It is encoded as H.264, or as MPEG-4 where PyAV has been built without x264; with one colour for each 2×2
+    pixels, since browsers and QuickTime play nothing else. So an odd width or height becomes even: the last
+    column or row comes twice.
 
     Args:
         path: The file.
-        size: Width and height of the pictures; those of another size are resized.
+        size: Width and height of the pictures, before they become even; those of another size are resized.
         rate: Pictures a second, on average.
         time_base: The unit of times, in seconds.
 
@@ -211,15 +211,16 @@ def writing_video(
     last = -1
     with replacing(path) as temporary, _as_output_errors(path, av), _container(av, temporary) as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height = size
-        even = size[0] % 2 == size[1] % 2 == 0
-        stream.pix_fmt = "yuv420p" if even or codec == "mpeg4" else "yuv444p"  # no half pixels of colour
+        stream.width, stream.height = (side + side % 2 for side in size)
+        stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = time_base
 
         def write(picture: Image.Image, seconds: float) -> None:
             nonlocal last
             picture = picture.convert("RGB")
-            frame = av.VideoFrame.from_image(picture if picture.size == size else picture.resize(size))
+            pixels = np.asarray(picture if picture.size == size else picture.resize(size))
+            more = (0, size[1] % 2), (0, size[0] % 2), (0, 0)
+            frame = av.VideoFrame.from_ndarray(np.pad(pixels, more, mode="edge"), format="rgb24")
             last = max(last + 1, round(seconds / time_base))
             frame.pts, frame.time_base = last, time_base
             container.mux(stream.encode(frame))

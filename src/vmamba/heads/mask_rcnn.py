@@ -21,6 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from vmamba.heads.boxes import STRIDES
+from vmamba.heads.masks import paste_masks
 from vmamba.heads.names import from_mmdet
 from vmamba.heads.peers import create_backbone
 from vmamba.heads.proposals import ProposalNetwork
@@ -133,9 +134,19 @@ class MaskRCNN(generalized_rcnn.GeneralizedRCNN):
         _initialise(body.fpn, heads)
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
+        *,
+        paste: bool = True,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses in training mode, detections in evaluation mode; see the class.
+
+        Args:
+            images: See the class.
+            targets: See the class.
+            paste: Give masks of the images' sizes, which of many objects take gigabytes; otherwise those of
+                the boxes, (n, 1, m, m), for `vmamba.heads.masks.paste_masks`.
 
         Raises:
             ValueError: An image or target is not of the form above; the message names it by its index.
@@ -150,6 +161,10 @@ class MaskRCNN(generalized_rcnn.GeneralizedRCNN):
         result: dict[str, Tensor] | list[dict[str, Tensor]] = super().forward(
             list(images), targets if self.training else None
         )
+        if paste and not isinstance(result, dict):
+            for each, image in zip(result, images, strict=True):
+                height, width = image.shape[-2:]
+                each["masks"] = paste_masks(each["masks"], each["boxes"], (height, width))
         return result
 
     def convert_names(self, weights: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:

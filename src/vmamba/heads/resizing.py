@@ -7,7 +7,6 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-from vmamba.heads.masks import paste_masks
 from vmamba.heads.proposals import PADDED_SIZE
 from vmamba.sizes import scaled_size
 
@@ -16,7 +15,7 @@ DIVISOR = 32
 
 
 class Resize(GeneralizedRCNNTransform):
-    """torchvision's, with mmdet's rounding of sizes, and masks padded and pasted as mmdet does.
+    """torchvision's, with mmdet's rounding of sizes, and masks padded as mmdet does.
 
     Args:
         min_size: The shorter side, or several, of which training draws one and evaluation takes the last.
@@ -74,7 +73,9 @@ class Resize(GeneralizedRCNNTransform):
         image_shapes: Sequence[tuple[int, int]],
         original_image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Detections in the batch's frame → in the images' frames; nothing to do in training.
+        """Boxes in the batch's frame → in the images' frames; nothing to do in training.
+
+        Masks stay those of the boxes; see `vmamba.heads.masks.paste_masks`.
 
         Args:
             result: Boxes, labels, scores and masks (n, 1, m, m) of each image.
@@ -83,5 +84,4 @@ class Resize(GeneralizedRCNNTransform):
         """
         for detections, size, original in zip(result, image_shapes, original_image_sizes, strict=False):
             detections["boxes"] = resize_boxes(detections["boxes"], size, original)
-            detections["masks"] = paste_masks(detections["masks"], detections["boxes"], original)
         return result

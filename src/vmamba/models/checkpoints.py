@@ -360,6 +360,12 @@ class Checkpoint:
     classes: Sequence[str] | None = None
     config: Mapping[str, Any] | None = None
 
+    @property
+    def category_ids(self) -> list[int] | None:
+        """The classes' numbers in annotation files, where a run of detection has stored them."""
+        ids: list[int] | None = ((self.config or {}).get(CONTENTS) or {}).get("category_ids")
+        return ids
+
     def kind(self, weights: str = "auto") -> str:
         """Resolve "auto".
 

@@ -28,6 +28,7 @@ def describe_model(task: Task, model: nn.Module) -> dict[str, Any]:
         task=task.name,
         model_args=arguments,
         recipe=recipe.model_dump(mode="json") if whole else None,
+        category_ids=task.category_ids,
     )
 
 

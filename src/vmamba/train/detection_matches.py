@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vmamba.data.objects import Objects, encoded_masks, run_lengths
+from vmamba.data.objects import Objects, run_lengths
 from vmamba.train.guard import NonFiniteError
 
 MATCH_IOU = 0.5
@@ -74,14 +74,11 @@ def regions_of_objects(objects: Objects) -> Regions:
     )
 
 
-def regions_of_detections(
-    detections: Mapping[str, Tensor], size: tuple[int, int], num_classes: int
-) -> Regions:
+def regions_of_detections(detections: Mapping[str, Any], size: tuple[int, int], num_classes: int) -> Regions:
     """What a `MaskRCNN` in evaluation mode gives for one image, as regions.
 
     Args:
-        detections: boxes (n, 4), labels (n,) from 1, scores (n,) and masks (n, 1, h, w), probabilities: a
-            pixel belongs to the object from 0.5 on.
+        detections: Tensors boxes (n, 4), labels (n,) from 1 and scores (n,); and masks, n run-length codes.
         size: Height and width of the image.
         num_classes: k.
 
@@ -92,10 +89,10 @@ def regions_of_detections(
     boxes, labels, scores, masks = (detections[name] for name in ("boxes", "labels", "scores", "masks"))
     if not (boxes.isfinite().all() and scores.isfinite().all()):
         raise NonFiniteError("the model's outputs are not finite; judge it with train.precision=32-true")
-    if tuple(masks.shape) != (len(labels), 1, *size):
+    sizes = [tuple(mask["size"]) for mask in masks]
+    if sizes != [tuple(size)] * len(labels):
         raise ValueError(
-            f"detections['masks']: expected {(len(labels), 1, *size)}, by the image's size, got "
-            f"{tuple(masks.shape)}"
+            f"detections['masks']: expected {len(labels)} of the image's size {tuple(size)}, got {sizes}"
         )
     if len(labels) and not (int(labels.min()) >= 1 and int(labels.max()) <= num_classes):
         raise ValueError(f"detections['labels']: expected 1 to {num_classes}, got {labels.tolist()}")
@@ -103,7 +100,7 @@ def regions_of_detections(
         size,
         _left_top_width_height(boxes),
         labels.cpu().numpy() - 1,
-        encoded_masks((masks[:, 0] >= 0.5).byte().cpu().numpy()),
+        list(masks),
         scores.detach().double().cpu().numpy(),
         None,
         np.zeros(len(labels), bool),

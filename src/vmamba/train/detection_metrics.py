@@ -46,12 +46,13 @@ class CocoMetric(nn.Module):
         self.classes, self.tables = list(classes), tables
         self._images: dict[int, tuple[Regions, Regions]] = {}
 
-    def update(self, detections: Sequence[Mapping[str, Tensor]], objects: Sequence[Objects]) -> None:
+    def update(self, detections: Sequence[Mapping[str, Any]], objects: Sequence[Objects]) -> None:
         """Add images.
 
         Args:
-            detections: As a `MaskRCNN` in evaluation mode gives them for each image: boxes (n, 4), labels
-                (n,) from 1, scores (n,), masks (n, 1, h, w), probabilities.
+            detections: As a `MaskRCNN` in evaluation mode gives them for each image, tensors boxes (n, 4),
+                labels (n,) from 1 and scores (n,); but as masks n run-length codes, of
+                `vmamba.dense_inference.mask_codes`.
             objects: The annotated ones of each image, crowd regions included.
 
         Raises:

@@ -60,9 +60,7 @@ class JudgedDetections(NamedTuple):
         return 2 * self.right / (2 * self.right + self.wrong) if self.right + self.wrong else 1.0
 
 
-def judge_detections(
-    detections: Mapping[str, Tensor], objects: Objects, num_classes: int
-) -> JudgedDetections:
+def judge_detections(detections: Mapping[str, Any], objects: Objects, num_classes: int) -> JudgedDetections:
     """Judge an image by itself, by the rule of `vmamba.train.detection_matches`.
 
     Args:

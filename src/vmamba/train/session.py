@@ -15,7 +15,7 @@ from vmamba.models.checkpoints import Checkpoint, Weights, expand, open_checkpoi
 from vmamba.train.optim import enable_grad_checkpointing
 from vmamba.train.recipe import Recipe, check, override_values, read_values
 from vmamba.train.task import SampleDataset, Task
-from vmamba.train.tasks import restore_model, task_type
+from vmamba.train.tasks import restore_model, restore_task, task_type
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _open_run(source: str | Path, overrides: Sequence[str], weights: Weights, wi
     recipe_type = task_type(recipe_values.get("task")).recipe_type
     recipe: Any = check(recipe_type, override_values(recipe_values, overrides, recipe_type), str(path))
     kind: Any = checkpoint.kind(weights)
-    task = task_type(recipe.task)(recipe, checkpoint.classes)
+    task = restore_task(recipe, checkpoint)
     samples = task.dataset("val") if with_samples else None
     return Session(str(source), task, task.recipe, restore_model(task, checkpoint, weights), kind, samples)
 
@@ -161,10 +161,10 @@ def _open_recipe(path: Path, overrides: Sequence[str], weights: Weights, with_sa
         kind = checkpoint.kind(kind)
     elif kind == "ema":
         raise RecipeError(f"{path}: there is no average of the pretrained weights; take those as trained")
-    # If the file of weights names its classes, the data must have the same.
-    classes = None if checkpoint is None else checkpoint.classes
     section = recipe.model.model_copy(update={"weights_kind": kind, "new_classifier": False})
-    task = task_class(task_class.without_training_data(recipe), classes)
+    of_val = task_class.without_training_data(recipe)
+    # If the file of weights names its classes, the data must have the same.
+    task = task_class(of_val) if checkpoint is None else restore_task(of_val, checkpoint)
     samples = task.dataset("val") if with_samples else None
     model = task.build_model(task.recipe.model_copy(update={"model": section})).eval()
     return Session(str(path), task, task.recipe, model, "raw" if kind == "auto" else kind, samples)

@@ -90,6 +90,8 @@ class Task(ABC):
     classes: list[str]
     preprocessing: Preprocessing
     """From an image file to the model's input, in evaluation."""
+    category_ids: list[int] | None = None
+    """The classes' numbers in annotation files, as predictions give them; a checkpoint keeps them."""
     needs_pairs: bool = False
     """`augment_batch` needs batches of an even size."""
     eval_batch_size: ClassVar[int | None] = None

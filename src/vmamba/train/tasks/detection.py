@@ -13,7 +13,7 @@ from vmamba.data.annotated import AnnotatedImages
 from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
 from vmamba.data.sources import DetectionData
 from vmamba.data.sources.coco import CocoSection
-from vmamba.dense_inference import DetectionPredictor
+from vmamba.dense_inference import DetectionPredictor, mask_codes
 from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from vmamba.train.dense import (
     DenseModelRecipe,
@@ -74,7 +74,9 @@ class DetectionTask(Task):
         self.recipe: Any = self.resolve(recipe)
         self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
         self._sources: dict[str, AnnotatedImages] = {}
-        self.classes = list(classes) if classes is not None else self._source("train").classes
+        if classes is None:
+            classes, self.category_ids = self._source("train").classes, self._source("train").category_ids
+        self.classes = list(classes)
 
     @classmethod
     def resolve(cls, recipe: DetectionRecipe) -> DetectionRecipe:
@@ -152,11 +154,13 @@ class DetectionTask(Task):
     def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> None:
         self._judge(model, batch, metrics)
 
-    def _judge(
-        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
-    ) -> list[dict[str, Tensor]]:
-        """Detections, image by image: in a batch padding would change them."""
-        detections = [model([image])[0] for image in batch["images"]]
+    def _judge(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> list[dict[str, Any]]:
+        """Detections with run-length codes, image by image: in a batch padding would change them."""
+        detections = []
+        for image in batch["images"]:
+            (one,) = model([image], paste=False)
+            height, width = image.shape[-2:]
+            detections.append({**one, "masks": mask_codes(one["masks"], one["boxes"], (height, width))})
         metrics.update(detections, batch["objects"])
         return detections
 
@@ -184,7 +188,7 @@ class DetectionTask(Task):
         draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
 
     def predictor(self, model: Any) -> DetectionPredictor:
-        return DetectionPredictor(model, self.preprocessing, self.classes)
+        return DetectionPredictor(model, self.preprocessing, self.classes, category_ids=self.category_ids)
 
 
 def _defined(value: float) -> float | None:

@@ -161,7 +161,7 @@ class SegmentationTask(Task):
         predicted, finite = [], True
         for image, labels in zip(batch["images"], batch["labels"], strict=True):
             predicted.append(views.labels(image[None])[0])
-            finite = finite and views.finite
+            finite = finite and bool(views.finite.all())
             metrics.update(predicted[-1], labels)
         return None if finite else {"loss": torch.tensor(float("nan"))}, predicted
 
