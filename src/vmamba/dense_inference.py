@@ -19,7 +19,7 @@ from vmamba.data.names import ADE20K_CLASSES, COCO_CATEGORY_IDS, COCO_CLASSES
 from vmamba.data.objects import encoded_masks, run_lengths
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError
-from vmamba.heads.mask_rcnn import MaskRCNN
+from vmamba.heads.mask_rcnn import MaskRCNN, recorded_logits
 from vmamba.heads.masks import paste_masks
 from vmamba.heads.restoring import restore
 from vmamba.heads.sliding import SegmentedViews
@@ -196,23 +196,16 @@ class DetectionPredictor(Predictor):
     def run(self, inputs: Tensor, sizes: Sequence[Size]) -> list[dict[str, Tensor] | None]:
         """Detections of each image with masks (n, 1, m, m) of the boxes alone; None where there are NaNs."""
         model: Any = self.model
-        logits: list[Tensor] = []
-        hook = model.roi_heads.box_predictor.register_forward_hook(
-            lambda _module, _args, output: logits.append(output[0])
-        )
-        try:
+        with recorded_logits(model) as logits:
             images, _ = model.transform(list(inputs.to(self.device, torch.float32)))
             images.tensors = images.tensors.to(self.dtype)
             levels = model.backbone(images.tensors)
             proposals, _ = model.rpn(images, levels)
             detections, _ = model.roi_heads(levels, proposals, images.image_sizes)
-        finally:
-            hook.remove()
         finite = logits[0].isfinite().all(1).split([len(each) for each in proposals])
         results: list[dict[str, Tensor] | None] = []
         for each, resized, size, sound in zip(detections, images.image_sizes, sizes, finite, strict=True):
             each["boxes"] = resize_boxes(each["boxes"].float(), resized, size)
-            # Every anchor is a proposal unless its place is NaN.
             results.append({**each, "size": torch.tensor(size)} if len(sound) and sound.all() else None)
         return results
 

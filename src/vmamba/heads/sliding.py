@@ -89,8 +89,8 @@ class SegmentedViews(nn.Module):
 
     Args:
         model: From images (b, c, h, w) to logits (b, k, h, w).
-        short: Images become as large, or as small, as this many pixels of their shorter side
-        long: and this many of their longer side allow.
+        short: Images are enlarged or reduced until their shorter side has this many pixels,
+        long: or fewer, so that the longer side has at most this many.
         scales: Factors of both, one for each view.
         flip: Add the mirror image of each view.
         window: Side of the square windows by which a view is segmented; None for the whole view.

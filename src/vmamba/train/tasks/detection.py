@@ -14,7 +14,7 @@ from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
 from vmamba.data.sources import DetectionData
 from vmamba.data.sources.coco import CocoSection
 from vmamba.dense_inference import DetectionPredictor, mask_codes
-from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig, recorded_logits
 from vmamba.train.dense import (
     DenseModelRecipe,
     configuration,
@@ -151,18 +151,29 @@ class DetectionTask(Task):
         """The same, and tables: AP by class, precision by recall, and the confusion of classes."""
         return CocoMetric(self.classes, tables=True)
 
-    def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> None:
-        self._judge(model, batch, metrics)
+    def validation_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> dict[str, Tensor] | None:
+        return self._judge(model, batch, metrics)[0]
 
-    def _judge(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> list[dict[str, Any]]:
-        """Detections with run-length codes, image by image: in a batch padding would change them."""
-        detections = []
+    def _judge(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> tuple[dict[str, Tensor] | None, list[dict[str, Any]]]:
+        """Detections with run-length codes, image by image: in a batch padding would change them.
+
+        Returns:
+            A loss of NaN if the outputs for an image are not finite, else None; and the detections.
+        """
+        detections, finite = [], True
         for image in batch["images"]:
-            (one,) = model([image], paste=False)
+            with recorded_logits(model) as logits:
+                (one,) = model([image], paste=False)
+            if not len(logits[0]) or not logits[0].isfinite().all():
+                finite, one = False, {name: values[:0] for name, values in one.items()}
             height, width = image.shape[-2:]
             detections.append({**one, "masks": mask_codes(one["masks"], one["boxes"], (height, width))})
         metrics.update(detections, batch["objects"])
-        return detections
+        return None if finite else {"loss": torch.tensor(float("nan"))}, detections
 
     def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         columns = [f"{kind}_{score}" for kind in KINDS for score in SCORES]
@@ -178,10 +189,10 @@ class DetectionTask(Task):
 
     def report_step(
         self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
-    ) -> tuple[None, list[JudgedDetections]]:
-        detections = self._judge(model, batch, metrics)
+    ) -> tuple[dict[str, Tensor] | None, list[JudgedDetections]]:
+        losses, detections = self._judge(model, batch, metrics)
         pairs = zip(detections, batch["objects"], strict=True)
-        return None, [judge_detections(*pair, len(self.classes)) for pair in pairs]
+        return losses, [judge_detections(*pair, len(self.classes)) for pair in pairs]
 
     def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
         """worst.png: the images with the lowest F1, truth beside prediction."""
