@@ -66,6 +66,12 @@ def test_a_box_is_seen_on_any_background(background: int) -> None:
         assert (row[:58] == background).all()
 
 
+def test_boxes_over_the_border_are_drawn_at_it() -> None:
+    over, at = (torch.tensor([box]) for box in ([-40.0, -9, 350, 280], [0.0, 0, 300, 200]))
+    drawn = [np.asarray(draw_objects(plain(300, 200), box, ONE, SCORE, None, NAMES)) for box in (over, at)]
+    assert np.array_equal(*drawn)
+
+
 @pytest.mark.parametrize("coded", [False, True])
 def test_a_mask_is_tinted_and_its_surroundings_are_not(coded: bool) -> None:
     masks: object = box_mask(BOX, (200, 300))
