@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.transforms.functional import pil_to_tensor
 
-from vmamba.data.decoding import DecodedImage
+from vmamba.data.decoding import DecodedImage, as_floats
 from vmamba.data.names import ADE20K_CLASSES, COCO_CATEGORY_IDS, COCO_CLASSES
 from vmamba.data.objects import encoded_masks, run_lengths
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError
-from vmamba.heads.mask_rcnn import MaskRCNN
+from vmamba.heads.mask_rcnn import MaskRCNN, recorded_logits
 from vmamba.heads.masks import paste_masks
 from vmamba.heads.restoring import restore
 from vmamba.heads.sliding import SegmentedViews
@@ -131,11 +130,6 @@ class Segmentation(ClassShares):
         self.labels = labels
 
 
-def _pixels(image: DecodedImage) -> Tensor:
-    """A decoded image as floats (c, h, w) in 0 … 1."""
-    return image if isinstance(image, Tensor) else pil_to_tensor(image).float() / 255
-
-
 class DetectionPredictor(Predictor):
     """For a `MaskRCNN`, which resizes and norms images itself; see `Predictor`.
 
@@ -180,7 +174,7 @@ class DetectionPredictor(Predictor):
             number = counted(len(classes), "class", "classes")
             raise ModelError(f"category_ids: {counted(len(category_ids), 'id')} for {number}")
         run_lengths()  # raises if pycocotools is missing, before any image is read
-        super().__init__(model, preprocessing, classes, transform=_pixels, device=device, dtype=dtype)
+        super().__init__(model, preprocessing, classes, transform=as_floats, device=device, dtype=dtype)
         self.category_ids = list(category_ids)
         self._least_score = model.config.score_threshold
         self.min_score = max(_MIN_SCORE, self._least_score) if min_score is None else min_score
@@ -202,23 +196,16 @@ class DetectionPredictor(Predictor):
     def run(self, inputs: Tensor, sizes: Sequence[Size]) -> list[dict[str, Tensor] | None]:
         """Detections of each image with masks (n, 1, m, m) of the boxes alone; None where there are NaNs."""
         model: Any = self.model
-        logits: list[Tensor] = []
-        hook = model.roi_heads.box_predictor.register_forward_hook(
-            lambda _module, _args, output: logits.append(output[0])
-        )
-        try:
+        with recorded_logits(model) as logits:
             images, _ = model.transform(list(inputs.to(self.device, torch.float32)))
             images.tensors = images.tensors.to(self.dtype)
             levels = model.backbone(images.tensors)
             proposals, _ = model.rpn(images, levels)
             detections, _ = model.roi_heads(levels, proposals, images.image_sizes)
-        finally:
-            hook.remove()
         finite = logits[0].isfinite().all(1).split([len(each) for each in proposals])
         results: list[dict[str, Tensor] | None] = []
         for each, resized, size, sound in zip(detections, images.image_sizes, sizes, finite, strict=True):
             each["boxes"] = resize_boxes(each["boxes"].float(), resized, size)
-            # Every anchor is a proposal unless its place is NaN.
             results.append({**each, "size": torch.tensor(size)} if len(sound) and sound.all() else None)
         return results
 
@@ -327,7 +314,7 @@ class SegmentationPredictor(Predictor):
         )
 
         def transform(image: DecodedImage) -> Tensor:
-            return (_pixels(image) - mean) / std
+            return (as_floats(image) - mean) / std
 
         super().__init__(model, preprocessing, classes, transform=transform, device=device, dtype=dtype)
         short, long = base_size

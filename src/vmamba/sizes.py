@@ -2,7 +2,9 @@
 
 
 def scaled_size(size: tuple[int, int], short: float, long: float) -> tuple[int, int]:
-    """The size of an image whose sides become at most `short` and `long`, rounded as mmdet rounds.
+    """The largest size of an image, enlarged or reduced, with sides of at most `short` and `long`.
+
+    It is rounded as mmdet rounds.
 
     Args:
         size: Height and width.

@@ -50,7 +50,8 @@ def command(
 ) -> None:
     """Judge weights on the evaluation split of their recipe's data.
 
-    By the paper's protocol: resize to 256/224 of the size, centre crop.
+    By the paper's protocol. Classification: resize to 256/224 of the size, centre crop. Detection and
+    segmentation: each whole image, resized as its recipe says.
     """
     from vmamba_cli._checks import require_path
     from vmamba_cli._extra import load

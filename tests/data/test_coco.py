@@ -127,19 +127,21 @@ def test_an_image_of_crowds_alone_has_no_objects(opened: Callable[..., CocoImage
     ("bbox", "expected"),
     [
         ([30, 20, 10, 10], [30, 20, 40, 30]),  # at the border
-        ([-5, -5, 20, 20], [0, 0, 15, 15]),
-        ([35, 25, 100, 100], [35, 25, 40, 30]),
+        ([-5, -5, 20, 20], [-5, -5, 15, 15]),
+        ([35, 25, 100, 100], [35, 25, 135, 125]),
+        ([40, 5, 10, 10], [40, 5, 50, 15]),  # outside
         ([4, 4, 1, 1], [4, 4, 5, 5]),
         ([4, 4, 0.5, 0.5], [4, 4, 4.5, 4.5]),
     ],
 )
-def test_boxes_are_clipped(
+def test_boxes_are_the_files(
     opened: Callable[..., CocoImages], bbox: list[float], expected: list[float]
 ) -> None:
     assert opened(content(annotation(1, bbox=bbox))).target(0).boxes.tolist() == [expected]
 
 
-ONE_POINT = {"segmentation": [[5, 6, 9, 9]]}
+TWO_POINTS = {"segmentation": [[5, 6, 9, 9]]}
+LINES = {"segmentation": [[5, 6, 9, 10, 7, 8], [5.1, 6.1, 5.1, 9.3, 5.1, 7.7, 5.1, 8.2]]}
 
 
 @pytest.mark.parametrize(
@@ -147,9 +149,8 @@ ONE_POINT = {"segmentation": [[5, 6, 9, 9]]}
     [
         ({"bbox": [5, 6, 0, 10]}, "a box without area, or an inverted one"),
         ({"bbox": [15, 16, -10, -10]}, "a box without area, or an inverted one"),
-        ({"bbox": [40, 5, 10, 10]}, "a box outside of its image"),
-        ({"bbox": [-20, 5, 10, 10]}, "a box outside of its image"),
-        (ONE_POINT, "no outline, or one without area"),
+        (TWO_POINTS, "no outline, or one without area"),
+        (LINES, "no outline, or one without area"),
         ({"segmentation": []}, "no outline, or one without area"),
         ({"segmentation": [[]]}, "no outline, or one without area"),
         ({"segmentation": None}, "no outline, or one without area"),
@@ -173,6 +174,19 @@ def test_a_polygon_of_two_points_beside_others(opened: Callable[..., CocoImages]
     square = [5, 6, 15, 6, 15, 16, 5, 16]
     objects = opened(content(annotation(1, segmentation=[[1, 2, 3, 4], square]))).target(0)
     assert objects.decoded_masks().sum() == 100
+
+
+def test_polygons_that_cross_themselves_have_an_area(opened: Callable[..., CocoImages]) -> None:
+    bow_tie = [5, 6, 15, 16, 15, 6, 5, 16]
+    objects = opened(content(annotation(1, segmentation=[bow_tie]))).target(0)
+    assert objects.decoded_masks().sum() > 40
+
+
+@pytest.mark.parametrize("bbox", [[40, 5, 10, 10], [-20, 5, 10, 10], [5, 30, 9, 9], [5, -9, 9, 9]])
+def test_an_image_of_objects_outside_of_it_has_none(
+    opened: Callable[..., CocoImages], bbox: list[int]
+) -> None:
+    assert not opened(content(annotation(1, bbox=bbox))).has_objects(0)
 
 
 NAN, CODE = float("nan"), {"size": [HEIGHT, WIDTH]}
@@ -315,7 +329,18 @@ def marked() -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+def orientation_after_the_pixels(file: Path) -> None:
+    """Move a PNG's chunk eXIf behind its pixels, where it is allowed too."""
+    content, chunks, place = file.read_bytes(), [], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        chunks.append(content[place:end])
+        place = end
+    chunks.sort(key=lambda chunk: (chunk[4:8] == b"IEND", chunk[4:8] == b"eXIf"))  # others keep their order
+    file.write_bytes(content[:8] + b"".join(chunks))
+
+
+@pytest.mark.parametrize("suffix", ["png", "late.png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_and_masks_are_turned_with_the_image(
     opened: Callable[..., CocoImages], tmp_path: Path, orientation: int, suffix: str
@@ -323,6 +348,8 @@ def test_boxes_and_masks_are_turned_with_the_image(
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(marked()).convert("RGB").save(tmp_path / f"a.{suffix}", exif=exif)
+    if suffix == "late.png":
+        orientation_after_the_pixels(tmp_path / "a.late.png")
     turned = orientation >= 5
 
     def objects_are_on_the_mark(values: Content) -> None:
@@ -366,6 +393,11 @@ def test_empty_classes_are_logged(
 ) -> None:
     opened(content(annotation(1))).report_empty_classes()
     assert "no objects of 1 of 2 classes: 'cat'" in caplog.text
+    caplog.clear()
+    source = opened(content(annotation(1)))
+    source.use_classes(["bird", "cat", "dog"])
+    source.report_empty_classes()
+    assert "no objects of 2 of 3 classes: 'bird', 'cat'" in caplog.text
 
 
 @pytest.mark.skipif(IMAGES_OF_COCO is None, reason="the 200 images of COCO are not here")

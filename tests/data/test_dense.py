@@ -31,7 +31,7 @@ from vmamba.data import (
     seeded,
 )
 from vmamba.data.dense import distort_colours
-from vmamba.data.objects import encoded_masks
+from vmamba.data.objects import decoded_masks, encoded_masks
 from vmamba.data.sources.shapes import DetectionShapes, SegmentationShapes, Shapes
 from vmamba.errors import DataError
 from vmamba.sizes import scaled_size
@@ -149,6 +149,30 @@ def test_training_leaves_out_crowds_and_what_has_no_size() -> None:
         target = detection(Rectangles([boxes], **changes))[SampleKey(0, 0)]["target"]
         assert target["labels"].tolist() == kept
         assert len(target["masks"]) == len(target["boxes"]) == 2
+
+
+def test_training_clips_boxes_that_evaluation_keeps() -> None:
+    annotated = torch.tensor([[-5.0, 10, 20, 70], [-9, 0, -1, 9], [70, 60, 90.5, 80]])
+    source = Rectangles([[[0, 10, 20, 64], [0, 0, 1, 9], [70, 60, 80, 64]]], boxes=annotated)
+    target = detection(source)[SampleKey(0, 0)]["target"]
+    assert target["boxes"].tolist() == [[0, 10, 20, 64], [70, 60, 80, 64]]
+    evaluated = DetectionDataset(source)[SampleKey(0, 0)]["objects"]
+    assert torch.equal(evaluated.boxes, annotated)
+
+
+def test_masks_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = []
+
+    def watched(codes: Sequence[Any], size: tuple[int, int]) -> torch.Tensor:
+        numbers.append(len(codes))
+        return decoded_masks(codes, size)
+
+    monkeypatch.setattr("vmamba.data.dense.decoded_masks", watched)
+    monkeypatch.setattr("vmamba.data.objects.decoded_masks", watched)
+    boxes = [[10, 20, 30, 40], [40, 0, 80, 64], [4, 4, 9, 9]]
+    detection(Rectangles([boxes]))[SampleKey(0, 0)]
+    Rectangles([boxes]).target(0).turned(6)
+    assert numbers == [1] * 6
 
 
 def test_training_leaves_out_images(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vmamba.data.names import ADE20K_CLASSES
 from vmamba.data.orientation import turned_pixels
-from vmamba.data.sources.ade20k import ADE20K_CLASSES, Ade20kSection
+from vmamba.data.sources.ade20k import Ade20kSection
 from vmamba.data.sources.masks import MaskFolder, MasksSection, MaskValues
 from vmamba.errors import DataError, RecipeError
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +19,18 @@ from torch import Tensor
 import vmamba
 from dense_runs import SIZE, STEPS, values
 from images import assert_same
-from vmamba.errors import CheckpointError, ModelError, RecipeError
-from vmamba.heads import UPerNet, mmdet_names
+from vmamba.errors import CheckpointError, DataError, ModelError, RecipeError
+from vmamba.heads import Features, mmdet_names
 from vmamba.models.checkpoints import read_checkpoint
 from vmamba.train import run
 from vmamba.train.curves import read_metrics
 from vmamba.train.evaluation import evaluate, write_evaluation
 from vmamba.train.guard import NonFiniteError
+from vmamba.train.loaders import loader
+from vmamba.train.recipe import check
 from vmamba.train.runs import find_runs
 from vmamba.train.session import load_recipe, open_session, training_session
+from vmamba.train.tasks import task_type
 from vmamba.train.tasks.segmentation import SegmentationTask
 
 TASKS = ["detection", "segmentation"]
@@ -169,6 +173,7 @@ import os, signal
 from vmamba.train import run
 from vmamba.train.session import load_recipe
 from vmamba.train.tasks import task_type
+from vmamba.train.tasks.segmentation import SegmentationTask
 recipe = load_recipe({recipe!r})
 task = task_type(recipe.task)
 step, calls = task.training_step, [0]
@@ -262,14 +267,15 @@ def test_batchnorm_needs_two_images_at_a_time(tmp_path: Path) -> None:
             run.train(load_recipe(write_recipe(tmp_path, "segmentation"), overrides), tmp_path / "run")
 
 
+@pytest.mark.parametrize("task", TASKS)
 def test_outputs_that_are_not_finite_are_no_scores(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    task: str, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        UPerNet, "forward", lambda self, images: torch.full((1, 7, *images.shape[2:]), torch.nan)
-    )
+    """A detector of NaN finds nothing, and a segmenter the first class everywhere, as sound ones may."""
+    forward = Features.forward
+    monkeypatch.setattr(Features, "forward", lambda self, x: [each * torch.nan for each in forward(self, x)])
     with pytest.raises(NonFiniteError, match="the model's outputs are not finite"):
-        evaluate(runs["segmentation"])
+        evaluate(runs[task])
 
 
 def test_a_step_that_is_left_out_leaves_no_trace_in_batchnorm(
@@ -320,3 +326,55 @@ def test_recipes_that_cannot_be_run(override: str, message: str, tmp_path: Path)
         overrides.append("model.args={}")
     with pytest.raises(RecipeError, match=message):
         begin(tmp_path, "segmentation", *overrides)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_are_evaluated_one_by_one_and_each_once(task: str) -> None:
+    recipe: Any = check(task_type(task).recipe_type, values(task), "the test")
+    opened = task_type(task)(recipe)
+    keys = []
+    for rank in range(2):
+        trainer: Any = SimpleNamespace(world_size=2, global_rank=rank)
+        assert loader(opened, opened.recipe, "train", trainer).batch_size == 2
+        data = loader(opened, opened.recipe, "val", trainer)
+        assert data.batch_size == 1
+        keys += [key.index for key in data.sampler]
+    assert sorted(keys) == list(range(8))
+
+
+def coco_values(folder: Path, *annotations: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values for a file of two images, 1 and 2."""
+    (folder / "images").mkdir()
+    square = {"bbox": [2, 2, 9, 9], "segmentation": [[2, 2, 11, 2, 11, 11, 2, 11]], "area": 81}
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 50, "height": 40} for n in (1, 2)],
+        "annotations": [{"id": n, "category_id": 1, **square, **a} for n, a in enumerate(annotations)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    data = {"source": "coco", "root": str(folder), "train_split": "images", "val_split": "images"}
+    files = {"train_annotations": "instances.json", "val_annotations": "instances.json"}
+    return {**values("detection"), "data": {**data, **files}}
+
+
+def coco_task(recipe: dict[str, Any]) -> Any:
+    detection: Any = task_type("detection")
+    return detection(check(detection.recipe_type, recipe, "the test"))
+
+
+def test_a_val_split_without_objects_is_refused_before_the_run(tmp_path: Path) -> None:
+    recipe = coco_values(tmp_path, {"image_id": 1, "iscrowd": 1}, {"image_id": 2, "iscrowd": 0})
+    assert len(coco_task(recipe).dataset("val")) == 2
+    recipe["data"]["limit"] = 1
+    with pytest.raises(DataError, match=r"not one of the 1 evaluated images has an object .* no crowd"):
+        coco_task(recipe).dataset("val")
+
+
+def test_classes_without_training_objects_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = coco_task(coco_values(tmp_path, {"image_id": 1, "iscrowd": 0}))
+    task.dataset("val")
+    assert "no objects of" not in caplog.text
+    task.dataset("train")
+    assert "no objects of 1 of 2 classes: 'dog'" in caplog.text

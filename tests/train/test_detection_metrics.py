@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vmamba.data.objects import Objects, encoded_masks
+from vmamba.data.sources.coco import CocoImages
 from vmamba.train import detection_metrics
 from vmamba.train.detection_matches import confusion_of, match, regions_of_detections, regions_of_objects
 from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric
@@ -139,7 +141,10 @@ def coco_scores(images: list[tuple[Detections, Objects]], folder: Path) -> dict[
             mask = detections["masks"][number]
             results["mask"].append({**shared, "segmentation": {**mask, "counts": mask["counts"].decode()}})
     truth = {
-        "images": [{"id": o.image_id, "height": o.size[0], "width": o.size[1]} for _, o in images],
+        "images": [
+            {"id": o.image_id, "file_name": f"{o.image_id}.png", "height": o.size[0], "width": o.size[1]}
+            for _, o in images
+        ],
         "categories": [{"id": 10 * number + 7, "name": name} for number, name in enumerate(CLASSES)],
         "annotations": annotations,
     }
@@ -187,6 +192,26 @@ def test_scores_are_those_of_pycocotools_from_files(
     metric.reset()
     with pytest.raises(DataError, match="not one of the 0 evaluated images has an object"):
         metric.compute()
+
+
+def test_boxes_over_the_border_count_as_the_file_has_them(tmp_path: Path) -> None:
+    images = []
+    for detections, objects in scenes():
+        extent = objects.boxes[:, 2:] - objects.boxes[:, :2]
+        grown = objects.boxes + 0.3 * torch.cat([-extent, extent], dim=1)
+        images.append((detections, replace(objects, boxes=grown)))
+    expected = coco_scores(images, tmp_path)
+    source = CocoImages(tmp_path, tmp_path / "truth.json")
+    as_annotated, clipped = CocoMetric(CLASSES), CocoMetric(CLASSES)
+    for index, (detections, _) in enumerate(images):
+        objects = source.target(index)
+        as_annotated.update([detections], [objects])
+        height, width = objects.size
+        boxes = objects.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        clipped.update([detections], [replace(objects, boxes=boxes)])
+    for name, value in as_annotated.compute().items():
+        assert value.item() == pytest.approx(expected[name], abs=1e-12), name
+    assert abs(clipped.compute()["box_AP50"].item() - expected["box_AP50"]) > 0.01
 
 
 def test_tables_agree_with_scores_and_confusion(evaluator: str) -> None:

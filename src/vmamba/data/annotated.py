@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vmamba.data.classes import class_difference
-from vmamba.data.decoding import DecodedImage, read_orientation
+from vmamba.data.decoding import DecodedImage
 from vmamba.data.objects import Objects
 from vmamba.data.orientation import turn_of_target
 from vmamba.data.source import ImageSource, image_size
@@ -47,7 +47,7 @@ class AnnotatedImages(ImageSource[Objects]):
 
     @abstractmethod
     def has_objects(self, index: int) -> bool:
-        """Whether the image has an object that is no crowd."""
+        """Whether an object that is no crowd is on the image."""
 
     @abstractmethod
     def class_counts(self) -> NDArray[np.int64]:
@@ -70,8 +70,7 @@ class AnnotatedImages(ImageSource[Objects]):
         Raises:
             DataError: The image is missing or damaged, or of another size than annotated.
         """
-        image, objects = self.image(index), self.target(index)
-        orientation = read_orientation(self.open(index), self.name(index))
+        (image, orientation), objects = self.oriented(index), self.target(index)
         name = f"{self.name(index)} (image {objects.image_id} of {self})"
         return image, objects.turned(turn_of_target(orientation, image_size(image), objects.size, name))
 
@@ -108,8 +107,13 @@ class AnnotatedImages(ImageSource[Objects]):
         self.classes = classes
 
     def report_empty_classes(self) -> None:
-        """Log which classes have no objects; to be called before `use_classes`."""
-        empty = [name for name, count in zip(self.classes, self.class_counts(), strict=True) if not count]
+        """Log which classes have no objects."""
+        counts = self.class_counts()
+        if self._numbers is not None:
+            present = set(self._numbers[torch.from_numpy(counts) > 0].tolist())
+        else:
+            present = set(np.flatnonzero(counts).tolist())
+        empty = [name for number, name in enumerate(self.classes) if number not in present]
         if empty:
             log.warning(
                 "%s: no objects of %d of %d classes: %s", self, len(empty), len(self.classes), listed(empty)

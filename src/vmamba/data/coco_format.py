@@ -27,7 +27,6 @@ FARTHEST = 100_000
 """Coordinates beyond it are refused: pycocotools walks along an outline pixel by pixel."""
 
 NO_AREA = "a box without area, or an inverted one"
-OUTSIDE = "a box outside of its image"
 NO_OUTLINE = "no outline, or one without area"
 
 
@@ -103,7 +102,7 @@ class Instances:
         ids: (n,), of the annotations.
         image_of: (n,), the index of each annotation's image.
         labels: (n,), indices into `classes`.
-        boxes: (n, 4), left, top, right and bottom, clipped to the image.
+        boxes: (n, 4), left, top, right and bottom as annotated: they may reach over the image's border.
         areas: (n,), NaN where the file has none.
         crowd: (n,).
         outlines: A mask for each.
@@ -126,8 +125,8 @@ class Instances:
 def read_instances(path: str | Path) -> Instances:
     """Read an annotation file.
 
-    Objects with a box that is empty, inverted or outside of its image, or without an outline that has an
-    area, are left out; how many is logged.
+    Objects with a box that is empty or inverted, or without an outline that has an area, are left out; how
+    many is logged.
 
     Raises:
         DataError: The file is missing, damaged, of another format, or contradicts itself; the message names
@@ -311,10 +310,10 @@ class _Reader:
         if area is not None and not _is_number(area):
             self._refuse(where, f"area: expected a number, got {area!r:.60}")
         size = sizes[number_of[image]]
-        box = self._box(where, annotation.get("bbox"), size)
+        box = self._box(where, annotation.get("bbox"))
         outline = self._outline(where, annotation.get("segmentation"), size)
-        if isinstance(box, str) or not outline:
-            self.left_out[box if isinstance(box, str) else NO_OUTLINE] += 1
+        if box is None or not outline:
+            self.left_out[NO_AREA if box is None else NO_OUTLINE] += 1
             return
         columns = self.columns
         columns.ids.append(annotation["id"])
@@ -332,21 +331,17 @@ class _Reader:
         columns.ends.append(len(columns.polygon_ends))
         columns.code_ends.append(len(columns.codes))
 
-    def _box(self, where: str, box: Any, size: tuple[int, int]) -> "array[float] | str":
-        """Left, top, right and bottom inside of the image, or why the annotation is left out."""
+    def _box(self, where: str, box: Any) -> tuple[float, float, float, float] | None:
+        """Left, top, right and bottom as annotated, or None if the box has no area."""
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             self._refuse(where, f"bbox: expected [x, y, width, height], finite numbers, got {box!r:.90}")
         x, y, width, height = box
-        if width <= 0 or height <= 0:
-            return NO_AREA
-        right, bottom = min(x + width, size[1]), min(y + height, size[0])
-        clipped = array("f", (max(x, 0), max(y, 0), right, bottom))
-        return clipped if clipped[0] < clipped[2] and clipped[1] < clipped[3] else OUTSIDE
+        return (x, y, x + width, y + height) if width > 0 and height > 0 else None
 
     def _outline(
         self, where: str, outline: Any, size: tuple[int, int]
     ) -> "list[array[float]] | bytes | None":
-        """Polygons, or a run-length code; None or nothing if they have no area."""
+        """Polygons, or a run-length code; None if they have no area."""
         if outline is None:
             return None
         if isinstance(outline, dict):
@@ -364,7 +359,7 @@ class _Reader:
                 )
             if len(values) >= 6:  # two points have no area, and pycocotools takes them for a box
                 polygons.append(values)
-        return polygons
+        return polygons if any(_has_area(values, size) for values in polygons) else None
 
     def _code(self, where: str, outline: dict[str, Any], size: tuple[int, int]) -> bytes | None:
         """A run-length code, compressed; None if it is empty."""
@@ -419,6 +414,22 @@ def _coordinates(polygon: Any) -> "array[float] | None":
         return None
     near = np.abs(np.array(values)) <= FARTHEST  # NaN is not
     return values if near.all() else None
+
+
+def _has_area(polygon: "array[float]", size: tuple[int, int]) -> bool:
+    """Whether a polygon has an area, which one along a line has not.
+
+    Args:
+        polygon: Its coordinates.
+        size: Height and width of its image.
+    """
+    values = np.array(polygon)
+    x, y = values[::2] - values[0], values[1::2] - values[1]
+    if abs(x[:-1] @ y[1:] - y[:-1] @ x[1:]) > 1e-6:
+        return True
+    # Halves that run in opposite directions, as in a bow tie, cancel in that sum.
+    mask = run_lengths()
+    return bool(mask.area(mask.frPyObjects([polygon.tolist()], *size)).any())
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

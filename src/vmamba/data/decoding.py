@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, features
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from vmamba.errors import DataError
 
@@ -144,13 +145,31 @@ def read_image(
         DataError: The file is missing, not an image, damaged or has more pixels than Pillow allows, or its
             channels or values do not fit `decoding`; the message names it.
     """
+    return read_oriented(file, decoding, name)[0]
+
+
+def read_oriented(
+    file: str | Path | BinaryIO, decoding: Decoding = RGB, name: str | None = None
+) -> tuple[DecodedImage, int]:
+    """Decode an image as `read_image` does, and say by which orientation of EXIF it was turned upright.
+
+    Returns:
+        The upright image, and the orientation, from 1 (as it is) to 8.
+
+    Raises:
+        DataError: As `read_image` does.
+    """
     name = printable(str(file)) if name is None else name
     try:
         with without_warnings(name):
             if decoding.to_tensor and name.lower().endswith(".npy"):
-                return _read_array(file, decoding, name)
+                return _read_array(file, decoding, name), 1
             with Image.open(file, formats=readable_formats()) as image:
-                return decoding.convert(image, name)
+                orientation = _orientation(image)  # decoding removes a TIFF's
+                decoded = decoding.convert(image, name)
+                if orientation == 1:
+                    orientation = _orientation(image)  # a PNG's may come after its pixels
+                return decoded, orientation
     except FileNotFoundError:
         raise DataError(f"{name}: no such image") from None
     except (DataError, MemoryError):
@@ -163,18 +182,9 @@ def read_image(
         raise DataError(f"{name}: not an image, or a damaged one ({error})") from error
 
 
-def read_orientation(file: str | Path | BinaryIO, name: str | None = None) -> int:
-    """The orientation by which `read_image` turns a file upright: EXIF's, from 1 (as it is) to 8.
-
-    Args:
-        file: A path or an open file that `read_image` can read.
-        name: Its name for messages; default its path.
-    """
-    name = printable(str(file)) if name is None else name
-    if name.lower().endswith(".npy"):
-        return 1
-    with without_warnings(name), Image.open(file, formats=readable_formats()) as image:
-        return _orientation(image)
+def as_floats(image: DecodedImage) -> Tensor:
+    """A decoded image as float32 (c, h, w) from 0 to 1."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(image).float() / 255
 
 
 @contextmanager

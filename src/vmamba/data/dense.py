@@ -5,7 +5,8 @@ Letters in shapes: n objects, c channels, h height, w width.
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,18 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import Self
 
 from vmamba.config import Section
 from vmamba.data.annotated import AnnotatedImages
 from vmamba.data.dataset import ImageDataset
-from vmamba.data.decoding import DecodedImage
-from vmamba.data.objects import Objects
+from vmamba.data.decoding import DecodedImage, as_floats
+from vmamba.data.objects import Objects, decoded_masks
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.data.sampling import SampleKey
-from vmamba.data.segmented import IGNORED, SegmentedImages
+from vmamba.data.segmented import SegmentedImages
 from vmamba.errors import DataError
+from vmamba.labels import IGNORED
 from vmamba.sizes import scaled_size
 from vmamba.words import counted
 
@@ -33,9 +34,6 @@ log = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 32
 """Images with a shorter side, in pixels, are left out of detection's training, as mmdet does."""
-
-Target = dict[str, Tensor]
-"""Objects in training: "boxes" (n, 4), "labels" (n,) and "masks" (n, h, w)."""
 
 
 class DetectionAugment(Section):
@@ -105,7 +103,7 @@ class DetectionDataset(ImageDataset[Objects]):
         source: Where the images come from.
         seed: Of the augmentation.
         augment: What training changes; None for evaluation.
-        limit: How many of the source's first images to take; None for all.
+        limit: How many images to take, the first of those that are not left out; None for all.
 
     Attributes:
         kept: The index in the source of each sample. Training leaves out images that are small or without
@@ -147,17 +145,17 @@ class DetectionDataset(ImageDataset[Objects]):
         return super().__getitem__(key._replace(index=int(self.kept[key.index])))
 
     def augment(self, image: DecodedImage, target: Objects) -> dict[str, Any]:
-        pixels = _pixels(image)
+        pixels = as_floats(image)
         if self.settings is None:
             return {"image": pixels, "objects": target}
-        sides = target.boxes[:, 2:] - target.boxes[:, :2]
-        objects = target.select(~target.crowd & (sides >= 1).all(1) & (target.areas > 0))
-        pixels, moved = _augment_objects(
-            pixels,
-            {"boxes": objects.boxes, "labels": objects.labels + 1, "masks": objects.decoded_masks()},
-            self.settings,
-        )
-        return {"image": pixels, "target": {**moved, "image_id": torch.tensor(target.image_id)}}
+        boxes = _clipped(target.boxes, target.size)  # annotated ones may reach over the border
+        chosen = ~target.crowd & _at_least_a_pixel(boxes) & (target.areas > 0)
+        objects = replace(target, boxes=boxes).select(chosen)
+        changes = _draw_changes(_size(pixels), self.settings)
+        return {
+            "image": changes.of_image(pixels),
+            "target": {**_changed_objects(objects, changes), "image_id": torch.tensor(target.image_id)},
+        }
 
 
 class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
@@ -193,7 +191,7 @@ class SegmentationDataset(ImageDataset[NDArray[np.uint8]]):
         return len(self.source) if self.limit is None else min(self.limit, len(self.source))
 
     def augment(self, image: DecodedImage, target: NDArray[np.uint8]) -> dict[str, Tensor]:
-        pixels, labels = _pixels(image), torch.from_numpy(np.ascontiguousarray(target))
+        pixels, labels = as_floats(image), torch.from_numpy(np.ascontiguousarray(target))
         if self.settings is None:
             return {"image": (pixels - self.mean) / self.std, "labels": labels}
         pixels, labels = _augment_labels(pixels, labels, self.settings)
@@ -242,13 +240,6 @@ def _trainable(source: AnnotatedImages) -> NDArray[np.int64]:
     return kept
 
 
-def _pixels(image: DecodedImage) -> Tensor:
-    """A decoded image as float32 (c, h, w) from 0 to 1."""
-    if isinstance(image, Tensor):
-        return image
-    return pil_to_tensor(image).float() / 255
-
-
 def _size(pixels: Tensor) -> tuple[int, int]:
     return pixels.shape[-2], pixels.shape[-1]
 
@@ -261,58 +252,108 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resized_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (n, h, w) uint8 resized to the nearest pixel."""
-    if _size(masks) == size:
-        return masks
-    return F.interpolate(masks[None], size)[0] if len(masks) else masks.new_zeros(0, *size)
+    """Masks (n, h, w) uint8, n > 0, resized to the nearest pixel."""
+    return masks if _size(masks) == size else F.interpolate(masks[None], size)[0]
 
 
-def _augment_objects(pixels: Tensor, target: Target, settings: DetectionAugment) -> tuple[Tensor, Target]:
-    """Flip, perhaps crop, and resize; objects that are no longer visible are left out.
+def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (n, 4) clipped to an image's height and width; those outside become empty."""
+    height, width = size
+    return boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
 
-    A crop may leave no objects, as the paper's configuration has it (mmdet's allow_negative_crop).
+
+def _at_least_a_pixel(boxes: Tensor) -> Tensor:
+    """Which boxes are at least a pixel wide and high, (n,) bool."""
+    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What training changes in an image with objects, in this order.
+
+    Attributes:
+        size: Height and width of the image before.
+        flip: Mirror it left to right.
+        crop: The size to resize to first, and the window of it: top, left, height and width; or None.
+        resized: The size in the end.
     """
-    if random.random() < settings.hflip:
-        pixels, target = _flipped(pixels, target)
+
+    size: tuple[int, int]
+    flip: bool
+    crop: tuple[tuple[int, int], tuple[int, int, int, int]] | None
+    resized: tuple[int, int]
+
+    def of_image(self, pixels: Tensor) -> Tensor:
+        """An image (c, h, w)."""
+        return self._of_pixels(pixels, _resized)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """A mask (1, h, w)."""
+        return self._of_pixels(mask, _resized_masks)
+
+    def _of_pixels(self, pixels: Tensor, resize: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
+        if self.flip:
+            pixels = pixels.flip(-1)
+        if self.crop is not None:
+            size, (top, left, height, width) = self.crop
+            pixels = resize(pixels, size)[..., top : top + height, left : left + width]
+        return resize(pixels, self.resized)
+
+    def of_boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes (n, 4) inside the image; those outside of a crop become empty."""
+        size = self.size
+        if self.flip:
+            left, top, right, bottom = boxes.unbind(1)
+            boxes = torch.stack([size[1] - right, top, size[1] - left, bottom], 1)
+        if self.crop is not None:
+            resized, window = self.crop
+            corner = torch.tensor([window[1], window[0]] * 2)
+            boxes = _scaled_boxes(boxes, size, resized) - corner
+            size = window[2:]
+            boxes = _clipped(boxes, size)
+        return _scaled_boxes(boxes, size, self.resized)
+
+
+def _scaled_boxes(boxes: Tensor, size: tuple[int, int], resized: tuple[int, int]) -> Tensor:
+    return boxes * torch.tensor([resized[1] / size[1], resized[0] / size[0]] * 2)
+
+
+def _draw_changes(size: tuple[int, int], settings: DetectionAugment) -> _Changes:
+    """Flip, perhaps crop, and resize an image of this height and width."""
+    flip, crop, before = random.random() < settings.hflip, None, size
     if random.random() < settings.crop_probability:
-        short = random.choice(settings.crop_short_sides)
-        pixels, target = _resized_with_objects(pixels, target, short, settings.long_side)
+        resized = scaled_size(size, random.choice(settings.crop_short_sides), settings.long_side)
         height, width = (
             random.randint(min(side, settings.crop_size[0]), min(side, settings.crop_size[1]))
-            for side in _size(pixels)
+            for side in resized
         )
-        top = random.randint(0, pixels.shape[-2] - height)
-        left = random.randint(0, pixels.shape[-1] - width)
-        pixels, target = _cropped(pixels, target, (top, left, height, width))
-    short = random.choice(settings.short_sides)
-    pixels, target = _resized_with_objects(pixels, target, short, settings.long_side)
-    sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
-    visible = (sides >= 1).all(1) & target["masks"].flatten(1).any(1).bool()
-    return pixels, {name: values[visible] for name, values in target.items()}
+        top, left = random.randint(0, resized[0] - height), random.randint(0, resized[1] - width)
+        crop, before = (resized, (top, left, height, width)), (height, width)
+    return _Changes(
+        size, flip, crop, scaled_size(before, random.choice(settings.short_sides), settings.long_side)
+    )
 
 
-def _flipped(pixels: Tensor, target: Target) -> tuple[Tensor, Target]:
-    left, top, right, bottom = target["boxes"].unbind(1)
-    width = pixels.shape[-1]
-    boxes = torch.stack([width - right, top, width - left, bottom], 1)
-    return pixels.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
+def _changed_objects(objects: Objects, changes: _Changes) -> dict[str, Tensor]:
+    """The objects that are still visible: "boxes" (n, 4), "labels" (n,) from 1 and "masks" (n, h, w).
 
-
-def _resized_with_objects(pixels: Tensor, target: Target, short: int, long: int) -> tuple[Tensor, Target]:
-    height, width = _size(pixels)
-    size = scaled_size((height, width), short, long)
-    factors = torch.tensor([size[1] / width, size[0] / height] * 2)
-    masks = _resized_masks(target["masks"], size)
-    return _resized(pixels, size), {**target, "boxes": target["boxes"] * factors, "masks": masks}
-
-
-def _cropped(pixels: Tensor, target: Target, crop: tuple[int, int, int, int]) -> tuple[Tensor, Target]:
-    """A crop (top, left, height, width), with boxes clipped to it; those outside become empty."""
-    top, left, height, width = crop
-    boxes = target["boxes"] - torch.tensor([left, top, left, top])
-    boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    window = (..., slice(top, top + height), slice(left, left + width))
-    return pixels[window], {**target, "boxes": boxes, "masks": target["masks"][window]}
+    A crop may leave none, as the paper's configuration has it (mmdet's allow_negative_crop). Masks are
+    decoded and resized one at a time: at the size of the file, those of a crowded photo would take a
+    gigabyte.
+    """
+    boxes = changes.of_boxes(objects.boxes)
+    visible = _at_least_a_pixel(boxes)
+    masks = []
+    for number in visible.nonzero().flatten().tolist():
+        mask = changes.of_mask(decoded_masks([objects.masks[number]], objects.size))
+        visible[number] = mask.any()
+        if visible[number]:
+            masks.append(mask)
+    return {
+        "boxes": boxes[visible],
+        "labels": objects.labels[visible] + 1,
+        "masks": torch.cat(masks) if masks else torch.zeros(0, *changes.resized, dtype=torch.uint8),
+    }
 
 
 def _augment_labels(pixels: Tensor, labels: Tensor, settings: SegmentationAugment) -> tuple[Tensor, Tensor]:

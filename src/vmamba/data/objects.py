@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vmamba.data.orientation import turned_boxes, turned_pixels
+from vmamba.data.orientation import swaps_sides, turned_boxes, turned_pixels
 from vmamba.errors import DataError
 
 
@@ -39,7 +39,8 @@ class Objects:
     Attributes:
         image_id: Of the image in the annotation file.
         size: Height and width of the image.
-        boxes: (n, 4) float32, left, top, right and bottom in pixels, inside the image and not empty.
+        boxes: (n, 4) float32, left, top, right and bottom in pixels as annotated: not empty, but they may
+            reach over the image's border.
         labels: (n,) int64, from 0: indices into the source's classes.
         masks: A run-length code of COCO for each, `{"size": [h, w], "counts": bytes}`; see `run_lengths`.
         areas: (n,) float32, in pixels, as annotated; of the mask where the file has none.
@@ -80,13 +81,15 @@ class Objects:
         """The objects of the stored image turned upright by EXIF's orientation, as the image is."""
         if orientation == 1:
             return self
-        pixels = turned_pixels(self.decoded_masks().numpy(), orientation)
-        height, width = pixels.shape[-2:]
+        masks = []
+        for code in self.masks:  # one at a time: those of a crowded photo take a gigabyte
+            pixels = turned_pixels(decoded_masks([code], self.size).numpy(), orientation)
+            masks += encoded_masks(pixels)
         return replace(
             self,
-            size=(height, width),
+            size=self.size[::-1] if swaps_sides(orientation) else self.size,
             boxes=turned_boxes(self.boxes, self.size, orientation),
-            masks=encoded_masks(pixels),
+            masks=masks,
         )
 
     def to(self, device: Any, non_blocking: bool = False) -> "Objects":

@@ -24,6 +24,11 @@ _STEPS = {
 """How EXIF's orientations are made upright: swap the sides, then mirror left and right, then up and down."""
 
 
+def swaps_sides(orientation: int) -> bool:
+    """Whether an image's height becomes its width when EXIF's orientation is made upright."""
+    return _STEPS[orientation][0]
+
+
 def turn_of_target(orientation: int, upright: tuple[int, int], annotated: tuple[int, int], name: str) -> int:
     """The orientation by which a target is to be turned: that of its image, or 1 if it is upright already.
 
@@ -38,7 +43,7 @@ def turn_of_target(orientation: int, upright: tuple[int, int], annotated: tuple[
     Raises:
         DataError: The target's size is neither that of the stored nor of the upright image.
     """
-    stored = upright[::-1] if _STEPS[orientation][0] else upright
+    stored = upright[::-1] if swaps_sides(orientation) else upright
     if annotated == stored:
         return orientation
     if annotated == upright:

@@ -18,9 +18,7 @@ from vmamba.data.contact_sheet import picture
 from vmamba.data.decoding import DecodedImage
 from vmamba.data.fonts import drawable, fitting, font_of
 from vmamba.data.objects import decoded_masks
-
-IGNORED = 255
-"""In a map of classes: a pixel of no class, which is left as it is."""
+from vmamba.labels import IGNORED
 
 SMALLEST = 256
 """Images with a smaller longer side are enlarged, so that there is room for what is drawn."""
@@ -129,7 +127,9 @@ def draw_objects(
     classes = labels.tolist()
     _check_objects(image, boxes, classes, scores, masks, names)
     canvas = _Canvas(image, side)
-    corners = (boxes.double().cpu() * canvas.scale).tolist()
+    width, height = picture(image).size  # annotated boxes may reach over the border
+    boxes = boxes.double().cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    corners = (boxes * canvas.scale).tolist()
     largest_first = sorted(range(len(classes)), key=lambda n: -_area(corners[n]))
     if masks is not None:
         for number in largest_first:

@@ -244,12 +244,15 @@ class _DenseSection(DataSection):
     short_side: int = Field(
         default=800,
         ge=1,
-        description="of images in evaluation and prediction, in pixels: their shorter side becomes at most "
-        "this, and they keep their ratio",
+        description="of images in evaluation and prediction, in pixels: enlarged or reduced, they become as "
+        "large as a shorter side of this and a longer one of long_side allow, and keep their ratio",
     )
-    long_side: int = Field(default=1333, ge=1, description="their longer side at most")
+    long_side: int = Field(default=1333, ge=1, description="see short_side")
     limit: int | None = Field(
-        default=None, ge=1, description="take the first images of each split alone, for a first try"
+        default=None,
+        ge=1,
+        description="take the first images of each split alone, in training the first of those that it does "
+        "not leave out, for a first try",
     )
 
     @model_validator(mode="after")

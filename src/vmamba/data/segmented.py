@@ -9,18 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmamba.data.classes import class_difference
-from vmamba.data.decoding import DecodedImage, read_orientation
+from vmamba.data.decoding import DecodedImage
 from vmamba.data.orientation import turn_of_target, turned_pixels
 from vmamba.data.source import ImageSource, image_size
 from vmamba.errors import DataError
 from vmamba.words import counted
 
-IGNORED = 255
-"""The label of pixels that neither training nor evaluation counts."""
-
 
 class SegmentedImages(ImageSource[NDArray[np.uint8]]):
-    """A source of images and their label maps, (h, w) uint8: indices into `classes`, or `IGNORED`.
+    """A source of images and their label maps, (h, w) uint8: indices into `classes`, or 255 for none.
 
     A subclass sets `classes` and implements `target`.
     """
@@ -36,8 +33,7 @@ class SegmentedImages(ImageSource[NDArray[np.uint8]]):
         Raises:
             DataError: The image or the label map is missing or damaged, or they differ in size.
         """
-        image, labels = self.image(index), self.target(index)
-        orientation = read_orientation(self.open(index), self.name(index))
+        (image, orientation), labels = self.oriented(index), self.target(index)
         height, width = labels.shape
         turn = turn_of_target(orientation, image_size(image), (height, width), self.name(index))
         return image, turned_pixels(labels, turn)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vmamba.data.classes import class_difference
-from vmamba.data.decoding import RGB, DecodedImage, Decoding, read_image
+from vmamba.data.decoding import RGB, DecodedImage, Decoding, read_oriented
 from vmamba.data.sampling import SampleGroups
 from vmamba.errors import DataError
 from vmamba.words import counted, listed
@@ -58,7 +58,15 @@ class ImageSource(ABC, Generic[Target]):
         Raises:
             DataError: It is missing or damaged; the message names it.
         """
-        return read_image(self.open(index), self.decoding, self.name(index))
+        return self.oriented(index)[0]
+
+    def oriented(self, index: int) -> tuple[DecodedImage, int]:
+        """The decoded image, and the orientation of EXIF by which it was turned upright.
+
+        Raises:
+            DataError: It is missing or damaged; the message names it.
+        """
+        return read_oriented(self.open(index), self.decoding, self.name(index))
 
     def load(self, index: int) -> tuple[DecodedImage, Target]:
         """The decoded image and its target."""

@@ -8,7 +8,8 @@ b batch, n objects, h height, w width.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,23 @@ class MaskRCNN(generalized_rcnn.GeneralizedRCNN):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As of the backbone: keep less for backward, and recompute it there."""
         self.backbone.body.set_grad_checkpointing(enable)
+
+
+@contextmanager
+def recorded_logits(model: Any) -> Iterator[list[Tensor]]:
+    """A list that gets the classes' logits (n, k) of the proposals of each pass through a detector inside.
+
+    Where they are NaN, or there are none at all, outputs of the layers before are not finite: every anchor
+    is a proposal unless its place is NaN. The detections alone would look like those of an empty image.
+    """
+    logits: list[Tensor] = []
+    hook = model.roi_heads.box_predictor.register_forward_hook(
+        lambda _module, _args, output: logits.append(output[0])
+    )
+    try:
+        yield logits
+    finally:
+        hook.remove()
 
 
 class Pyramid(nn.Module):

@@ -89,8 +89,8 @@ class SegmentedViews(nn.Module):
 
     Args:
         model: From images (b, c, h, w) to logits (b, k, h, w).
-        short: The shorter side becomes at most this many pixels.
-        long: The longer side at most.
+        short: Images are enlarged or reduced until their shorter side has this many pixels,
+        long: or fewer, so that the longer side has at most this many.
         scales: Factors of both, one for each view.
         flip: Add the mirror image of each view.
         window: Side of the square windows by which a view is segmented; None for the whole view.

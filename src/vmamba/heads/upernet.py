@@ -12,9 +12,7 @@ from torch.nn import functional as F
 
 from vmamba.heads.features import Features, backbone_names
 from vmamba.heads.peers import create_backbone
-
-IGNORED = 255
-"""The label of pixels that count for no class."""
+from vmamba.labels import IGNORED
 
 
 class ConvModule(nn.Module):

@@ -80,6 +80,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     write_atomically(path, table.getvalue())
 
 
+def score_cell(value: float) -> str:
+    """A score in a table; NaN, where it is not defined, as an empty cell."""
+    return "" if math.isnan(value) else f"{value:.6f}"
+
+
 def draw_confusion(
     confusion: Tensor,
     classes: Sequence[str],

@@ -13,7 +13,7 @@ from vmamba.data.objects import Objects
 from vmamba.data.overlay import colour, draw_objects
 from vmamba.errors import DataError
 from vmamba.files import replacing
-from vmamba.train.confusion import draw_confusion, shortened, without_missing_glyphs, write_csv
+from vmamba.train.confusion import draw_confusion, score_cell, shortened, without_missing_glyphs, write_csv
 from vmamba.train.detection_matches import (
     MATCH_IOU,
     MATCH_SCORE,
@@ -119,16 +119,12 @@ def _write_ap(results: Mapping[str, Tensor], classes: Sequence[str], path: Path)
     columns = [f"{kind}_{name}" for kind in KINDS for name in SCORES]
     tables = torch.cat([results[f"{kind}_per_class"] for kind in KINDS], dim=1).tolist()
     total = [results[column].item() if column in results else float("nan") for column in columns]
-    rows = [["all classes", sum(objects[:-1]), *map(_shown, total)]]
+    rows = [["all classes", sum(objects[:-1]), *map(score_cell, total)]]
     rows += [
-        [name, number, *map(_shown, values)]
+        [name, number, *map(score_cell, values)]
         for name, number, values in zip(classes, objects[:-1], tables, strict=True)
     ]
     write_csv(path, ["class", "objects", *columns], rows)
-
-
-def _shown(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.6f}"
 
 
 def _write_curves(results: Mapping[str, Tensor], classes: Sequence[str], path: Path) -> None:
@@ -143,7 +139,7 @@ def _write_curves(results: Mapping[str, Tensor], classes: Sequence[str], path: P
         ):
             means = values.nanmean(1, keepdim=True)
             for recall, row in zip(RECALLS, torch.cat([means, values], dim=1).tolist(), strict=True):
-                rows.append([kind, name, f"{recall:.2f}", *map(_shown, row)])
+                rows.append([kind, name, f"{recall:.2f}", *map(score_cell, row)])
     write_csv(path, ["kind", "IoU", "recall", "all classes", *classes], rows)
 
 

@@ -133,7 +133,7 @@ def evaluate(
         overrides: `section.key=value` each, laid over the recipe.
         weights: Which of a checkpoint; "auto" leaves it to a recipe's `model.weights_kind`.
         flip: Average over mirror images too.
-        scales: Average over these sizes of the crop.
+        scales: Average over views of these sizes, as factors of the recipe's.
         keep_predictions: Keep what is predicted for each sample, for `Evaluation.predictions`.
 
     Raises:

@@ -71,6 +71,8 @@ def loader(
             f"{key}: {getattr(train, key.removeprefix('train.'))} gives a process "
             f"{counted(size, 'sample')} at a time, an odd number; Mixup and CutMix pair them"
         )
+    if not training and task.eval_batch_size is not None:
+        size = task.eval_batch_size
     sampler = sampler_for(
         dataset,
         training,

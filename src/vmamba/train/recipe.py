@@ -58,7 +58,9 @@ class OptimRecipe(Section):
     weight_decay: float = Field(default=0.05, ge=0)
     decay: Literal["clean", "paper"] = Field(
         default="clean",
-        description="free of it are biases, norms and the scan's D, and in 'clean' its A and δ bias too",
+        description="'clean' leaves out biases, norms and the scan's A, D and δ bias; 'paper' what the "
+        "authors leave out: in classification biases, norms and D, in detection and segmentation most norms "
+        "alone",
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
     clip_grad: float | None = Field(default=5.0, gt=0, description="largest norm of the gradient")

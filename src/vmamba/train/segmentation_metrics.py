@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.errors import DataError
+from vmamba.labels import IGNORED
 from vmamba.train.means import gather
-
-IGNORED = 255
-"""In the truth: a pixel that does not count."""
 
 COLUMNS = ("IoU", "accuracy")
 """Of the table `per_class`."""

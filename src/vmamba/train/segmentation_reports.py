@@ -13,7 +13,7 @@ from torch import Tensor
 from vmamba.data.decoding import DecodedImage
 from vmamba.data.overlay import draw_segmentation
 from vmamba.errors import DataError
-from vmamba.train.confusion import draw_confusion, write_csv
+from vmamba.train.confusion import draw_confusion, score_cell, write_csv
 from vmamba.train.segmentation_metrics import COLUMNS, class_scores, count_pixels
 from vmamba.train.task import SamplePrediction
 from vmamba.train.worst import SHOWN, SIDE, Pair, draw_pairs
@@ -64,17 +64,13 @@ def write_segmentation_report(results: Mapping[str, Tensor], classes: Sequence[s
     confusion = results["confusion"][: len(classes), : len(classes)]
     pixels = confusion.sum(1).tolist()
     total = [results[name].item() for name in ("mIoU", "mAcc")]
-    rows: list[list[Any]] = [["all classes", sum(pixels), *map(_shown, total)]]
+    rows: list[list[Any]] = [["all classes", sum(pixels), *map(score_cell, total)]]
     for name, number, values in zip(classes, pixels, results["per_class"].tolist(), strict=True):
-        rows.append([name, number, *map(_shown, values)])
+        rows.append([name, number, *map(score_cell, values)])
     write_csv(folder / "iou.csv", ["class", "pixels", *COLUMNS], rows)
     counts = [[name, *row] for name, row in zip(classes, confusion.tolist(), strict=True)]
     write_csv(folder / "confusion.csv", ["true class", *classes], counts)
     draw_confusion(confusion, classes, folder / "confusion.png", counts="pixels")
-
-
-def _shown(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.6f}"
 
 
 def draw_worst_segmentations(

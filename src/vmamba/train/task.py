@@ -94,6 +94,9 @@ class Task(ABC):
     """The classes' numbers in annotation files, as predictions give them; a checkpoint keeps them."""
     needs_pairs: bool = False
     """`augment_batch` needs batches of an even size."""
+    eval_batch_size: ClassVar[int | None] = None
+    """Samples of an evaluation batch; None for as many as in training. 1 where images are judged one by one
+    at their full size, of which the workers would hold many."""
 
     @abstractmethod
     def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...

@@ -40,7 +40,10 @@ class CocoImages(AnnotatedImages):
         # The annotations image by image, and where each image's end.
         self._order = np.argsort(self._all.image_of, kind="stable").astype(np.int32)
         self._ends = np.cumsum(np.bincount(self._all.image_of, minlength=len(self)))
-        real = self._all.image_of[~self._all.crowd]
+        height, width = self._all.sizes[self._all.image_of].T
+        left, top, right, bottom = self._all.boxes.T
+        inside = (left < width) & (top < height) & (right > 0) & (bottom > 0)
+        real = self._all.image_of[~self._all.crowd & inside]
         self._has_objects = np.bincount(real, minlength=len(self)) > 0
 
     def __str__(self) -> str:
@@ -52,9 +55,9 @@ class CocoImages(AnnotatedImages):
     def open(self, index: int) -> Path:
         return self.folder / self._all.file_names[index]
 
-    def image(self, index: int) -> DecodedImage:
+    def oriented(self, index: int) -> tuple[DecodedImage, int]:
         try:
-            return super().image(index)
+            return super().oriented(index)
         except DataError as error:
             raise DataError(f"{error} (image {self._all.image_ids[index]} of {self})") from error
 

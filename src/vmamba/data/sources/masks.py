@@ -18,9 +18,10 @@ from vmamba.data.classes import read_classes
 from vmamba.data.decoding import RGB, Decoding, printable, without_warnings
 from vmamba.data.finding import LeftOut, find_images
 from vmamba.data.section import SegmentationSection, Split
-from vmamba.data.segmented import IGNORED, SegmentedImages
+from vmamba.data.segmented import SegmentedImages
 from vmamba.data.strings import PackedStrings
 from vmamba.errors import DataError, RecipeError
+from vmamba.labels import IGNORED
 from vmamba.words import counted, listed
 
 _VALUES = 2**16

@@ -14,7 +14,7 @@ from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
 from vmamba.data.sources import DetectionData
 from vmamba.data.sources.coco import CocoSection
 from vmamba.dense_inference import DetectionPredictor, mask_codes
-from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig, recorded_logits
 from vmamba.train.dense import (
     DenseModelRecipe,
     configuration,
@@ -23,7 +23,7 @@ from vmamba.train.dense import (
     load_recipe_weights,
     warnings_of_weights,
 )
-from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric
+from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric, no_objects
 from vmamba.train.detection_reports import (
     JudgedDetections,
     draw_worst_detections,
@@ -68,6 +68,7 @@ class DetectionTask(Task):
     name = "detection"
     recipe_type = DetectionRecipe
     monitor = "box_AP"
+    eval_batch_size = 1
 
     def __init__(self, recipe: DetectionRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
@@ -95,8 +96,14 @@ class DetectionTask(Task):
     def dataset(self, split: Literal["train", "val"]) -> DetectionDataset:
         source = self._source(split)
         source.use_classes(self.classes)
-        augment = self.recipe.augment if split == "train" else None
-        return DetectionDataset(source, self.recipe.train.seed, augment, self.recipe.data.limit)
+        seed, limit = self.recipe.train.seed, self.recipe.data.limit
+        if split == "train":
+            source.report_empty_classes()
+            return DetectionDataset(source, seed, self.recipe.augment, limit)
+        dataset = DetectionDataset(source, seed, limit=limit)
+        if not any(source.has_objects(index) for index in dataset.kept.tolist()):
+            raise no_objects(len(dataset))  # now, and not after an epoch
+        return dataset
 
     def collate(self) -> Callable[[list[Any]], Any]:
         return collate_dense
@@ -144,18 +151,29 @@ class DetectionTask(Task):
         """The same, and tables: AP by class, precision by recall, and the confusion of classes."""
         return CocoMetric(self.classes, tables=True)
 
-    def validation_step(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> None:
-        self._judge(model, batch, metrics)
+    def validation_step(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> dict[str, Tensor] | None:
+        return self._judge(model, batch, metrics)[0]
 
-    def _judge(self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric) -> list[dict[str, Any]]:
-        """Detections with run-length codes, image by image: in a batch padding would change them."""
-        detections = []
+    def _judge(
+        self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
+    ) -> tuple[dict[str, Tensor] | None, list[dict[str, Any]]]:
+        """Detections with run-length codes, image by image: in a batch padding would change them.
+
+        Returns:
+            A loss of NaN if the outputs for an image are not finite, else None; and the detections.
+        """
+        detections, finite = [], True
         for image in batch["images"]:
-            (one,) = model([image], paste=False)
+            with recorded_logits(model) as logits:
+                (one,) = model([image], paste=False)
+            if not len(logits[0]) or not logits[0].isfinite().all():
+                finite, one = False, {name: values[:0] for name, values in one.items()}
             height, width = image.shape[-2:]
             detections.append({**one, "masks": mask_codes(one["masks"], one["boxes"], (height, width))})
         metrics.update(detections, batch["objects"])
-        return detections
+        return None if finite else {"loss": torch.tensor(float("nan"))}, detections
 
     def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         columns = [f"{kind}_{score}" for kind in KINDS for score in SCORES]
@@ -171,13 +189,13 @@ class DetectionTask(Task):
 
     def report_step(
         self, model: nn.Module, batch: Mapping[str, Any], metrics: CocoMetric
-    ) -> tuple[None, list[JudgedDetections]]:
-        detections = self._judge(model, batch, metrics)
+    ) -> tuple[dict[str, Tensor] | None, list[JudgedDetections]]:
+        losses, detections = self._judge(model, batch, metrics)
         pairs = zip(detections, batch["objects"], strict=True)
-        return None, [judge_detections(*pair, len(self.classes)) for pair in pairs]
+        return losses, [judge_detections(*pair, len(self.classes)) for pair in pairs]
 
     def report_predictions(self, predictions: Sequence[SamplePrediction], folder: Path) -> None:
-        """worst.png: the images with the most mistakes, truth beside prediction."""
+        """worst.png: the images with the lowest F1, truth beside prediction."""
         draw_worst_detections(predictions, self.classes, self._source("val").load, folder / "worst.png")
 
     def predictor(self, model: Any) -> DetectionPredictor:

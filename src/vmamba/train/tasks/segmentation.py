@@ -65,6 +65,7 @@ class SegmentationTask(Task):
     recipe_type = SegmentationRecipe
     monitor = "mIoU"
     least_at_once = 2
+    eval_batch_size = 1
 
     def __init__(self, recipe: SegmentationRecipe, classes: Sequence[str] | None = None) -> None:
         self.recipe: Any = self.resolve(recipe)
