@@ -211,9 +211,9 @@ def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out
         )
     try:
         out.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:  # a name that is too long, or below a file
+    except OSError as error:  # such as a name that is too long
         refuse(f"--out {out}: cannot be written ({error.strerror or error})")
     above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
     exists = os.path.lexists(out)
@@ -226,9 +226,7 @@ def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out
 
 def _is_folder(out: Path) -> bool:
     """Whether `--out` is a folder of pictures."""
-    if os.path.lexists(out):
-        return os.path.isdir(out) and out.suffix.lower() not in (*TABLES, *SHEETS)
-    return out.suffix == ""
+    return out.suffix == "" or (os.path.isdir(out) and out.suffix.lower() not in (*TABLES, *SHEETS))
 
 
 def _is_glob(text: str) -> bool:

@@ -187,6 +187,8 @@ def test_two_processes_of_a_dense_task_equal_one(task: str, tmp_path: Path) -> N
         values["train"] |= {"micro_batch_size": None, "sync_batchnorm": True}
         values["model"] |= {"dropout": 0.0}
         values["model"]["args"]["drop_path_rate"] = 0.0
+        # The biases before a BatchNorm have no gradient but rounding errors, which Adam would make large.
+        values["optim"] |= {"name": "momentum", "lr": 0.05}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     assert_close(train(tmp_path, "two", TWO), train(tmp_path, "one"))
     tables = []

@@ -184,7 +184,8 @@ def test_evaluate_needs_the_checkpoint_alone(whole: Path, folder: Path, tmp_path
     checkpoint.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
     scores = evaluate(checkpoint).scores
     assert scores["top1"] == pytest.approx(float(rows(whole)[-1]["val/top1"]), abs=1e-5)
-    assert scores == evaluate(checkpoint, ["train.batch_size=6"]).scores
+    # In batches of another size sums are rounded in another order.
+    assert evaluate(checkpoint, ["train.batch_size=6"]).scores == pytest.approx(scores, abs=1e-6)
 
 
 def test_predict(whole: Path, folder: Path) -> None:
