@@ -173,10 +173,12 @@ def test_the_second_process_ends_with_a_first_that_is_killed_while_it_starts(pla
     assert f"process {first.pid}, which started this one, is gone" in stderr
 
 
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 0) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], value, rtol=rtol, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
@@ -188,9 +190,10 @@ def test_two_processes_of_a_dense_task_equal_one(task: str, tmp_path: Path) -> N
         values["model"] |= {"dropout": 0.0}
         values["model"]["args"]["drop_path_rate"] = 0.0
         # The biases before a BatchNorm have no gradient but rounding errors, which Adam would make large.
-        values["optim"] |= {"name": "momentum", "lr": 0.05}
+        values["optim"] |= {"name": "momentum", "lr": 0.01}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert_close(train(tmp_path, "two", TWO), train(tmp_path, "one"))
+    # Variances of order 1 are summed in another order: they may differ by rounding relative to that.
+    assert_close(train(tmp_path, "two", TWO), train(tmp_path, "one"), rtol=1e-5)
     tables = []
     for out in ("one", "two"):
         with (tmp_path / out / "metrics.csv").open(newline="") as file:
