@@ -115,8 +115,8 @@ def draw_objects(
         masks: n masks (h, w) with 0 and 1, or run-length codes of COCO; None to draw boxes alone.
         names: Of all classes.
         legend: Write the names of the classes and the number of their objects below the image.
-        side: Longer side of the image in the picture, in pixels; None for its own, or a whole multiple of it
-            that is at least 256.
+        side: Longer side of the image in the picture, in pixels; None for the size that the image has, or
+            a whole multiple of it that is at least 256.
 
     Returns:
         The image, with the legend below it.

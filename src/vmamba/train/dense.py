@@ -1,13 +1,16 @@
 """What the recipes of detection and segmentation share: a backbone under a head, and its weights."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import timm
 from pydantic import Field
 from torch import nn
 
+from vmamba.data import Preprocessing
+from vmamba.data.dense import collate_dense
 from vmamba.errors import CheckpointError, ModelError, RecipeError
 from vmamba.heads import Features
 from vmamba.heads.features import backbone_names
@@ -16,6 +19,7 @@ from vmamba.models.weights import load_weights
 from vmamba.train.model import check_section, log_load, require_model
 from vmamba.train.optim import Groups, parameter_groups
 from vmamba.train.recipe import ModelRecipe, OptimRecipe
+from vmamba.train.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +65,6 @@ def create_backbone(recipe: DenseModelRecipe, in_chans: int) -> Features:
     if recipe.freeze == "backbone":
         backbone.model.requires_grad_(False)
     return backbone
-
-
-def warnings_of_weights(recipe: DenseModelRecipe) -> list[str]:
-    """A warning if the backbone begins untrained: from there the paper's schedules reach far lower scores."""
-    if recipe.weights is not None:
-        return []
-    return ["model.weights: none given, so the backbone starts anew; see docs/guides/dense.md"]
 
 
 def load_recipe_weights(
@@ -146,3 +143,47 @@ def dense_parameter_groups(model: nn.Module, optim: OptimRecipe) -> Groups:
         {"params": groups[True], "weight_decay": 0.0},
         {"params": groups[False], "weight_decay": optim.weight_decay},
     ]
+
+
+def none_for_nan(value: float) -> float | None:
+    """A score as JSON takes it: a class without objects or pixels has none."""
+    return None if math.isnan(value) else value
+
+
+class DenseTask(Task):
+    """What detection and segmentation share: data, a backbone's weights, images judged one by one."""
+
+    eval_batch_size = 1
+
+    def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None:
+        self.recipe: Any = self.resolve(recipe)
+        self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
+        self._sources: dict[str, Any] = {}
+        self.classes = list(self._source("train").classes if classes is None else classes)
+
+    @classmethod
+    def resolve(cls, recipe: Any) -> Any:
+        """Channels, mean and std from the backbone's pretrained configuration."""
+        data = recipe.data.resolved(configuration(recipe.model))
+        return recipe.model_copy(update={"data": data})
+
+    @classmethod
+    def without_training_data(cls, recipe: Any) -> Any:
+        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
+
+    def _source(self, split: Literal["train", "val"]) -> Any:
+        if split not in self._sources:
+            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
+        return self._sources[split]
+
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return collate_dense
+
+    def warnings(self) -> list[str]:
+        # A detector or segmenter that begins untrained reaches far lower scores by the same schedule.
+        if self.recipe.model.weights is not None:
+            return []
+        return ["model.weights: none given, so the backbone starts anew; see docs/guides/dense.md"]
+
+    def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
+        return dense_parameter_groups(model, optim)

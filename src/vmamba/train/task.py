@@ -94,15 +94,14 @@ class Task(ABC):
     """The classes' numbers in annotation files, as predictions give them; a checkpoint keeps them."""
     needs_pairs: bool = False
     """`augment_batch` needs batches of an even size."""
+    least_at_once: ClassVar[int] = 1
+    """Fewest samples that the model trains on at a time: 2 where BatchNorm would see a single value."""
     eval_batch_size: ClassVar[int | None] = None
     """Samples of an evaluation batch; None for as many as in training. 1 where images are judged one by one
     at their full size, of which the workers would hold many."""
 
     @abstractmethod
     def __init__(self, recipe: Any, classes: Sequence[str] | None = None) -> None: ...
-
-    least_at_once: int = 1
-    """Fewest samples that the model trains on at a time: 2 where BatchNorm would see a single value."""
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:

@@ -1,6 +1,6 @@
 """Detection and instance segmentation with Mask R-CNN."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,21 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vmamba.data import Preprocessing
-from vmamba.data.annotated import AnnotatedImages
-from vmamba.data.dense import DetectionAugment, DetectionDataset, collate_dense
+from vmamba.data.dense import DetectionAugment, DetectionDataset
 from vmamba.data.sources import DetectionData
 from vmamba.data.sources.coco import CocoSection
 from vmamba.dense_inference import DetectionPredictor, mask_codes
 from vmamba.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig, recorded_logits
-from vmamba.train.dense import (
-    DenseModelRecipe,
-    configuration,
-    create_backbone,
-    dense_parameter_groups,
-    load_recipe_weights,
-    warnings_of_weights,
-)
+from vmamba.train.dense import DenseModelRecipe, DenseTask, create_backbone, load_recipe_weights, none_for_nan
 from vmamba.train.detection_metrics import KINDS, SCORES, CocoMetric, no_objects
 from vmamba.train.detection_reports import (
     JudgedDetections,
@@ -30,9 +21,8 @@ from vmamba.train.detection_reports import (
     judge_detections,
     write_detection_report,
 )
-from vmamba.train.optim import Groups
-from vmamba.train.recipe import OptimRecipe, Recipe
-from vmamba.train.task import SamplePrediction, Task
+from vmamba.train.recipe import Recipe
+from vmamba.train.task import SamplePrediction
 
 _HEAD_NAMES = ("rpn.", "rpn_head.", "roi_heads.", "roi_head.")
 """How names begin of what a detector has beside its backbone: ours and mmdet's."""
@@ -62,36 +52,17 @@ class DetectionRecipe(Recipe):
     augment: DetectionAugment = DetectionAugment()
 
 
-class DetectionTask(Task):
+class DetectionTask(DenseTask):
     """Boxes and masks of objects, with Mask R-CNN."""
 
     name = "detection"
     recipe_type = DetectionRecipe
     monitor = "box_AP"
-    eval_batch_size = 1
 
     def __init__(self, recipe: DetectionRecipe, classes: Sequence[str] | None = None) -> None:
-        self.recipe: Any = self.resolve(recipe)
-        self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
-        self._sources: dict[str, AnnotatedImages] = {}
+        super().__init__(recipe, classes)
         if classes is None:
-            classes, self.category_ids = self._source("train").classes, self._source("train").category_ids
-        self.classes = list(classes)
-
-    @classmethod
-    def resolve(cls, recipe: DetectionRecipe) -> DetectionRecipe:
-        """Channels, mean and std from the backbone's pretrained configuration."""
-        data = recipe.data.resolved(configuration(recipe.model))
-        return recipe.model_copy(update={"data": data})
-
-    @classmethod
-    def without_training_data(cls, recipe: DetectionRecipe) -> DetectionRecipe:
-        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
-
-    def _source(self, split: Literal["train", "val"]) -> AnnotatedImages:
-        if split not in self._sources:
-            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
-        return self._sources[split]
+            self.category_ids = self._source("train").category_ids
 
     def dataset(self, split: Literal["train", "val"]) -> DetectionDataset:
         source = self._source(split)
@@ -104,9 +75,6 @@ class DetectionTask(Task):
         if not any(source.has_objects(index) for index in dataset.kept.tolist()):
             raise no_objects(len(dataset))  # now, and not after an epoch
         return dataset
-
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return collate_dense
 
     def build_model(self, recipe: DetectionRecipe) -> MaskRCNN:
         section, data = recipe.model, self.recipe.data
@@ -128,12 +96,6 @@ class DetectionTask(Task):
         model = MaskRCNN(backbone, config)
         load_recipe_weights(model, backbone, section, _HEAD_NAMES)
         return model
-
-    def warnings(self) -> list[str]:
-        return warnings_of_weights(self.recipe.model)
-
-    def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
-        return dense_parameter_groups(model, optim)
 
     def frozen(self, model: nn.Module) -> nn.Module:
         frozen: nn.Module = model.backbone.body.model  # type: ignore[union-attr,assignment]
@@ -179,7 +141,7 @@ class DetectionTask(Task):
         columns = [f"{kind}_{score}" for kind in KINDS for score in SCORES]
         values = torch.cat([results[f"{kind}_per_class"] for kind in KINDS], 1).tolist()
         return [
-            {"name": name, **dict(zip(columns, map(_defined, row), strict=True))}
+            {"name": name, **dict(zip(columns, map(none_for_nan, row), strict=True))}
             for name, row in zip(self.classes, values, strict=True)
         ]
 
@@ -200,8 +162,3 @@ class DetectionTask(Task):
 
     def predictor(self, model: Any) -> DetectionPredictor:
         return DetectionPredictor(model, self.preprocessing, self.classes, category_ids=self.category_ids)
-
-
-def _defined(value: float) -> float | None:
-    """None for NaN, which a score is where a class has no such objects."""
-    return None if value != value else value

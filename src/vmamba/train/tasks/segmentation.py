@@ -1,6 +1,6 @@
 """Semantic segmentation with UPerNet."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,25 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vmamba.data import Preprocessing
-from vmamba.data.dense import SegmentationAugment, SegmentationDataset, collate_dense
-from vmamba.data.segmented import SegmentedImages
+from vmamba.data.dense import SegmentationAugment, SegmentationDataset
 from vmamba.data.sources import SegmentationData
 from vmamba.data.sources.ade20k import Ade20kSection
 from vmamba.dense_inference import SegmentationPredictor
 from vmamba.errors import RecipeError
 from vmamba.heads.sliding import SegmentedViews
 from vmamba.heads.upernet import UPerNet, upernet
-from vmamba.train.dense import (
-    DenseModelRecipe,
-    configuration,
-    create_backbone,
-    dense_parameter_groups,
-    load_recipe_weights,
-    warnings_of_weights,
-)
-from vmamba.train.optim import Groups
-from vmamba.train.recipe import OptimRecipe, Recipe
+from vmamba.train.dense import DenseModelRecipe, DenseTask, create_backbone, load_recipe_weights, none_for_nan
+from vmamba.train.recipe import Recipe
 from vmamba.train.segmentation_metrics import COLUMNS, IoUMetric
 from vmamba.train.segmentation_reports import (
     JudgedSegmentation,
@@ -34,7 +24,7 @@ from vmamba.train.segmentation_reports import (
     judge_segmentation,
     write_segmentation_report,
 )
-from vmamba.train.task import SamplePrediction, Task
+from vmamba.train.task import SamplePrediction
 
 _HEAD_NAMES = ("decode_head.",)
 """How names begin of what a segmenter has beside its backbone, here and in mmseg."""
@@ -58,35 +48,13 @@ class SegmentationRecipe(Recipe):
     augment: SegmentationAugment = SegmentationAugment()
 
 
-class SegmentationTask(Task):
+class SegmentationTask(DenseTask):
     """A class for each pixel, with UPerNet."""
 
     name = "segmentation"
     recipe_type = SegmentationRecipe
     monitor = "mIoU"
     least_at_once = 2
-    eval_batch_size = 1
-
-    def __init__(self, recipe: SegmentationRecipe, classes: Sequence[str] | None = None) -> None:
-        self.recipe: Any = self.resolve(recipe)
-        self.preprocessing: Preprocessing = self.recipe.data.preprocessing(configuration(recipe.model))
-        self._sources: dict[str, SegmentedImages] = {}
-        self.classes = list(classes) if classes is not None else self._source("train").classes
-
-    @classmethod
-    def resolve(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
-        """Channels, mean and std from the backbone's pretrained configuration."""
-        data = recipe.data.resolved(configuration(recipe.model))
-        return recipe.model_copy(update={"data": data})
-
-    @classmethod
-    def without_training_data(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
-        return recipe.model_copy(update={"data": recipe.data.without_training_split()})
-
-    def _source(self, split: Literal["train", "val"]) -> SegmentedImages:
-        if split not in self._sources:
-            self._sources[split] = self.recipe.data.open(split, self.preprocessing.decoding)
-        return self._sources[split]
 
     def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
         source = self._source(split)
@@ -95,9 +63,6 @@ class SegmentationTask(Task):
         return SegmentationDataset(
             source, self.preprocessing, self.recipe.train.seed, augment, self.recipe.data.limit
         )
-
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return collate_dense
 
     def build_model(self, recipe: SegmentationRecipe) -> UPerNet:
         section = recipe.model
@@ -112,12 +77,6 @@ class SegmentationTask(Task):
         )
         load_recipe_weights(model, backbone, section, _HEAD_NAMES)
         return model
-
-    def warnings(self) -> list[str]:
-        return warnings_of_weights(self.recipe.model)
-
-    def parameter_groups(self, model: nn.Module, optim: OptimRecipe) -> Groups:
-        return dense_parameter_groups(model, optim)
 
     def frozen(self, model: nn.Module) -> nn.Module:
         frozen: nn.Module = model.backbone.model  # type: ignore[union-attr,assignment]
@@ -168,7 +127,7 @@ class SegmentationTask(Task):
     def class_table(self, results: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         rows = zip(self.classes, results["per_class"].tolist(), strict=True)
         return [
-            {"name": name, **{c: None if v != v else v for c, v in zip(COLUMNS, values, strict=True)}}
+            {"name": name, **dict(zip(COLUMNS, map(none_for_nan, values), strict=True))}
             for name, values in rows
         ]
 
