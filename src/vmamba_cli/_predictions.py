@@ -308,7 +308,7 @@ OVERLAYS, MASKS = "overlays", "masks"
 
 
 def output_names(inputs: Sequence[Input]) -> dict[Input, str]:
-    """A path without suffix for what is written of each input: its own, with a number where that is taken.
+    """A path without suffix for what is written of each input: its name, numbered where another has the same.
 
     A video's is also the folder of its masks, so that it is not that of other inputs. Cases are not told
     apart, as by the file systems of macOS and Windows.

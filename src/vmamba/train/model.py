@@ -125,7 +125,7 @@ def _load(model: nn.Module, recipe: ModelRecipe) -> None:
 
 
 def log_load(report: LoadReport) -> None:
-    """Log which weights the file lacks, so that the model keeps its initial ones, and which were converted."""
+    """Log which weights the file lacked, so that the initial ones stay, and which were converted."""
     if report.missing:
         log.warning("%s: the classifier starts anew: %s", report.source, ", ".join(report.missing))
     for name, how in report.converted.items():
