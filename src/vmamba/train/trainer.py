@@ -14,12 +14,12 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vmamba._torch_private import cpu_computes_in
 from vmamba.errors import RecipeError
 from vmamba.train.checkpoint import AtomicCheckpointIO
+from vmamba.train.launcher import PatientDDP, PatientFSDP
 from vmamba.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -115,13 +115,13 @@ def _strategy(recipe: Recipe, devices: int, nodes: int) -> Any:
         return "auto"
     timeout = timedelta(seconds=recipe.train.collective_timeout)
     if recipe.train.strategy == "fsdp":
-        return ModelParallelStrategy(
+        return PatientFSDP(
             data_parallel_size=devices * nodes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             timeout=timeout,
         )
-    return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+    return PatientDDP(timeout=timeout, gradient_as_bucket_view=True)
 
 
 @contextmanager
