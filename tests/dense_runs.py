@@ -15,7 +15,7 @@ def values(task: str, **train: Any) -> dict[str, Any]:
     data = {"source": "shapes", "short_side": SIZE, "long_side": 96, "limit": 8}
     augment: dict[str, Any]
     if task == "detection":
-        model |= {"hidden": 32, "proposals": 50}
+        model |= {"hidden": 32, "proposals": 50, "detections": 20}
         augment = {"short_sides": [48, SIZE], "long_side": 96, "crop_probability": 0.5}
         augment |= {"crop_short_sides": [48], "crop_size": [40, 48]}
     else:

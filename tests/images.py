@@ -27,7 +27,7 @@ def tiny_values(root: Path) -> dict[str, Any]:
     """A recipe with everything random on: Mixup, augmentation, drop path."""
     return {
         "task": "classification",
-        "model": {"name": "test_convnext", "args": {"drop_path_rate": 0.5}},
+        "model": {"name": "test_convnext", "args": {"drop_path_rate": 0.5, "depths": [1, 1, 1, 1]}},
         "data": {"root": str(root), "image_size": 32},
         "augment": {"mixup": 0.5},
         "optim": {"lr": 2e-3},

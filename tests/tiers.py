@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-LEFT_OUT = ("tests/docs/", "tests/tools/", "tests/train/test_distributed.py")
+LEFT_OUT = ("tests/docs/", "tests/tools/", "tests/train/test_distributed.py", "tests/train/test_launcher.py")
 
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",

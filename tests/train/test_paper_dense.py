@@ -11,7 +11,8 @@ from vmamba.train.session import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DETECTION = sorted((RECIPES / "detection").glob("*_[13]x.yaml"))
-SEGMENTATION = sorted(path for path in (RECIPES / "segmentation").glob("*.yaml") if path.stem != "shapes")
+SMALL = {"shapes", "overfit"}
+SEGMENTATION = sorted(path for path in (RECIPES / "segmentation").glob("*.yaml") if path.stem not in SMALL)
 DROP_PATH = {"vmamba_tiny": 0.2, "vmamba_small": 0.3, "vmamba_base": 0.6}
 
 
@@ -85,3 +86,12 @@ def check_model(recipe: Any) -> None:
 def test_the_first_try_needs_no_data(task: str) -> None:
     recipe: Any = load_recipe(RECIPES / task / "shapes.yaml")
     assert (recipe.data.source, recipe.data.root, recipe.model.weights) == ("shapes", None, None)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_what_is_learned_by_heart_is_what_judges(task: str) -> None:
+    recipe: Any = load_recipe(RECIPES / task / "overfit.yaml")
+    assert recipe.data.val_split == recipe.data.train_split
+    if task == "detection":
+        assert recipe.data.val_annotations == recipe.data.train_annotations
+    assert recipe.augment.hflip == 0
