@@ -14,7 +14,7 @@ help:
 	@echo "make demo         train a small model on real digits, judge it, draw what it sees (about 3 minutes)"
 	@echo "make test         the quick tier: what covers the library (about 7 minutes)"
 	@echo "make test-all     every test but those minutes long; test-triton: the GPU kernels in Triton's interpreter"
-	@echo "make exhaustive   every test there is, the kernel under all sanitizers (hours)"
+	@echo "make exhaustive   every test and kernel there is, the CPU kernel under all sanitizers (hours)"
 	@echo "make lint typecheck docs conformance compat wheel   what CI runs besides"
 	@echo "make serve        the site, rebuilt as you write"
 	@echo "make clean        remove $(VENV) and what tools leave behind"
@@ -44,6 +44,8 @@ exhaustive: $(VENV)/installed
 	$(INTERPRETED) -m "not gpu and not compat"
 	$(BIN)/python tools/sanitize.py address,undefined
 	$(BIN)/python tools/sanitize.py thread
+	$(BIN)/python tools/compile_triton.py
+	$(BIN)/python tools/timm_conformance.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python tools/sanitize.py address,undefined
     python tools/sanitize.py thread
 
-Needs GCC, whose runtime is loaded before Python. A report ends the run with an error.
+Further options go to pytest. Needs GCC, whose runtime is loaded before Python. A report ends the run with an error.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sanitizers", help="as for -fsanitize")
-    sanitizers = parser.parse_args().sanitizers
+    arguments, for_pytest = parser.parse_known_args()
+    sanitizers = arguments.sanitizers
     unknown = set(sanitizers.split(",")) - set(RUNTIMES)
     if unknown:
         parser.error(f"expected some of {', '.join(RUNTIMES)}, got {', '.join(sorted(unknown))}")
@@ -70,7 +71,7 @@ def main() -> int:
             "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
         }
         options = ("-q", "-s", "-p", "no:cacheprovider", "-m", "not slow and not full", "-k", LEFT_OUT)
-        command = [sys.executable, "-c", RUN, folder, *options, *TESTS]
+        command = [sys.executable, "-c", RUN, folder, *options, *for_pytest, *TESTS]
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
