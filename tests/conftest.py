@@ -17,7 +17,7 @@ pytest_plugins = ("pytester",)
 
 # An interpreted kernel takes seconds: fewer examples there.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if interpreted() else 25)
-settings.register_profile("quick", settings.get_profile("fixed"), max_examples=8)
+settings.register_profile("quick", settings.get_profile("fixed"), max_examples=5)
 settings.load_profile("fixed")
 
 if interpreted():

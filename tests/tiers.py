@@ -2,8 +2,8 @@
 
 Three rules mark a case `full`, and so leave it out of the quick tier:
 
-- Tests of the documentation, of the developers' tools and of training by several processes (`LEFT_OUT`) are left
-  out.
+- Tests of the documentation, of the developers' tools, of training by several processes and of processes that
+  outlive others (`LEFT_OUT`) are left out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
@@ -16,7 +16,14 @@ from typing import Any
 
 import pytest
 
-LEFT_OUT = ("tests/docs/", "tests/tools/", "tests/train/test_distributed.py", "tests/train/test_launcher.py")
+LEFT_OUT = (
+    "tests/docs/",
+    "tests/tools/",
+    "tests/test_processes.py",
+    "tests/cli/test_starter.py",
+    "tests/train/test_distributed.py",
+    "tests/train/test_launcher.py",
+)
 
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
@@ -31,6 +38,18 @@ COVERED = {
     ),
     "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
+    ),
+    "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[6]": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[1]"
+    ),
+    "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[8]": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
+    ),
+    "tests/train/test_run.py::test_a_crash_costs_the_epoch_and_nothing_else[11]": (
+        "tests/train/test_run.py::test_a_crash_costs_the_epoch_and_nothing_else[5]"
+    ),
+    "tests/train/test_dense_tasks.py::test_workers_change_nothing": (
+        "tests/train/test_run.py::test_workers_change_nothing"
     ),
     "tests/train/test_dense_tasks.py::test_a_killed_run_ends_with_the_same_bits": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
@@ -73,12 +92,6 @@ COVERED = {
     ),
     "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width": (
         "tests/ops/test_transforms.py::test_is_as_in_plain_pytorch"
-    ),
-    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at work-spawn]": (
-        "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at the first-fork]"
-    ),
-    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at the last-forkserver]": (
-        "tests/test_processes.py::test_workers_end_with_the_process_that_started_them[at the first-fork]"
     ),
     "tests/ops/test_cpu.py::test_does_not_leak": (
         "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"

@@ -60,11 +60,15 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
     """Draw a PNG, losses above and scores below, over epochs, or over steps if an epoch has several rows."""
+    from cycler import cycler
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     unit = "epoch" if len({row["epoch"] for row in rows}) == len(rows) else "step"
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(figsize=(8.5, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
+    for axes in (upper, lower):  # a detector has 14 scores, more than there are colours
+        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
     for name in dict.fromkeys(name for row in rows for name in row):
         if name.startswith(("train/", "val/")):
             points = [(int(row[unit]), float(row[name])) for row in rows if row.get(name)]
@@ -76,6 +80,6 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend()
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
