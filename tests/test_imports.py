@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 SRC = Path(__file__).parent.parent / "src"
 FLOORS = [
     {"vmamba_cli"},
-    {"vmamba.explorer", "vmamba.studies"},
+    {"vmamba.explorer", "vmamba.report", "vmamba.studies"},
     {"vmamba.bench"},  # it times a training step, so it stands above train
     {"vmamba.train", "vmamba.evaluate", "vmamba.analysis", "vmamba.export"},
     {"vmamba.environment"},  # it states vmamba's version
