@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from vmamba_cli._starter import ends_with_its_starter
 
-VERBS = ("train", "resume", "eval", "predict", "runs", "info", "list", "bench")
+VERBS = ("train", "resume", "eval", "predict", "runs", "info", "list", "analyze", "bench")
 
 
 class _Verbs(TyperGroup):
