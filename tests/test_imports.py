@@ -201,7 +201,7 @@ def test_all_below_train_needs_torch_and_timm_alone(light: str) -> None:
     modules = sorted(module_of(path) for path in paths)
     absent = [room for room in ABOVE if room != "vmamba.analysis"]
     below = [module for module in modules if room_of(module) not in absent]
-    assert {"vmamba", "vmamba.ops.cpu", "vmamba.data", "vmamba.analysis.activation"} <= set(below)
+    assert {"vmamba", "vmamba.ops.cpu", "vmamba.data", "vmamba.analysis.attention"} <= set(below)
     run(light + f"import importlib\nfor name in {below}: importlib.import_module(name)", "-I", "-S")
 
 

@@ -1,6 +1,6 @@
 """Effective receptive field (Figure 10): how strongly each pixel moves the centre of the last feature map."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from vmamba.errors import UserError
 from vmamba.nn.modes import evaluating
+
+SHARES = (0.2, 0.3, 0.5, 0.99)
+"""The shares of the contribution for which the paper on RepLKNet compares areas."""
 
 
 class ReceptiveFieldError(UserError, ValueError):
@@ -31,11 +34,11 @@ def receptive_field(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     Raises:
         ReceptiveFieldError: There is no image, or none gave a map without NaN.
     """
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     maps = []
     with evaluating(model):
         for image in images:
-            pixels = image.to(device)[None].requires_grad_()
+            pixels = image.to(like.device, like.dtype)[None].requires_grad_()
             feature = model.forward_intermediates(pixels, indices=1, intermediates_only=True)[-1]  # type: ignore[operator]
             centre = feature.relu()[..., feature.shape[-2] // 2, feature.shape[-1] // 2].sum()
             (gradient,) = torch.autograd.grad(centre, pixels)
@@ -69,23 +72,32 @@ def high_contribution_ratio(field: Tensor, share: float) -> float:
     return 1.0
 
 
-def draw(fields: dict[str, Tensor], path: str | Path) -> None:
-    """Write maps side by side as a PNG, each shown as (map / max)^0.2.
+def draw(fields: Mapping[str, Tensor], path: str | Path, columns: int | None = None) -> None:
+    """Write maps as a PNG, each shown as (map / max)^0.2, with the areas that hold `SHARES` below it.
 
     Args:
-        fields: Titles and maps, (height, width).
+        fields: Titles and maps, (height, width), row by row.
         path: Of the picture.
+        columns: Maps in a row; None for one row of all.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(fields), 3.9), layout="constrained")
+    columns = columns or len(fields)
+    rows = -(-len(fields) // columns)
+    figure = Figure(figsize=(3.1 * columns + 1, 3.6 * rows), layout="constrained")
     for axes, (title, field) in zip(
-        figure.subplots(1, len(fields), squeeze=False)[0], fields.items(), strict=True
+        figure.subplots(rows, columns, squeeze=False).flat, fields.items(), strict=True
     ):
+        height, width = field.shape
         shares = (field / field.max().clamp_min(1e-30)) ** 0.2
-        shown = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
-        axes.set_title(title, fontsize=10)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.colorbar(shown, ax=figure.axes, label="(contribution / largest)^0.2", shrink=0.8)
+        picture = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, extent=(0, width, height, 0))
+        axes.set_title(title, fontsize=12)
+        axes.set_xticks([0, width])
+        axes.set_yticks([0, height])
+        areas = [f"{share:.0%}: {high_contribution_ratio(field, share):.1%}" for share in SHARES]
+        axes.set_xlabel(f"{'   '.join(areas[:2])}\n{'   '.join(areas[2:])}", fontsize=10)
+    figure.axes[0].set_ylabel("pixels")
+    bar = figure.colorbar(picture, ax=figure.axes, shrink=0.8, aspect=30)
+    bar.set_label("(contribution / largest)$^{0.2}$")
+    figure.supxlabel("below each map: area of the smallest centred square with that share", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -1,0 +1,166 @@
+"""What `vmamba analyze` does once its arguments are checked. Imports PyTorch and the library: seconds."""
+
+import csv
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vmamba
+from vmamba.analysis import receptive_field as erf
+from vmamba.analysis.backbones import backbone, read_input
+from vmamba.analysis.complexity import parse_size
+from vmamba.data.video import is_video_name
+from vmamba.errors import CheckpointError, DataError
+from vmamba.inference import Predictor
+from vmamba.models.checkpoints import Weights
+from vmamba.words import counted
+from vmamba_cli._inputs import find_images
+from vmamba_cli._messages import say
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the user names it.
+
+    Attributes:
+        text: A run, a checkpoint or a model's name, as `vmamba.load` takes it.
+        device: As `vmamba.load` takes it.
+        weights: Which of a checkpoint's weights.
+        seed: Of new weights.
+        model: The model's name, for a file that does not contain it.
+    """
+
+    text: str
+    device: str
+    weights: Weights
+    seed: int
+    model: str | None = None
+
+    def load(self, trained: bool) -> Predictor:
+        """The model, trained or with new weights.
+
+        Raises:
+            CheckpointError: There are no weights of it.
+        """
+        torch.manual_seed(self.seed)
+        try:
+            return vmamba.load(
+                self.text, model=self.model, device=self.device, weights=self.weights, trained=trained
+            )
+        except CheckpointError as error:
+            if not trained or Path(self.text).expanduser().exists():
+                raise
+            raise CheckpointError(f"{error}; --untrained takes the model without weights") from error
+
+
+def short_names(texts: Sequence[str]) -> list[str]:
+    """The last component of each path, or all of it where two would be equal."""
+    names = [Path(text).name or text for text in texts]
+    return [name if names.count(name) == 1 else text for name, text in zip(names, texts, strict=True)]
+
+
+def image_paths(images: Iterable[str]) -> list[str]:
+    """The images that are named, without videos among them.
+
+    Raises:
+        DataError: One is a video, or there is none.
+    """
+    paths = [each.path for each in find_images(images)]
+    for path in paths:
+        if is_video_name(path):
+            raise DataError(f"{path}: a video; an analysis is of images, such as its frames")
+    return paths
+
+
+def sampled(paths: Sequence[str], number: int, seed: int) -> list[str]:
+    """At most so many of the paths, drawn at random, in their order."""
+    if len(paths) <= number:
+        return list(paths)
+    return [paths[index] for index in sorted(random.Random(seed).sample(range(len(paths)), number))]
+
+
+@dataclass(frozen=True)
+class Field:
+    """The effective receptive field of a model.
+
+    Attributes:
+        model: Its name.
+        trained: Whether it was trained.
+        images: Over how many images it is the mean.
+        values: (h, w).
+    """
+
+    model: str
+    trained: bool
+    images: int
+    values: Tensor
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {'trained' if self.trained else 'untrained'}"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The areas that hold shares of the contribution, a row each."""
+        height, width = self.values.shape
+        for share in erf.SHARES:
+            yield {
+                "model": self.model,
+                "trained": self.trained,
+                "images": self.images,
+                "height": height,
+                "width": width,
+                "share": share,
+                "area": round(erf.high_contribution_ratio(self.values, share), 6),
+            }
+
+
+def receptive_fields(
+    sources: Sequence[Source], paths: Sequence[str], size: str | None, kinds: Sequence[bool]
+) -> list[Field]:
+    """The fields of every model, untrained or trained as `kinds` says, in the order of the figure.
+
+    Args:
+        sources: The models.
+        paths: The images.
+        size: Of the images, as the user gave it; None for each model's own.
+        kinds: Whether trained, for each row of the figure.
+    """
+    shape = None if size is None else parse_size(size)
+    fields = {}
+    for name, source in zip(short_names([each.text for each in sources]), sources, strict=True):
+        for trained in reversed(kinds):  # a model without weights shall fail before the work on it
+            predictor = source.load(trained)
+            preprocessing = predictor.preprocessing
+            height, width = shape or preprocessing.size
+            field = Field(name, trained, len(paths), torch.empty(0))
+            say(f"{field.title}: {counted(len(paths), 'image')} of {height}x{width}, {predictor.device}")
+            inputs = (read_input(path, preprocessing, shape) for path in paths)
+            values = erf.receptive_field(backbone(predictor.model, (height, width)), inputs)
+            fields[trained, name] = Field(name, trained, len(paths), values)
+    return [fields[trained, name] for trained in kinds for name in dict.fromkeys(n for _, n in fields)]
+
+
+def write_fields(fields: Sequence[Field], out: Path, columns: int) -> None:
+    """Write the picture, the areas as a table, and the maps themselves."""
+    erf.draw({field.title: field.values for field in fields}, out / "erf.png", columns)
+    write_table(out / "erf.csv", [row for field in fields for row in field.rows()])
+    write_arrays(out / "erf.npz", {field.title: field.values for field in fields})
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
+    """Write tensors as a compressed .npz, by name."""
+    np.savez_compressed(path, **{name: values.numpy() for name, values in arrays.items()})
