@@ -34,20 +34,37 @@ def receptive_field(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     Raises:
         ReceptiveFieldError: There is no image, or none gave a map without NaN.
     """
-    like = next(model.parameters())
-    maps = []
-    with evaluating(model):
-        for image in images:
-            pixels = image.to(like.device, like.dtype)[None].requires_grad_()
-            feature = model.forward_intermediates(pixels, indices=1, intermediates_only=True)[-1]  # type: ignore[operator]
-            centre = feature.relu()[..., feature.shape[-2] // 2, feature.shape[-1] // 2].sum()
-            (gradient,) = torch.autograd.grad(centre, pixels)
-            contribution = gradient[0].relu().sum(0)
-            if not contribution.isnan().any():
-                maps.append(contribution.float().cpu())
+    maps = [each for image in images if not (each := contribution(model, image)).isnan().any()]
     if not maps:
         raise ReceptiveFieldError("no image gave a map without NaN; give at least one, and check the weights")
     return torch.stack(maps).mean(0)
+
+
+def contribution(model: nn.Module, image: Tensor, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """How strongly each pixel of one image moves the last feature map at one position.
+
+    Args:
+        model: As `receptive_field`.
+        image: Normalised, (channels, height, width).
+        at: (x, y) of the position over width and height, each in [0, 1).
+
+    Returns:
+        (height, width), float32, on the CPU; it may have NaN.
+
+    Raises:
+        ReceptiveFieldError: The position lies outside of the image.
+    """
+    x, y = at
+    if not (0 <= x < 1 and 0 <= y < 1):
+        raise ReceptiveFieldError(f"at: expected x and y in [0, 1), got {at}")
+    like = next(model.parameters())
+    with evaluating(model):
+        pixels = image.to(like.device, like.dtype)[None].requires_grad_()
+        feature = model.forward_intermediates(pixels, indices=1, intermediates_only=True)[-1]  # type: ignore[operator]
+        height, width = feature.shape[-2:]
+        position = feature.relu()[..., int(y * height), int(x * width)].sum()
+        (gradient,) = torch.autograd.grad(position, pixels)
+    return gradient[0].relu().sum(0).float().cpu()
 
 
 def high_contribution_ratio(field: Tensor, share: float) -> float:
