@@ -2,8 +2,8 @@
 
 Three rules mark a case `full`, and so leave it out of the quick tier:
 
-- Tests of the documentation, of the developers' tools and of training by several processes (`LEFT_OUT`) are left
-  out.
+- Tests of the documentation, of the developers' tools, of training by several processes and in a browser
+  (`LEFT_OUT`) are left out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
@@ -16,7 +16,12 @@ from typing import Any
 
 import pytest
 
-LEFT_OUT = ("tests/docs/", "tests/tools/", "tests/train/test_distributed.py")
+LEFT_OUT = (
+    "tests/docs/",
+    "tests/tools/",
+    "tests/train/test_distributed.py",
+    "tests/explorer/test_browser.py",
+)
 
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",

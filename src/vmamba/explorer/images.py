@@ -122,7 +122,7 @@ def _decoded(file: BinaryIO, name: str, preprocessing: Preprocessing, formats: S
 def _opened(file: BinaryIO, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
     """An image that is not too large by its header; until then nothing is decoded."""
     try:
-        with without_warnings(name), Image.open(file, formats=formats) as image:
+        with without_warnings(name), Image.open(file, formats=tuple(formats)) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise DataError(f"{name}: {width:,} × {height:,} pixels; {_SMALLER}")

@@ -153,7 +153,8 @@ class Explorer:
         chosen = self._model(model)
         values = shown(self._call(lambda: self._input(model, image)), chosen.preprocessing)
         file = io.BytesIO()
-        to_pil_image(values[:3] if len(values) >= 3 else values[:1]).save(file, "PNG")
+        pixels = (values[:3] if len(values) >= 3 else values[:1]).mul(255).round().byte()
+        to_pil_image(pixels).save(file, "PNG")
         return file.getvalue()
 
     def prediction(self, model: int, image: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ export function describeRow(values, width) {
     return "nothing";
   }
   const [top] = largest(values, width, 1);
-  const visited = extent.count < values.length ? `${extent.count} of ${values.length} patches visited; ` : "";
+  const visited = extent.count < values.length ? `has visited ${extent.count} of ${values.length} patches; ` : "";
   return `${visited}from ${short(extent.low)} to ${short(extent.high)}, most from row ${top.row}, column ${top.column}`;
 }
 

@@ -138,9 +138,10 @@ export class ModelView {
     this.where = `patch in row ${row} of ${height}, column ${column} of ${width}`;
     this.element.querySelector(".where").textContent = this.where;
     const titles = routes.map((name, index) => `route ${index + 1}: ${name.replaceAll("_", " ")}`);
-    [...maps, sum(maps)].forEach((values, index) => {
-      this.#figure(titles[index] ?? "all routes").show({ values, height, width }, describeRow(values, width));
-    });
+    const shown = [["all routes", sum(maps)], ...maps.map((values, index) => [titles[index], values])];
+    for (const [title, values] of shown) {
+      this.#figure(title).show({ values, height, width }, describeRow(values, width));
+    }
     this.handlers.onShown();
   }
 
