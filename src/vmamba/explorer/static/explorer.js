@@ -128,7 +128,9 @@ const handlers = {
   /** Tell who listens, once the maps stand still. */
   onShown() {
     clearTimeout(telling);
-    telling = setTimeout(() => (byId("told").textContent = views.map((view) => view.words).join(". ")), 500);
+    telling = setTimeout(() => {
+      byId("told").textContent = views.map((view) => view.words).filter(Boolean).join(". ");
+    }, 500);
   },
 };
 

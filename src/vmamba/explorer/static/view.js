@@ -5,6 +5,8 @@ import { PatchGrid } from "./grid.js";
 import { describeField, describeRow, draw, largest, short, sum } from "./maps.js";
 
 const LISTED = 10;
+const MERGED = "all routes";
+const FIELD = "receptive field";
 
 /** Does one piece of work at a time; of what is asked for meanwhile, only the last. */
 class Newest {
@@ -121,15 +123,16 @@ export class ModelView {
     const { position } = this.grid.patchAt(place);
     this.rows.ask({ model: this.number, image, block: name, position, kind, delta: Number(delta) });
     if (!field) {
-      this.#remove("receptive field");
+      this.#remove(FIELD);
     } else if (isChosen) {
       this.fields.ask({ model: this.number, image, x: place.x, y: place.y });
     }
   }
 
-  /** The merged map in words. */
+  /** The merged map in words; nothing before it is shown. */
   get words() {
-    return `${this.model.name}, ${this.where}: ${this.figures.get("all routes")?.words ?? ""}`;
+    const merged = this.figures.get(MERGED);
+    return merged ? `${this.model.name}, ${this.where}: ${merged.words}` : "";
   }
 
   async #loadRow(query) {
@@ -138,17 +141,19 @@ export class ModelView {
     this.where = `patch in row ${row} of ${height}, column ${column} of ${width}`;
     this.element.querySelector(".where").textContent = this.where;
     const titles = routes.map((name, index) => `route ${index + 1}: ${name.replaceAll("_", " ")}`);
-    const shown = [["all routes", sum(maps)], ...maps.map((values, index) => [titles[index], values])];
+    const shown = [[MERGED, sum(maps)], ...maps.map((values, index) => [titles[index], values])];
     for (const [title, values] of shown) {
       this.#figure(title).show({ values, height, width }, describeRow(values, width));
     }
+    const titlesNow = [...shown.map(([title]) => title), FIELD];
+    [...this.figures.keys()].filter((title) => !titlesNow.includes(title)).forEach((title) => this.#remove(title));
     this.handlers.onShown();
   }
 
   async #loadField(query) {
     const { values, height, width } = await api.field(query);
     const root = (share) => share ** 0.2; // as the paper shows it
-    this.#figure("receptive field").show({ values, height, width }, describeField(values, width), root);
+    this.#figure(FIELD).show({ values, height, width }, describeField(values, width), root);
   }
 
   #figure(title) {
@@ -157,8 +162,8 @@ export class ModelView {
       if (this.image.src) {
         figure.image.src = this.image.src;
       }
+      this.maps.insertBefore(figure.element, this.figures.get(FIELD)?.element ?? null); // which stays the last
       this.figures.set(title, figure);
-      this.maps.append(figure.element);
     }
     return this.figures.get(title);
   }
