@@ -13,7 +13,9 @@ from torch import Tensor
 
 import vmamba
 from vmamba.analysis import receptive_field as erf
-from vmamba.analysis.backbones import backbone, read_input
+from vmamba.analysis.attention import ScanAttention, scan_attention
+from vmamba.analysis.attention_figure import Panel, draw, draw_panel
+from vmamba.analysis.backbones import backbone, read_input, shown
 from vmamba.analysis.complexity import parse_size
 from vmamba.data.video import is_video_name
 from vmamba.errors import CheckpointError, DataError
@@ -151,6 +153,78 @@ def write_fields(fields: Sequence[Field], out: Path, columns: int) -> None:
     erf.draw({field.title: field.values for field in fields}, out / "erf.png", columns)
     write_table(out / "erf.csv", [row for field in fields for row in field.rows()])
     write_arrays(out / "erf.npz", {field.title: field.values for field in fields})
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A scan of an image, and what a figure says of it.
+
+    Attributes:
+        scan: The scan.
+        picture: The image as the model saw it, (c, h, w) in [0, 1].
+        title: The model and the SS2D.
+    """
+
+    scan: ScanAttention
+    picture: Tensor
+    title: str
+
+
+def view_scan(
+    source: Source,
+    image: str,
+    size: str | None,
+    trained: bool,
+    stage: int,
+    block: int,
+    module: str | None,
+) -> View:
+    """The scan of an SS2D on an image.
+
+    Args:
+        source: The model.
+        image: Path of the image.
+        size: Of the model's input, as the user gave it; None for the model's own.
+        trained: Whether with its weights.
+        stage: Of the block.
+        block: In its stage.
+        module: Name of the SS2D in the backbone, instead of stage and block.
+    """
+    (path,) = image_paths([image])
+    shape = None if size is None else parse_size(size)
+    predictor = source.load(trained)
+    pixels = read_input(path, predictor.preprocessing, shape)
+    network = backbone(predictor.model, (pixels.shape[1], pixels.shape[2]))
+    scan = scan_attention(network, pixels, stage=stage, block=block, module=module)
+    place = f"stage {stage}, block {block}" if module is None else module
+    state = "" if trained else ", untrained"
+    height, width = scan.size
+    title = f"{short_names([source.text])[0]}{state}: {place}, {height} × {width} positions"
+    return View(scan, shown(pixels, predictor.preprocessing), title)
+
+
+def write_attention(
+    view: View, drawn: Sequence[Panel], query: tuple[float, float], out: Path, alone: bool
+) -> list[Path]:
+    """Write the figure, the values, and the panels by themselves if they are wanted; returns the files.
+
+    Args:
+        view: The scan.
+        drawn: From `panels`.
+        query: (x, y) of the query.
+        out: The folder.
+        alone: Whether to write every panel by itself.
+    """
+    files = [out / "attention.png", out / "attention.npz"]
+    draw(drawn, view.picture, query, view.title, files[0])
+    write_arrays(files[1], {"orders": view.scan.orders, **{panel.name: panel.values for panel in drawn}})
+    if alone:
+        folder = out / "panels"
+        folder.mkdir(exist_ok=True)
+        for panel in drawn:
+            draw_panel(panel, folder / f"{panel.name}.png")
+        files.append(folder)
+    return files
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
