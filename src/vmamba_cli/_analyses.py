@@ -13,14 +13,17 @@ from torch import Tensor
 
 import vmamba
 from vmamba.analysis import receptive_field as erf
+from vmamba.analysis import routes
 from vmamba.analysis.attention import ScanAttention, scan_attention
 from vmamba.analysis.attention_figure import Panel, draw, draw_panel
 from vmamba.analysis.backbones import backbone, read_input, shown
 from vmamba.analysis.complexity import parse_size
+from vmamba.data.decoding import as_floats, read_image
 from vmamba.data.video import is_video_name
 from vmamba.errors import CheckpointError, DataError
 from vmamba.inference import Predictor
 from vmamba.models.checkpoints import Weights
+from vmamba.ops.routes import ROUTES
 from vmamba.words import counted
 from vmamba_cli._inputs import find_images
 from vmamba_cli._messages import say
@@ -224,6 +227,77 @@ def write_attention(
         for panel in drawn:
             draw_panel(panel, folder / f"{panel.name}.png")
         files.append(folder)
+    return files
+
+
+def named_routes(named: Sequence[str], order: Path | None, grid: str) -> dict[str, list[routes.Route]]:
+    """Sets of routes that the user names or gives as permutations, by their titles.
+
+    Args:
+        named: Sets of routes: a set's name, or names of routes with commas between.
+        order: A file of permutations.
+        grid: Height and width in positions, as the user gave it.
+
+    Raises:
+        RouteError: There is no such route, or a permutation does not fit the grid.
+        DataError: The file has no whole numbers in it.
+    """
+    size = parse_size(grid)
+    sets = {text: routes.routes_of(text.split(",") if "," in text else _one(text), size) for text in named}
+    if order is not None:
+        sets[order.name] = routes.routes_of(_permutations(order), size)
+    return sets
+
+
+def _one(text: str) -> str | list[str]:
+    """A set's name, or the only route of a set."""
+    return [text] if text in ROUTES else text
+
+
+def _permutations(path: Path) -> list[Tensor]:
+    try:
+        values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64)
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"{path}: expected permutations, a line of whole numbers each, or a .npy file: {error}"
+        ) from error
+    return list(torch.from_numpy(np.atleast_2d(values)))
+
+
+def model_routes(source: Source, size: str | None) -> dict[str, list[routes.Route]]:
+    """The different sets of routes in a model, by their titles.
+
+    Args:
+        source: The model; its weights are not needed.
+        size: Of the input, as the user gave it; None for the model's own.
+    """
+    predictor = source.load(trained=False)
+    height, width = predictor.preprocessing.size if size is None else parse_size(size)
+    network = backbone(predictor.model, (height, width))
+    sets = routes.routes_in(network, (predictor.preprocessing.channels, height, width))
+    name = short_names([source.text])[0]
+    return {f"{name}: {title}" if len(sets) > 1 else name: each for title, each in sets.items()}
+
+
+def write_routes(sets: Mapping[str, Sequence[routes.Route]], image: str | None, out: Path) -> list[Path]:
+    """Write the figure and the orders; returns the files.
+
+    Args:
+        sets: The routes, by titles.
+        image: Path of a picture to show behind them.
+        out: The folder.
+    """
+    files = [out / "routes.png", out / "routes.npz"]
+    picture = None if image is None else as_floats(read_image(image))
+    routes.draw(sets, files[0], picture)
+    write_arrays(
+        files[1],
+        {
+            f"{title}, {number} {route.name}": torch.stack(list(route.paths))
+            for title, each in sets.items()
+            for number, route in enumerate(each)
+        },
+    )
     return files
 
 

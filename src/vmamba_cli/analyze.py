@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from vmamba_cli._checks import require_path
 from vmamba_cli._inputs import require_images
 from vmamba_cli._messages import refuse
 from vmamba_cli.predict import Weights
@@ -154,6 +155,60 @@ def attention(
     names, deltas = [kind.value for kind in kinds], [False, True] if delta else [False]
     drawn = figure.panels(view.scan, position, names, deltas=deltas, maps=maps)
     for path in _analyses.write_attention(view, drawn, point, out, panels):
+        typer.echo(str(path))
+
+
+@app.command("routes")
+def routes(
+    checkpoint: Checkpoint = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's name; routes need no weights.", show_default=False)
+    ] = None,
+    named: Annotated[
+        list[str],
+        typer.Option(
+            "--routes",
+            help="cross, unidirectional, bidirectional, cascade, or routes with commas between, such as "
+            "row,column_reversed; several times for several rows of the figure.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    order: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of permutations of the positions 0, 1, …: lines of numbers, or .npy.",
+            show_default=False,
+        ),
+    ] = None,
+    grid: Annotated[
+        str, typer.Option(help="Positions, 7 or 5x9 (height x width), of --routes and --order.")
+    ] = "7",
+    size: Size = None,
+    image: Annotated[
+        str | None, typer.Option(help="A picture behind the routes.", show_default=False)
+    ] = None,
+    out: Out = Path("analysis"),
+) -> None:
+    """In which order each route reads an image (Figures 2, 3 and 12)."""
+    if checkpoint is None and model is None and not named and order is None:
+        refuse(
+            "analyze routes: which? Give --model vmamba_tiny, --checkpoint, --routes cross, or --order FILE"
+        )
+    require_images([image] if image is not None else [])
+    if order is not None:
+        require_path(order, "file of permutations")
+    from vmamba_cli import _results
+
+    _results.check_folder(out, "routes.png", results="routes.npz")
+    from vmamba_cli import _analyses
+
+    sets = _analyses.named_routes(named, order, grid)
+    if checkpoint is not None or model is not None:
+        source = _analyses.Source(
+            _source(checkpoint, model, "routes"), "cpu", "auto", 0, model if checkpoint else None
+        )
+        sets |= _analyses.model_routes(source, size)
+    for path in _analyses.write_routes(sets, image, out):
         typer.echo(str(path))
 
 

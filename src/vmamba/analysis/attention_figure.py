@@ -16,7 +16,7 @@ from vmamba.analysis.attention import ScanAttention
 ROW_LABELS = {"CB": "Q Kᵀ", "CwBw": "Q Kᵀ, decay", "ww": "decay"}
 SECTIONS = {
     "query": "what the starred patch receives from the image",
-    "map": "what every position (row) receives from every position (column), along the route; sum: in the image",
+    "map": "what every position (row) receives from every other (column), in the order of each route",
     "progress": "what the state of the first route holds on the way",
 }
 _COLOURS = "viridis"
