@@ -1,14 +1,18 @@
 """What `vmamba analyze` does once its arguments are checked. Imports PyTorch and the library: seconds."""
 
 import csv
+import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import typer
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 import vmamba
@@ -17,12 +21,13 @@ from vmamba.analysis import routes
 from vmamba.analysis.attention import ScanAttention, scan_attention
 from vmamba.analysis.attention_figure import Panel, draw, draw_panel
 from vmamba.analysis.backbones import backbone, read_input, shown
-from vmamba.analysis.complexity import parse_size
+from vmamba.analysis.complexity import ModuleComplexity, count_modules, parse_size
 from vmamba.data.decoding import as_floats, read_image
 from vmamba.data.video import is_video_name
 from vmamba.errors import CheckpointError, DataError
 from vmamba.inference import Predictor
 from vmamba.models.checkpoints import Weights
+from vmamba.models.factory import create_on_meta
 from vmamba.ops.routes import ROUTES
 from vmamba.words import counted
 from vmamba_cli._inputs import find_images
@@ -146,7 +151,8 @@ def receptive_fields(
             field = Field(name, trained, len(paths), torch.empty(0))
             say(f"{field.title}: {counted(len(paths), 'image')} of {height}x{width}, {predictor.device}")
             inputs = (read_input(path, preprocessing, shape) for path in paths)
-            values = erf.receptive_field(backbone(predictor.model, (height, width)), inputs)
+            network = backbone(predictor.model, (preprocessing.channels, height, width))
+            values = erf.receptive_field(network, inputs)
             fields[trained, name] = Field(name, trained, len(paths), values)
     return [fields[trained, name] for trained in kinds for name in dict.fromkeys(n for _, n in fields)]
 
@@ -196,8 +202,9 @@ def view_scan(
     (path,) = image_paths([image])
     shape = None if size is None else parse_size(size)
     predictor = source.load(trained)
+    height, width = shape or predictor.preprocessing.size
+    network = backbone(predictor.model, (predictor.preprocessing.channels, height, width))
     pixels = read_input(path, predictor.preprocessing, shape)
-    network = backbone(predictor.model, (pixels.shape[1], pixels.shape[2]))
     scan = scan_attention(network, pixels, stage=stage, block=block, module=module)
     place = f"stage {stage}, block {block}" if module is None else module
     state = "" if trained else ", untrained"
@@ -273,8 +280,8 @@ def model_routes(source: Source, size: str | None) -> dict[str, list[routes.Rout
     """
     predictor = source.load(trained=False)
     height, width = predictor.preprocessing.size if size is None else parse_size(size)
-    network = backbone(predictor.model, (height, width))
-    sets = routes.routes_in(network, (predictor.preprocessing.channels, height, width))
+    input_size = predictor.preprocessing.channels, height, width
+    sets = routes.routes_in(backbone(predictor.model, input_size), input_size)
     name = short_names([source.text])[0]
     return {f"{name}: {title}" if len(sets) > 1 else name: each for title, each in sets.items()}
 
@@ -299,6 +306,50 @@ def write_routes(sets: Mapping[str, Sequence[routes.Route]], image: str | None, 
         },
     )
     return files
+
+
+def complexity_rows(name: str, size: str | None, depth: int) -> list[dict[str, Any]]:
+    """The counts of a model's modules, a row each, parents before their children.
+
+    Args:
+        name: Of a model of timm's.
+        size: Of the image, as the user gave it; None for the model's own.
+        depth: Levels of modules below the model.
+    """
+    given = None if size is None else parse_size(size)
+    model = create_on_meta(name, given)
+    channels, *default = model.pretrained_cfg["input_size"]
+    height, width = given or default
+    tree = count_modules(model, (channels, height, width))
+
+    def rows(node: ModuleComplexity, path: str, level: int) -> Iterator[dict[str, Any]]:
+        yield {"module": path, "level": level, "kind": node.kind, **asdict(node.counts)}
+        for child in node.children if level < depth else ():
+            if child.counts.parameters or child.counts.macs:
+                yield from rows(child, f"{path}.{child.name}" if path else child.name, level + 1)
+
+    return list(rows(tree, "", 0))
+
+
+def print_complexity(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Print the rows of `complexity_rows` as a table, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module", no_wrap=True)
+    for title in ("parameters", "GMACs", "for-loop", "PyTorch", "M activations", "peak MB"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        name = row["module"].rpartition(".")[2] or row["kind"]
+        table.add_row(
+            "  " * row["level"] + name,
+            f"{row['parameters']:,}",
+            *(f"{row[key] / 1e9:.3f}" for key in ("macs", "macs_for_loop", "macs_torch")),
+            f"{row['activations'] / 1e6:.3f}",
+            f"{row['peak_memory'] / 1e6:.1f}",
+        )
+    Console().print(table)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -212,6 +212,25 @@ def routes(
         typer.echo(str(path))
 
 
+@app.command("complexity")
+def complexity(
+    model: Annotated[str, typer.Argument(help="A model of `vmamba list`, or any of timm's.")],
+    size: Size = None,
+    depth: Annotated[int, typer.Option(min=0, help="Levels of modules below the model.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Parameters, multiply-adds, activations and memory of each module, for one image.
+
+    Multiply-adds by the paper's counting (9·l·d·n a route of a scan), by the for-loop's (3.5·l·d·n), and by
+    PyTorch's, which leaves out norms and pooling. Memory is of the image and intermediate results, in
+    inference.
+    """
+    from vmamba_cli import _analyses
+
+    rows = _analyses.complexity_rows(model, size, depth)
+    _analyses.print_complexity(rows, as_json)
+
+
 def _parse_query(text: str) -> tuple[float, float]:
     """Parse "0.5,0.25"."""
     try:

@@ -5,12 +5,11 @@ from torch import nn
 
 import vmamba
 from vmamba import SS2D, VMamba
-from vmamba.analysis import attention
+from vmamba.analysis import attention, memory
 from vmamba.analysis.attention import (
     KINDS,
     AttentionError,
     ScanAttention,
-    draw,
     scaled,
     scan_attention,
     scan_names,
@@ -142,7 +141,7 @@ def test_what_a_route_has_reached(model: VMamba) -> None:
 
 def test_maps_too_large_are_refused_and_rows_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 1024² the first stage has 65,536 positions."""
-    monkeypatch.setattr(attention, "_available_memory", lambda: 79 * 2**30)
+    monkeypatch.setattr(memory, "_available_memory", lambda: 79 * 2**30)
     torch.manual_seed(0)
     model = VMamba(num_classes=0, depths=(1,), dims=(4,), ssm_ratio=1.0)
     scan = scan_attention(model, torch.randn(3, 1024, 1024), stage=0, block=0)
@@ -200,9 +199,3 @@ def test_what_has_no_map_is_an_error(model: VMamba) -> None:
     (scan,) = record_scans(Alone(), torch.stack([IMAGE, IMAGE]))["layer"]
     with pytest.raises(AttentionError, match="expected one of a single image, got 2 images"):
         ScanAttention.of(scan)
-
-
-def test_the_picture(model: VMamba, tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    draw(scan_attention(model, IMAGE, **LAST), IMAGE.sigmoid(), (0.3, 0.7), tmp_path / "maps.png")
-    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")

@@ -11,14 +11,13 @@ factors, averaged over channels. Differences of S are summed as such: nothing is
 h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 """
 
-import os
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vmamba.analysis.memory import lacking_memory
 from vmamba.analysis.scans import Scan, record_scans, watching_scans
 from vmamba.errors import UserError
 from vmamba.nn.modes import evaluating
@@ -227,13 +226,11 @@ class ScanAttention:
         """
         routes, length = self.orders.shape
         needed = (routes + 1) * length**2 * self.B.element_size()
-        available = _available_memory()
-        if available is not None and needed > available:
+        if (lack := lacking_memory(needed)) is not None:
             height, width = self.size
             raise AttentionError(
-                f"the maps of {len(self.routes)} routes over {height} x {width} positions and their sum take "
-                f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are free; take a smaller image "
-                "or a later stage, or single rows, which need no maps"
+                f"the maps of {routes} routes over {height} x {width} positions and their sum take {lack}; "
+                "take a smaller image, a later stage, or single rows alone (the command's --no-maps)"
             )
 
     def _places(self, position: int) -> list[int]:
@@ -387,20 +384,3 @@ def _by_name(names: list[str], module: str) -> str:
             f"are {listed(names)}"
         )
     return matching[0]
-
-
-def _available_memory() -> int | None:
-    """Bytes that this process can still take: what Linux says is free, within the container's limit."""
-    limits = []
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit: no such file, or "max" in it
-        pass
-    return min(limits, default=None)

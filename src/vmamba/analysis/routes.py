@@ -115,7 +115,9 @@ def draw(sets: Mapping[str, Sequence[Route]], path: str | Path, image: Tensor | 
     from matplotlib.figure import Figure
 
     columns = max(len(routes) for routes in sets.values())
-    heights = [3.1] * (len(sets) - 1) + [3.9]  # the last row has the bar of colours below it
+    shapes = [routes[0].size for routes in sets.values()]
+    heights = [2.6 * height / width + 0.6 for height, width in shapes]
+    heights[-1] += 0.8  # the bar of colours
     figure = Figure(figsize=(2.7 * columns + 0.3, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(sets), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, (title, routes) in zip(rows, sets.items(), strict=True):
