@@ -198,8 +198,14 @@ def view_scan(
         stage: Of the block.
         block: In its stage.
         module: Name of the SS2D in the backbone, instead of stage and block.
+
+    Raises:
+        DataError: There are several images, or it cannot be read.
+        AttentionError: There is no such SS2D.
     """
-    (path,) = image_paths([image])
+    path, *others = image_paths([image])
+    if others:
+        raise DataError(f"{image}: {1 + len(others)} images, and the figure is of one")
     shape = None if size is None else parse_size(size)
     predictor = source.load(trained)
     height, width = shape or predictor.preprocessing.size

@@ -66,9 +66,7 @@ def high_contribution_ratio(field: Tensor, share: float) -> float:
     rows, columns = (torch.arange(height) - height // 2).abs(), (torch.arange(width) - width // 2).abs()
     ring = torch.maximum(rows[:, None], columns).flatten()  # half the side of the least square with a pixel
     from_ring_on = ring.bincount(field.flatten().double()).flip(0).cumsum(0).flip(0)
-    outside = torch.cat(
-        [from_ring_on[1:], torch.zeros(1)]
-    )  # summed as such, so that nothing left is exactly 0
+    outside = torch.cat([from_ring_on[1:], torch.zeros(1)])  # exactly 0 where nothing is left
     half = int((outside <= (1 - share) * from_ring_on[0]).int().argmax())
     return int((ring <= half).sum()) / field.numel()
 
