@@ -368,4 +368,5 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
     """Write tensors as a compressed .npz, by name."""
-    np.savez_compressed(path, **{name: values.numpy() for name, values in arrays.items()})
+    values: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
+    np.savez_compressed(path, **values)

@@ -5,6 +5,7 @@ c channels, h height, w width.
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def read_input(
     """
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
-    return preprocessing.transform()(preprocessing.read(path, printable(os.fspath(path))))
+    return preprocessing.transform()(preprocessing.read(Path(path), printable(os.fspath(path))))
 
 
 def shown(image: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -186,7 +186,9 @@ class _Meter:
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         before, peak = self._running.pop()
         earlier = self.sums.get(module, _Sums(0, 0, 0, 0))
-        self.sums[module] = _Sums(*(e + n - b for e, n, b in zip(earlier, self._now(), before, strict=True)))
+        self.sums[module] = _Sums._make(
+            total + now - then for total, now, then in zip(earlier, self._now(), before, strict=True)
+        )
         self.peaks[module] = max(self.peaks.get(module, 0), self._results.peak)
         self._results.peak = max(peak, self._results.peak)
 

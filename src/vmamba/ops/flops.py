@@ -62,9 +62,8 @@ def _backward_flops(
 
 def _fvcore_macs(inputs: Any, outputs: Any) -> float:
     """Multiply-adds of the operator in a trace, by the paper's counting, as fvcore counts other operators."""
-    x, _delta, A, _B, _C, D, _bias, weight = (
-        value.type().sizes() if value.isCompleteTensor() else None for value in inputs[:8]
-    )
+    shapes: list[Any] = [value.type().sizes() if value.isCompleteTensor() else None for value in inputs[:8]]
+    x, _delta, A, _B, _C, D, _bias, weight = shapes
     rank = None if weight is None else weight[2]
     return scan_macs(tuple(x), A[0], A[2], rank=rank, skip=D is not None)
 
