@@ -1,21 +1,29 @@
+from typing import Any
+
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vmamba
+from scans import operands
 from vmamba import SS2D, VMamba
-from vmamba.analysis import attention
+from vmamba.analysis import attention, memory
 from vmamba.analysis.attention import (
     KINDS,
     AttentionError,
     ScanAttention,
-    draw,
     scaled,
     scan_attention,
     scan_names,
 )
-from vmamba.analysis.scans import record_scans
+from vmamba.analysis.complexity import count
+from vmamba.analysis.receptive_field import receptive_field
+from vmamba.analysis.routes import routes_in
+from vmamba.analysis.scans import Scan, record_scans
+from vmamba.ops import reference
+from vmamba.ops.operands import Operands
+from vmamba.ops.routes import route_codes
 
 ROUTES = ("column", "row", "row_reversed", "column_reversed", "column")
 
@@ -142,7 +150,7 @@ def test_what_a_route_has_reached(model: VMamba) -> None:
 
 def test_maps_too_large_are_refused_and_rows_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 1024² the first stage has 65,536 positions."""
-    monkeypatch.setattr(attention, "_available_memory", lambda: 79 * 2**30)
+    monkeypatch.setattr(memory, "_available_memory", lambda: 79 * 2**30)
     torch.manual_seed(0)
     model = VMamba(num_classes=0, depths=(1,), dims=(4,), ssm_ratio=1.0)
     scan = scan_attention(model, torch.randn(3, 1024, 1024), stage=0, block=0)
@@ -202,7 +210,87 @@ def test_what_has_no_map_is_an_error(model: VMamba) -> None:
         ScanAttention.of(scan)
 
 
-def test_the_picture(model: VMamba, tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    draw(scan_attention(model, IMAGE, **LAST), IMAGE.sigmoid(), (0.3, 0.7), tmp_path / "maps.png")
-    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+def recorded(call: dict[str, Any], initial_state: Tensor | None = None) -> Scan:
+    """The scan of an operator's call, in which the reference computes y, without the skip D."""
+    routes = route_codes(call["routes"])
+    values = Operands(
+        *(call[name] for name in ("x", "delta", "A", "B", "C")),
+        D=None,
+        delta_bias=call["delta_bias"],
+        delta_weight=call["delta_weight"],
+        delta_softplus=True,
+        routes=routes,
+        initial_state=initial_state,
+    )
+    y, last_state, _ = reference.forward(values)
+    return Scan(values, None, "reference", y, last_state)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("routes", ["cross", ("column_reversed",)])
+@pytest.mark.parametrize("n_state", [1, 3])
+def test_the_scan_is_attention(n_state: int, routes: Any, with_state: bool) -> None:
+    """Equation 19: in each channel Y = (Q ⊙ w) h + (((Q ⊙ w)(K / w)ᵀ) ⊙ M) V, with V = δx."""
+    torch.manual_seed(0)
+    call = operands(batch=1, height=4, width=6, n_state=n_state, routes=routes, requires_grad=False)
+    k = call["A"].shape[0]
+    state = torch.randn(1, k, 4, n_state, dtype=torch.float64) if with_state else None
+    scan = recorded(call, state)
+    seen = ScanAttention.of(scan)
+    x = call["x"].view(24, 4)
+    from_state = seen.from_state()
+    y = torch.zeros(24, 4, dtype=torch.float64)
+    for channel in range(4):
+        matrices = seen.of_channel(channel).maps("CwBw", with_delta=True).maps
+        for route, (matrix, order) in enumerate(zip(matrices, seen.orders, strict=True)):
+            y[order, channel] += matrix @ x[order, channel]
+            if state is not None:
+                y[order, channel] += from_state[route, :, channel] @ state[0, route, channel]
+    torch.testing.assert_close(y.view(1, 4, 6, 4), scan.y, rtol=0, atol=1e-10)
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """S ← diag(gate) S + kᵀ v, o = q S, a step for each row of q, k, gate (l, n) and v (l, d)."""
+    state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype)
+    outputs = []
+    for q_t, k_t, v_t, gate_t in zip(q, k, v, gate, strict=True):
+        state = gate_t[:, None] * state + k_t[:, None] * v_t
+        outputs.append(q_t @ state)
+    return torch.stack(outputs)
+
+
+def test_gated_linear_attention_is_the_case_of_a_decay_that_all_channels_share() -> None:
+    torch.manual_seed(0)
+    call = operands(batch=1, height=3, width=5, channels=4, n_state=3, routes=("row",), requires_grad=False)
+    for name in ("A", "delta_bias", "delta_weight"):
+        call[name] = call[name][:, :1].expand_as(call[name]).contiguous()
+    scan = recorded(call)
+    seen = ScanAttention.of(scan)
+    x, delta = call["x"].view(15, 4), seen.delta[0]
+    gate = torch.exp(delta[:, :1] * call["A"][0, 0])
+    expected = gated_linear_attention(seen.C[0], seen.B[0], delta * x, gate)
+    torch.testing.assert_close(scan.y.view(15, 4), expected, rtol=0, atol=1e-10)
+    # One matrix serves all channels; with the decay of each channel it would not.
+    (matrix,) = seen.maps("CwBw").maps
+    torch.testing.assert_close(matrix @ (delta * x), expected, rtol=0, atol=1e-10)
+    for channel in range(4):
+        torch.testing.assert_close(seen.of_channel(channel).maps("CwBw").maps[0], matrix, rtol=0, atol=1e-12)
+    other = ScanAttention.of(recorded(operands(batch=1, n_state=3, routes=("row",), requires_grad=False)))
+    maps = [other.of_channel(channel).maps("CwBw").maps for channel in range(2)]
+    assert (maps[0] - maps[1]).abs().max() > 0.01
+
+
+def test_a_model_that_fails_gets_its_mode_back(model: VMamba) -> None:
+    model.stages[0].eval()  # frozen
+    modes = [module.training for module in model.modules()]
+    for call in (
+        lambda: scan_attention(model, torch.randn(1, 40, 60), **LAST),
+        lambda: scan_names(model, (1, 40, 60)),
+        lambda: receptive_field(model, [torch.randn(1, 40, 60)]),
+        lambda: routes_in(model, (1, 40, 60)),
+        lambda: count(model, (1, 40, 60)),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            call()
+        assert [module.training for module in model.modules()] == modes
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

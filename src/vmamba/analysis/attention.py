@@ -11,14 +11,13 @@ factors, averaged over channels. Differences of S are summed as such: nothing is
 h height, w width, l = h·w positions, d channels, k routes, n state size, r rank of delta.
 """
 
-import os
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vmamba.analysis.memory import lacking_memory
 from vmamba.analysis.scans import Scan, record_scans, watching_scans
 from vmamba.errors import UserError
 from vmamba.nn.modes import evaluating
@@ -212,21 +211,26 @@ class ScanAttention:
             AttentionError: `kind` is unknown, or the maps and their sum do not fit into memory.
         """
         _check_kind(kind)
+        self.check_memory()
         routes, length = self.orders.shape
-        self._check_memory((routes + 1) * length**2 * self.B.element_size())
         maps = torch.empty(routes, length, length, dtype=self.B.dtype)
         for k in range(routes):
             maps[k] = self._map(k, kind, with_delta)
         return ActivationMaps(maps, self.orders)
 
-    def _check_memory(self, needed: int) -> None:
-        available = _available_memory()
-        if available is not None and needed > available:
+    def check_memory(self) -> None:
+        """Refuse full maps that this machine has no memory for, before they are begun.
+
+        Raises:
+            AttentionError: The maps of all routes and their sum do not fit; it says how large they are.
+        """
+        routes, length = self.orders.shape
+        needed = (routes + 1) * length**2 * self.B.element_size()
+        if (lack := lacking_memory(needed)) is not None:
             height, width = self.size
             raise AttentionError(
-                f"the maps of {len(self.routes)} routes over {height} x {width} positions and their sum take "
-                f"{needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are free; take a smaller image "
-                "or a later stage, or single rows, which need no maps"
+                f"the maps of {routes} routes over {height} x {width} positions and their sum take {lack}; "
+                "take a smaller image, a later stage, or single rows alone (the command's --no-maps)"
             )
 
     def _places(self, position: int) -> list[int]:
@@ -380,76 +384,3 @@ def _by_name(names: list[str], module: str) -> str:
             f"are {listed(names)}"
         )
     return matching[0]
-
-
-def _available_memory() -> int | None:
-    """Bytes that this process can still take: what Linux says is free, within the container's limit."""
-    limits = []
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit: no such file, or "max" in it
-        pass
-    return min(limits, default=None)
-
-
-def draw(
-    attention: ScanAttention,
-    image: Tensor,
-    query: tuple[float, float],
-    path: str | Path,
-    *,
-    kind: str = "CwBw",
-    with_delta: bool = False,
-) -> None:
-    """Write maps as a PNG: above, what a query patch receives from the image; below, the full maps.
-
-    Each picture has its own scale; positions that a route has not reached yet are blank.
-
-    Args:
-        attention: From `scan_attention`.
-        image: To show, (channels, height, width), in [0, 1].
-        query: (x, y) of the patch, each in [0, 1).
-        path: Of the picture.
-        kind: One of `KINDS`.
-        with_delta: Multiply what comes from each position by its δ.
-
-    Raises:
-        AttentionError: The query lies outside of the image, `kind` is unknown, or the maps do not fit into
-            memory.
-    """
-    from matplotlib.figure import Figure
-
-    position = attention.position(query)
-    maps = attention.maps(kind, with_delta)
-    length, columns = maps.maps.shape[1], len(attention.routes) + 2
-    unreached = torch.full((length, length), torch.nan).triu(1)  # NaN is left blank
-    figure = Figure(figsize=(2.4 * columns, 5.4), layout="constrained")
-    (image_axes, *query_axes), (diagonal_axes, *map_axes) = figure.subplots(2, columns)
-    channels, height, width = image.shape
-    image_axes.imshow(image.permute(1, 2, 0).numpy() if channels == 3 else image[0].numpy(), cmap="gray")
-    image_axes.plot(query[0] * width, query[1] * height, "*", color="tab:red", markersize=14)
-    image_axes.set_title("image and query", fontsize=9)
-    diagonal_axes.imshow(attention.diagonal(kind, with_delta).numpy())
-    diagonal_axes.set_title("diagonal of the sum", fontsize=9)
-    titles = [*(route.replace("_", " ") for route in attention.routes), "sum"]
-    row = attention.row(position, kind, with_delta)
-    heat_maps = [*row.where(attention.reached(position), torch.nan), row.sum(0)]
-    star = position % attention.size[1], position // attention.size[1]
-    for axes, title, values in zip(query_axes, titles, heat_maps, strict=True):
-        axes.imshow(values.numpy())
-        axes.plot(*star, "*", color="tab:red", markersize=10)
-        axes.set_title(f"query: {title}", fontsize=9)
-    for axes, title, values in zip(map_axes, titles, [*(maps.maps + unreached), maps.merged()], strict=True):
-        axes.imshow(values.numpy())
-        axes.set_title(f"map: {title}", fontsize=9)
-    for axes in figure.axes:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.savefig(path, dpi=120)

@@ -5,25 +5,28 @@ c channels, h height, w width.
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vmamba.analysis.complexity import count
+from vmamba.analysis.memory import lacking_memory
 from vmamba.data.decoding import printable
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError
 
 
-def backbone(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module:
+def backbone(model: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
     """The outermost module with feature maps: a classifier itself, or a detector's or segmenter's backbone.
 
     Args:
         model: Of timm's registry, or with such a model in it.
-        size: Height and width of the images. A model that is made for one size is changed to take this one.
+        input_size: (c, h, w) of the images. A model that is made for one size is changed to take this one.
 
     Raises:
-        ModelError: There is no such module, or it cannot take that size.
+        ModelError: There is no such module, it cannot take that size, or on a CPU there is no memory for it.
     """
     for module in model.modules():
         if hasattr(module, "forward_intermediates"):
@@ -32,20 +35,30 @@ def backbone(model: nn.Module, size: tuple[int, int] | None = None) -> nn.Module
         raise ModelError(
             f"model: expected one with feature maps (forward_intermediates), {type(model).__name__} has none"
         )
+    _resize(module, input_size[1:])
+    if next(module.parameters()).device.type == "cpu":
+        lack = lacking_memory(count(module, input_size).peak_memory)
+        if lack is not None:
+            sides = "x".join(map(str, input_size[1:]))
+            raise ModelError(
+                f"model: one pass of {type(module).__name__} over an image of {sides} takes {lack}"
+            )
+    return module
+
+
+def _resize(module: nn.Module, size: tuple[int, int]) -> None:
+    """Make a model that is made for one size of images take another."""
     config = getattr(module, "pretrained_cfg", None) or {}
-    if size is None or not config.get("fixed_input_size") or tuple(config["input_size"][1:]) == tuple(size):
-        return module
+    if not config.get("fixed_input_size") or tuple(config["input_size"][1:]) == size:
+        return
     resize: Any = getattr(module, "set_input_size", None)
     if resize is None:
-        raise ModelError(
-            f"model: {type(module).__name__} takes images of {config['input_size'][1:]}, height and width, "
-            f"only, not of {size}"
-        )
+        made_for = "x".join(map(str, config["input_size"][1:]))
+        raise ModelError(f"model: {type(module).__name__} takes images of {made_for} only, not of {size}")
     try:
         resize(img_size=size)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ModelError(f"model: {type(module).__name__} does not take images of {size}: {error}") from error
-    return module
 
 
 def read_input(
@@ -63,7 +76,7 @@ def read_input(
     """
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
-    return preprocessing.transform()(preprocessing.read(path, printable(os.fspath(path))))
+    return preprocessing.transform()(preprocessing.read(Path(path), printable(os.fspath(path))))
 
 
 def shown(image: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -80,13 +80,12 @@ def high_contribution_ratio(field: Tensor, share: float) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"share: expected more than 0 and at most 1, got {share}")
     height, width = field.shape
-    total = field.sum()
-    for half in range(max(height, width)):
-        top, left = max(0, height // 2 - half), max(0, width // 2 - half)
-        square = field[top : height // 2 + half + 1, left : width // 2 + half + 1]
-        if square.sum() >= share * total:
-            return square.numel() / field.numel()
-    return 1.0
+    rows, columns = (torch.arange(height) - height // 2).abs(), (torch.arange(width) - width // 2).abs()
+    ring = torch.maximum(rows[:, None], columns).flatten()  # half the side of the least square with a pixel
+    from_ring_on = ring.bincount(field.flatten().double()).flip(0).cumsum(0).flip(0)
+    outside = torch.cat([from_ring_on[1:], torch.zeros(1)])  # exactly 0 where nothing is left
+    half = int((outside <= (1 - share) * from_ring_on[0]).int().argmax())
+    return int((ring <= half).sum()) / field.numel()
 
 
 def draw(fields: Mapping[str, Tensor], path: str | Path, columns: int | None = None) -> None:
