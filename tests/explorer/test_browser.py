@@ -1,12 +1,6 @@
-"""The page in a real browser: a Chromium of the system's, driven by playwright.
-
-Skipped where playwright or Chromium is missing. axe-core is fetched with npm, once, into .cache.
-"""
+"""The page in a real browser."""
 
 import io
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browsers import MARKS, violations
 from explorer.explored import BLOCK, make_images, running, small_model
 from vmamba.analysis.attention import scan_attention
+from vmamba.errors import DataError
 from vmamba.explorer import Explorer, ExplorerServer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
-    pytest.mark.xdist_group("browser"),  # one process starts the browser
-]
-
-AXE = "axe-core-4.14.1.tgz"
-CACHE = Path(__file__).parents[2] / ".cache"
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +25,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExplorerServer]
     models = [small_model("one"), small_model("two", seed=1)]
     with running(Explorer(models, images)) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visit:
@@ -202,6 +181,34 @@ def test_maps_in_words(visit: Visit) -> None:
     )
 
 
+def test_a_cell_of_a_fine_map_stands_for_several_patches(browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    with running(Explorer([small_model(size=(288, 320))], make_images(tmp_path))) as server:
+        page.goto(f"{server.address}#block={BLOCK}&at=0,0")
+        where, cells = page.locator(".where"), page.get_by_role("gridcell")
+        playwright.expect(where).to_have_text("patch in row 1 of 72, column 1 of 80")
+        assert cells.count() == 36 * 40
+        cells.last.hover()
+        playwright.expect(where).to_have_text("patch in row 72 of 72, column 80 of 80")
+        page.get_by_role("gridcell", name="row 4, column 6", exact=True).click()
+        page.keyboard.press("ArrowUp")
+        page.mouse.move(2, 2)
+        playwright.expect(where).to_have_text("patch in row 2 of 72, column 6 of 80")
+    page.close()
+
+
+def test_a_prediction_that_fails_leaves_the_maps(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: int, image: str) -> None:
+        raise DataError("the model's outputs are NaN or infinite")
+
+    monkeypatch.setattr(visit.server.explorer, "prediction", fail)
+    visit.open(CHOSEN)
+    assert_shows(visit, 8, 6)
+    visit.expect(".prediction li", "the model's outputs are NaN or infinite")
+    assert all("400" in error for error in visit.errors)
+    visit.errors.clear()
+
+
 def test_the_receptive_field(visit: Visit) -> None:
     visit.open(CHOSEN)
     box = visit.page.get_by_role("checkbox", name="receptive field")
@@ -290,26 +297,6 @@ def test_without_an_image(browser: Any) -> None:
     page.close()
 
 
-@pytest.fixture(scope="module")
-def axe() -> str:
-    """axe-core's script, from npm; it is kept."""
-    archive = CACHE / AXE
-    if not archive.is_file():
-        if shutil.which("npm") is None:
-            pytest.skip("needs npm, which fetches axe-core")
-        CACHE.mkdir(exist_ok=True)
-        package = AXE.removesuffix(".tgz").replace("core-", "core@")
-        done = subprocess.run(
-            ["npm", "pack", package], cwd=CACHE, capture_output=True, text=True, timeout=120, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"npm cannot fetch {package}: {done.stderr.strip()[-200:]}")
-    with tarfile.open(archive) as files:
-        script = files.extractfile("package/axe.min.js")
-        assert script is not None
-        return script.read().decode()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1300, 400])
 def test_axe_finds_nothing(scheme: str, width: int, visit: Visit, axe: str) -> None:
@@ -318,7 +305,5 @@ def test_axe_finds_nothing(scheme: str, width: int, visit: Visit, axe: str) -> N
     visit.open(f"{CHOSEN}&field=1&over=1")
     visit.page.locator("canvas").nth(11).wait_for()
     visit.page.locator("details").first.click()
-    visit.page.evaluate(axe)
-    violations = visit.page.evaluate("axe.run()")["violations"]
-    assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in violations] == []
+    assert violations(visit.page, axe) == []
     assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

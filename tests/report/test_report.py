@@ -214,6 +214,7 @@ def test_several_evaluations_an_epoch_are_drawn_over_steps(tmp_path: Path) -> No
         ("metrics.csv", "epoch,step\nnone,4\n", "not a run of vmamba, or a damaged one"),
         ("metrics.csv", "epoch,step,val/top1,lr\n1,4,0.5,fast\n", "line 2: expected a number in every cell"),
         ("metrics.csv", "epoch,step,val/top1\n1,4,0.5,0.5\n", "line 2: expected a number in every cell"),
+        ("metrics.csv", "epoch,step,lr\n1,,0.5\n2,8,0.5\n", "line 2: expected a number in every cell"),
         ("recipe.yaml", "task: [", "not a run of vmamba, or a damaged one"),
         ("env.json", "{", "env.json: damaged"),
         ("env.json", "[]", "env.json: damaged .expected a mapping, got list"),

@@ -2,10 +2,10 @@
 
 import hashlib
 import io
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -44,14 +44,15 @@ class Images:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = {str(number): path for number, path in enumerate(paths)}
+        above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths] or ["."])
+        self._names = {key: printable(os.path.relpath(path, above)) for key, path in self._paths.items()}
         self._uploads: dict[str, tuple[str, bytes]] = {}
         self._lock = threading.Lock()
 
     def names(self) -> dict[str, str]:
-        """The name of each image by its identity."""
-        files = {key: printable(Path(path).name) for key, path in self._paths.items()}
+        """The name of each image by its identity; a file's begins below the folder of all."""
         with self._lock:
-            return files | {key: name for key, (name, _) in self._uploads.items()}
+            return self._names | {key: name for key, (name, _) in self._uploads.items()}
 
     def add(self, name: str, data: bytes) -> str:
         """Keep an upload.

@@ -115,9 +115,9 @@ class Explorer:
         self._inputs: _Newest[Tensor] = _Newest(lambda image: image.nbytes)
         self._attentions: _Newest[ScanAttention] = _Newest(_bytes_of)
         self._fields: _Newest[Tensor] = _Newest(lambda values: values.nbytes)
-        for number, model in enumerate(self.models):
-            assert model.blocks
-            if images:
+        self._choices = [_choices_of(model) for model in self.models]
+        if images:
+            for number in range(len(self.models)):
                 self._input(number, "0")
 
     def close(self) -> None:
@@ -127,17 +127,7 @@ class Explorer:
     def state(self) -> dict[str, Any]:
         """What there is to choose from, as plain values."""
         return {
-            "models": [
-                {
-                    "name": model.name,
-                    "input": list(model.preprocessing.size),
-                    "blocks": [
-                        {"name": name, "height": height, "width": width}
-                        for name, (height, width) in model.blocks.items()
-                    ],
-                }
-                for model in self.models
-            ],
+            "models": self._choices,
             "images": [{"id": key, "name": name} for key, name in self.images.names().items()],
             "kinds": [{"name": name, "meaning": meaning} for name, meaning in KINDS.items()],
             "most_bytes": MOST_BYTES,
@@ -241,6 +231,16 @@ class Explorer:
 
     def _call(self, function: Callable[[], T]) -> T:
         return self._worker.submit(function).result()
+
+
+def _choices_of(model: ShownModel) -> dict[str, Any]:
+    """What there is to choose from in a model.
+
+    Raises:
+        ModelError: It has no scan to show.
+    """
+    blocks = [{"name": name, "height": h, "width": w} for name, (h, w) in model.blocks.items()]
+    return {"name": model.name, "input": list(model.preprocessing.size), "blocks": blocks}
 
 
 def _bytes_of(attention: ScanAttention) -> int:

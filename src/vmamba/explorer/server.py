@@ -9,7 +9,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from torch import Tensor
 
@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
                     query.text("kind"),
                     query.integer("delta") != 0,
                 )
-                self._send_values(row, {"X-Routes": ",".join(routes)})
+                self._send_values(row, {"X-Routes": ",".join(map(quote, routes))})
             case "/api/field":
                 at = query.number("x"), query.number("y")
                 self._send_values(explorer.field(query.integer("model"), query.text("image"), at))

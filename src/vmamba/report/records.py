@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from vmamba.analysis.complexity import Complexity, count
+from vmamba.analysis.complexity import count
 from vmamba.errors import DataError, UserError
 from vmamba.models.checkpoints import read_config, run_folder, runs_hint
 from vmamba.train.curves import read_metrics
@@ -65,8 +64,8 @@ class RunRecord:
         history: Of history.jsonl: when the run was started and resumed, by which command and with what
             changes.
         classes: Their names; None before the first evaluation.
-        counts: Parameters, and multiply-adds where the task has inputs of one size; None if they cannot be
-            counted.
+        parameters: Of the model; None if they cannot be counted.
+        macs: Multiply-adds, by the paper's counting; None also where the task's inputs differ in size.
         input_size: The (channels, height, width) that the multiply-adds are of.
         judgements: The newest last.
     """
@@ -78,7 +77,8 @@ class RunRecord:
     environment: dict[str, Any]
     history: list[dict[str, Any]]
     classes: list[str] | None
-    counts: Complexity | None
+    parameters: int | None
+    macs: float | None
     input_size: tuple[int, ...] | None
     judgements: list[Judgement] = field(default_factory=list)
 
@@ -128,7 +128,7 @@ def _read_record(folder: Path, name: str) -> RunRecord:
     values, _ = read_values(folder / "recipe.yaml")
     recipe = check(task_type(values.get("task")).recipe_type, values, str(folder / "recipe.yaml"))
     classes = (read_config(folder / "config.json") or {}).get("label_names")
-    counts, input_size = _counted(recipe, classes)
+    parameters, macs, input_size = _counted(recipe, classes)
     history = folder / "history.jsonl"
     return RunRecord(
         folder=folder,
@@ -138,15 +138,18 @@ def _read_record(folder: Path, name: str) -> RunRecord:
         environment=_read(folder / "env.json", _mapping),
         history=_read(history, _mappings) if history.exists() else [],
         classes=classes,
-        counts=counts,
+        parameters=parameters,
+        macs=macs,
         input_size=input_size,
     )
 
 
-def _counted(recipe: Any, classes: Sequence[str] | None) -> tuple[Complexity | None, tuple[int, ...] | None]:
-    """What the run's model costs, and for which input; nothing is computed or loaded."""
+def _counted(
+    recipe: Any, classes: Sequence[str] | None
+) -> tuple[int | None, float | None, tuple[int, ...] | None]:
+    """Parameters and multiply-adds of the run's model, and for which input; nothing is computed or loaded."""
     if classes is None:
-        return None, None
+        return None, None, None
     model_recipe = recipe.model.model_copy(update={"weights": None})
     recipe = recipe.model_copy(update={"model": model_recipe})
     try:
@@ -154,11 +157,12 @@ def _counted(recipe: Any, classes: Sequence[str] | None) -> tuple[Complexity | N
         with torch.device("meta"):
             model = task.build_model(task.recipe)
         if task.sample_shape is not None:
-            return count(model, task.sample_shape), task.sample_shape
+            counts = count(model, task.sample_shape)
+            return counts.parameters, counts.macs, task.sample_shape
     except UserError as error:  # such as a model of another package, which is not imported here
         log.warning("the model is not counted: %s", error)
-        return None, None
-    return Complexity(sum(p.numel() for p in model.parameters()), math.nan, math.nan), None
+        return None, None, None
+    return sum(parameter.numel() for parameter in model.parameters()), None, None
 
 
 def _numbers(path: Path) -> list[dict[str, float]]:
@@ -170,8 +174,9 @@ def _numbers(path: Path) -> list[dict[str, float]]:
     rows = []
     for number, row in enumerate(read_metrics(path), 2):
         try:
-            rows.append({name: float(value) for name, value in row.items() if value})
-        except (TypeError, ValueError) as error:
+            values = {name: float(value) for name, value in row.items() if value}
+            rows.append({"epoch": values.pop("epoch"), "step": values.pop("step"), **values})
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}, line {number}: expected a number in every cell ({error})") from None
     return rows
 

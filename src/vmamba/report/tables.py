@@ -68,7 +68,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "folder": str(record.folder),
         "model": run.model,
         "classes": "" if record.classes is None else f"{len(record.classes):,}",
-        "parameters": "" if record.counts is None else f"{record.counts.parameters:,}",
+        "parameters": "" if record.parameters is None else f"{record.parameters:,}",
         "state": run.state,
         "length": f"{done:,} of {run.length:,} {run.unit}",
         "chosen by": run.score,
@@ -218,12 +218,12 @@ def _paper_caption(table: PaperTable) -> str:
 
 
 def _measured_row(record: RunRecord, scored: Sequence[Column], columns: Sequence[Column]) -> list[Cell]:
-    counts, size = record.counts, record.input_size
-    gmacs = "" if counts is None or size is None else f"{counts.macs / 1e9:.2f} at {size[1]}×{size[2]}"
+    macs, size = record.macs, record.input_size
+    gmacs = "" if macs is None or size is None else f"{macs / 1e9:.2f} at {size[1]}×{size[2]}"
     values = [_score(record, column) if column in scored else None for column in columns]
     return [
         Cell(f"{record.run.name} ({record.run.model})"),
-        Cell("" if counts is None else f"{counts.parameters / 1e6:.1f} M", MEASURED),
+        Cell("" if record.parameters is None else f"{record.parameters / 1e6:.1f} M", MEASURED),
         Cell(gmacs, MEASURED),
         *(Cell("" if value is None else f"{100 * value:.2f}", MEASURED) for value in values),
     ]

@@ -32,7 +32,8 @@ export async function row(query) {
   const values = new Float32Array(await response.arrayBuffer());
   const size = height * width;
   const maps = Array.from({ length: number }, (_, index) => values.subarray(index * size, (index + 1) * size));
-  return { routes: response.headers.get("X-Routes").split(","), height, width, maps };
+  const routes = response.headers.get("X-Routes").split(",").map(decodeURIComponent);
+  return { routes, height, width, maps };
 }
 
 /** How strongly each pixel moves a patch of the last feature map: {height, width, values}. */

@@ -85,6 +85,10 @@ async function update() {
       return; // another was chosen meanwhile
     }
     shownImage = image;
+    tell("");
+    show();
+    views.forEach((view) => view.predict(image));
+    return;
   }
   tell("");
   show();

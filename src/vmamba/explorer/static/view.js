@@ -86,6 +86,10 @@ export class ModelView {
     this.grid = new PatchGrid(this.element.querySelector(".patches"), handlers.onPoint, handlers.onChoose);
     this.rows = new Newest((query) => this.#loadRow(query), handlers.onError);
     this.fields = new Newest((query) => this.#loadField(query), handlers.onError);
+    this.predictions = new Newest(
+      async (query) => this.#showPrediction(await api.prediction(query)),
+      (error) => this.#showPrediction({ text: error.message }),
+    );
     this.select = this.element.querySelector("select");
     for (const { name, height, width } of model.blocks) {
       this.select.add(new Option(`${name} (${height} × ${width})`, name));
@@ -100,16 +104,19 @@ export class ModelView {
     return blocks.find((block) => block.name === name) ?? papers ?? blocks.at(-1);
   }
 
-  /** Load an image and its prediction. */
+  /** Load an image. */
   async showImage(image) {
-    const query = { model: this.number, image };
-    const address = await api.picture(query);
+    const address = await api.picture({ model: this.number, image });
     URL.revokeObjectURL(this.image.src);
     this.image.src = address;
     for (const { image } of this.figures.values()) {
       image.src = address;
     }
-    this.#showPrediction(await api.prediction(query));
+  }
+
+  /** Load what the model says of an image. */
+  predict(image) {
+    this.predictions.ask({ model: this.number, image });
   }
 
   /** Show what a place receives, and its receptive field if that is asked for. */
@@ -122,6 +129,7 @@ export class ModelView {
     }
     const { position } = this.grid.patchAt(place);
     this.rows.ask({ model: this.number, image, block: name, position, kind, delta: Number(delta) });
+    this.showsField = field;
     if (!field) {
       this.#remove(FIELD);
     } else if (isChosen) {
@@ -152,6 +160,9 @@ export class ModelView {
 
   async #loadField(query) {
     const { values, height, width } = await api.field(query);
+    if (!this.showsField) {
+      return; // it was given up meanwhile
+    }
     const root = (share) => share ** 0.2; // as the paper shows it
     this.#figure(FIELD).show({ values, height, width }, describeField(values, width), root);
   }
