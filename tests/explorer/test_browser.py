@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from browsers import MARKS, violations
@@ -14,6 +15,7 @@ from explorer.explored import BLOCK, make_images, running, small_model
 from vmamba.analysis.attention import scan_attention
 from vmamba.errors import DataError
 from vmamba.explorer import Explorer, ExplorerServer
+from vmamba.ops.routes import register_route
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytestmark = MARKS
@@ -194,6 +196,17 @@ def test_a_cell_of_a_fine_map_stands_for_several_patches(browser: Any, tmp_path:
         page.keyboard.press("ArrowUp")
         page.mouse.move(2, 2)
         playwright.expect(where).to_have_text("patch in row 2 of 72, column 6 of 80")
+    page.close()
+
+
+@pytest.mark.filterwarnings("ignore::vmamba.ops.BackendWarning")
+def test_routes_of_any_name(browser: Any, tmp_path: Path) -> None:
+    register_route("zick, zack – ß", lambda height, width: torch.arange(height * width).flip(0))
+    page = browser.new_page()
+    model = small_model(routes=("row", "zick, zack – ß"))
+    with running(Explorer([model], make_images(tmp_path))) as server:
+        page.goto(server.address)
+        playwright.expect(page.locator("figure h3").nth(2)).to_have_text("route 2: zick, zack – ß")
     page.close()
 
 

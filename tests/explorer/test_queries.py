@@ -1,4 +1,6 @@
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +26,34 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return make_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture(scope="module")
+def explorer(paths: list[str]) -> Iterator[Explorer]:
+    explorer = Explorer([small_model()], paths)
+    yield explorer
+    explorer.close()
+
+
 def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
 
 
+def test_what_there_is_to_choose_from(explorer: Explorer) -> None:
+    state = explorer.state()
+    assert [model["name"] for model in state["models"]] == ["small"]
+    assert len(state["models"][0]["blocks"]) == 5
+    assert state["images"] == [{"id": "0", "name": "image 0.png"}, {"id": "1", "name": "image 1.png"}]
+    assert [kind["name"] for kind in state["kinds"]] == list(KINDS)
+
+
 @pytest.mark.parametrize("with_delta", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("position", [0, 101, 191])
-def test_a_row_is_the_analysis(kind: str, with_delta: bool, position: int, paths: list[str]) -> None:
-    shown = small_model()
-    explorer = Explorer([shown], paths)
+def test_a_row_is_the_analysis(
+    kind: str, with_delta: bool, position: int, explorer: Explorer, paths: list[str]
+) -> None:
+    shown = explorer.models[0]
     routes, row = explorer.row(0, "1", BLOCK, position, kind, with_delta)
     image = shown.preprocessing.transform()(shown.preprocessing.read(paths[1]))
     attention = scan_attention(shown.predictor.model, image, stage=0, block=1)
@@ -43,7 +61,6 @@ def test_a_row_is_the_analysis(kind: str, with_delta: bool, position: int, paths
     assert row.shape == (4, 16, 12)
     assert torch.equal(row.isnan(), ~attention.reached(position))
     assert torch.equal(row.nan_to_num(), attention.row(position, kind, with_delta))
-    explorer.close()
 
 
 def test_the_model_runs_once_for_all_rows_of_a_block(paths: list[str]) -> None:
@@ -85,9 +102,8 @@ def test_the_modes_stay_as_they_are(paths: list[str]) -> None:
     explorer.close()
 
 
-def test_a_receptive_field_is_the_analysis(paths: list[str]) -> None:
-    shown = small_model()
-    explorer = Explorer([shown], paths)
+def test_a_receptive_field_is_the_analysis(explorer: Explorer, paths: list[str]) -> None:
+    shown = explorer.models[0]
     image = shown.preprocessing.transform()(shown.preprocessing.read(paths[0]))
     centre = explorer.field(0, "0", (0.5, 0.5))
     assert centre.shape == (64, 48)
@@ -95,7 +111,6 @@ def test_a_receptive_field_is_the_analysis(paths: list[str]) -> None:
     corner = explorer.field(0, "0", (0.1, 0.9))
     assert torch.equal(corner, contribution(shown.predictor.model, image, (0.1, 0.9)))
     assert not torch.equal(corner, centre)
-    explorer.close()
 
 
 def test_predictions_and_pictures(paths: list[str]) -> None:
@@ -136,16 +151,6 @@ def test_a_segmenter_tells_its_prediction_in_words(paths: list[str]) -> None:
     explorer.close()
 
 
-def test_what_there_is_to_choose_from(paths: list[str]) -> None:
-    explorer = Explorer([small_model()], paths)
-    state = explorer.state()
-    assert [model["name"] for model in state["models"]] == ["small"]
-    assert len(state["models"][0]["blocks"]) == 5
-    assert state["images"] == [{"id": "0", "name": "image 0.png"}, {"id": "1", "name": "image 1.png"}]
-    assert [kind["name"] for kind in state["kinds"]] == list(KINDS)
-    explorer.close()
-
-
 def test_models_without_maps_are_refused() -> None:
     with pytest.raises(ModelError, match=r"line: nothing to explore, .* a cascade scans line by line"):
         Explorer([small_model("line", routes="cascade")])
@@ -155,8 +160,7 @@ def test_models_without_maps_are_refused() -> None:
         Explorer([ShownModel("resnet", predictor)])
 
 
-def test_bad_queries(paths: list[str]) -> None:
-    explorer = Explorer([small_model()], paths)
+def test_bad_queries(explorer: Explorer) -> None:
     with pytest.raises(
         ExplorerError, match=r"small has no block 'stages\.9'.*; there are stages\.0\.blocks\.0"
     ):
@@ -169,7 +173,6 @@ def test_bad_queries(paths: list[str]) -> None:
         explorer.picture(1, "0")
     with pytest.raises(uploads.UnknownImageError, match="there is no image '7'"):
         explorer.prediction(0, "7")
-    explorer.close()
 
 
 def test_uploads(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +191,7 @@ def test_uploads(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     explorer.close()
 
 
-def test_uploads_are_turned_upright() -> None:
-    explorer = Explorer([small_model()])
+def test_uploads_are_turned_upright(explorer: Explorer) -> None:
     image = Image.new("RGB", (40, 20))
     image.paste((255, 0, 0), (0, 0, 20, 20))
     exif = Image.Exif()
@@ -199,7 +201,13 @@ def test_uploads_are_turned_upright() -> None:
     picture = Image.open(io.BytesIO(explorer.picture(0, explorer.images.add("turned", file.getvalue()))))
     assert picture.getpixel((24, 5))[0] > 200
     assert picture.getpixel((24, 58))[0] < 50
-    explorer.close()
+
+
+def test_files_are_called_by_their_place_below_the_folder_of_all(tmp_path: Path) -> None:
+    names = [os.path.join("b", "a.png"), os.path.join("c", "a.png"), "d.png"]
+    assert list(uploads.Images([str(tmp_path / name) for name in names]).names().values()) == names
+    assert uploads.Images([str(tmp_path / names[0])]).names() == {"0": "a.png"}
+    assert uploads.Images([]).names() == {}
 
 
 def too_many_pixels() -> bytes:
@@ -226,13 +234,11 @@ def test_bad_uploads(data: bytes, message: str) -> None:
     assert images.names() == {}
 
 
-def test_an_upload_that_is_damaged_behind_its_header(paths: list[str]) -> None:
-    explorer = Explorer([small_model()])
+def test_an_upload_that_is_damaged_behind_its_header(explorer: Explorer, paths: list[str]) -> None:
     data = Path(paths[0]).read_bytes()
     key = explorer.images.add("cut", data[: len(data) // 2])
     with pytest.raises(DataError, match="cut: not an image, or a damaged one"):
         explorer.picture(0, key)
-    explorer.close()
 
 
 def test_bad_files_at_the_start(tmp_path: Path) -> None:

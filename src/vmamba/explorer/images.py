@@ -44,8 +44,7 @@ class Images:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = {str(number): path for number, path in enumerate(paths)}
-        above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths] or ["."])
-        self._names = {key: printable(os.path.relpath(path, above)) for key, path in self._paths.items()}
+        self._names = dict(zip(self._paths, _short_names(paths), strict=True))
         self._uploads: dict[str, tuple[str, bytes]] = {}
         self._lock = threading.Lock()
 
@@ -96,6 +95,15 @@ class Images:
             )
         name, data = upload
         return _decoded(io.BytesIO(data), name, preprocessing, upload_formats())
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """Paths from the folder that all files are below."""
+    try:
+        above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths] or ["."])
+    except ValueError:  # drives of Windows
+        return [printable(path) for path in paths]
+    return [printable(os.path.relpath(path, above)) for path in paths]
 
 
 def _read_file(path: str, preprocessing: Preprocessing) -> DecodedImage:

@@ -18,6 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 from vmamba.analysis.attention import KINDS, ScanAttention, scan_attention, scan_names
 from vmamba.analysis.backbones import backbone, shown
 from vmamba.analysis.receptive_field import contribution
+from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError, UserError
 from vmamba.explorer.images import MOST_BYTES, Images
 from vmamba.inference import Predictor
@@ -45,8 +46,13 @@ class ShownModel:
     predictor: Predictor
     size: tuple[int, int] | None = None
 
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the model's input."""
+        return (self.preprocessing.channels, *self.preprocessing.size)
+
     @cached_property
-    def preprocessing(self) -> Any:
+    def preprocessing(self) -> Preprocessing:
         """From an image to the model's input."""
         ours = self.predictor.preprocessing
         return ours if self.size is None else replace(ours, size=self.size)
@@ -54,7 +60,7 @@ class ShownModel:
     @cached_property
     def backbone(self) -> nn.Module:
         """The module with feature maps and scans."""
-        return backbone(self.predictor.model, self.preprocessing.size)
+        return backbone(self.predictor.model, self.input_size)
 
     @cached_property
     def blocks(self) -> dict[str, tuple[int, int]]:
@@ -63,7 +69,7 @@ class ShownModel:
         Raises:
             ModelError: There is none.
         """
-        names = scan_names(self.backbone, (self.preprocessing.channels, *self.preprocessing.size))
+        names = scan_names(self.backbone, self.input_size)
         if not names:
             raise ModelError(
                 f"{self.name}: nothing to explore, the model has no SS2D that scans whole images; a cascade "
