@@ -68,7 +68,8 @@ def erf(
         list[str],
         typer.Option(
             "--checkpoint",
-            help="A run's folder, a checkpoint or a file of weights; may be given several times.",
+            help="A run's folder, a checkpoint or a file of weights; MODEL=FILE for a file that does not say "
+            "of which model it is; may be given several times.",
             show_default=False,
         ),
     ] = [],  # noqa: B006  (typer reads it)
@@ -100,7 +101,8 @@ def erf(
     from vmamba_cli import _analyses
 
     paths = _analyses.sampled(_analyses.image_paths(images), sample, seed)
-    sources = [_analyses.Source(text, device, weights.value, seed) for text in [*checkpoints, *models]]
+    places = [_analyses.parse_place(text) for text in checkpoints] + [(name, None) for name in models]
+    sources = [_analyses.Source(text, device, weights.value, seed, of) for text, of in places]
     fields = _analyses.receptive_fields(sources, paths, size, [False] if untrained else [False, True])
     _analyses.write_fields(fields, out, len(sources))
     _results.write(out, [row for field in fields for row in field.rows()], "erf.json")
