@@ -69,14 +69,6 @@ class Source:
             raise CheckpointError(f"{error}; --untrained takes the model without weights") from error
 
 
-def parse_place(text: str) -> tuple[str, str | None]:
-    """A checkpoint's path, and the model that it is of where the user says it: "FILE" or "MODEL=FILE"."""
-    model, separator, path = text.partition("=")
-    if not separator or Path(text).expanduser().exists():
-        return text, None
-    return path, model
-
-
 def short_names(texts: Sequence[str]) -> list[str]:
     """The last component of each path, or all of it where two would be equal."""
     names = [Path(text).name or text for text in texts]
