@@ -68,7 +68,8 @@ def erf(
         list[str],
         typer.Option(
             "--checkpoint",
-            help="A run's folder, a checkpoint or a file of weights; may be given several times.",
+            help="A run's folder, a checkpoint or a file of weights; MODEL=FILE for a file that does not say "
+            "of which model it is; may be given several times.",
             show_default=False,
         ),
     ] = [],  # noqa: B006  (typer reads it)
@@ -94,13 +95,20 @@ def erf(
     require_images(images)
     if not checkpoints and not models:
         refuse("analyze erf: of what? Give --checkpoint RUN, or --model resnet50; each several times")
+    places = [_parse_place(text) for text in checkpoints]
+    for path, _ in places:
+        require_path(Path(path), "run or checkpoint")
     from vmamba_cli import _results
 
     _results.check_folder(out, "erf.png", results="erf.json")
+    from vmamba.models.factory import check_name
     from vmamba_cli import _analyses
 
+    for name in models:  # a mistyped one fails before the work on the others
+        check_name(name)
     paths = _analyses.sampled(_analyses.image_paths(images), sample, seed)
-    sources = [_analyses.Source(text, device, weights.value, seed) for text in [*checkpoints, *models]]
+    places += [(name, None) for name in models]
+    sources = [_analyses.Source(text, device, weights.value, seed, of) for text, of in places]
     fields = _analyses.receptive_fields(sources, paths, size, [False] if untrained else [False, True])
     _analyses.write_fields(fields, out, len(sources))
     _results.write(out, [row for field in fields for row in field.rows()], "erf.json")
@@ -229,6 +237,14 @@ def complexity(
 
     rows = _analyses.complexity_rows(model, size, depth)
     _analyses.print_complexity(rows, as_json)
+
+
+def _parse_place(text: str) -> tuple[str, str | None]:
+    """A checkpoint's path, and the model that it is of where the user says it: "FILE" or "MODEL=FILE"."""
+    model, separator, path = text.partition("=")
+    if not separator or Path(text).expanduser().exists():
+        return text, None
+    return path, model
 
 
 def _parse_query(text: str) -> tuple[float, float]:

@@ -96,6 +96,19 @@ def test_receptive_fields_of_models_for_one_size(place: Path) -> None:
         assert field.max() > 0
 
 
+def test_weights_that_do_not_name_their_model(place: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), place / "bare=.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), place / "bare.pth")
+    done = analyze(
+        place, "erf", PHOTO, "--checkpoint", "test_resnet=bare.pth", "--input", "32", "--out", "bare"
+    )
+    assert done.status == 0, done.stderr
+    assert list(np.load(place / "bare" / "erf.npz")) == ["bare.pth, untrained", "bare.pth, trained"]
+    for name in ("bare.pth", "bare=.pth"):
+        done = analyze(place, "erf", PHOTO, "--checkpoint", name, "--out", "refused")
+        assert "does not say which model its weights are of" in done.stderr
+
+
 def test_attention(place: Path) -> None:
     options = ("--query", "0.3,0.7", "--stage", "1", "--input", "64", "--panels", "--delta", "--kind", "CwBw")
     done = analyze(place, "attention", PHOTO, "--checkpoint", "trained", *options, "--out", "attention")
@@ -166,7 +179,8 @@ def test_complexity(place: Path) -> None:
         (("erf", "none.png", "--model", "vmamba_pico"), "none.png: no such image or folder"),
         (("erf", "broken.jpg", "--model", "test_resnet", "--untrained"), "broken.jpg: "),
         (("erf", PHOTO, "--checkpoint", "nowhere/run"), "nowhere/run"),
-        (("erf", PHOTO, "--model", "vmamba_pick"), "unknown model 'vmamba_pick'"),
+        (("erf", PHOTO, "--checkpoint", "vmamba_pico=nowhere.pth"), "nowhere.pth: no such run or checkpoint"),
+        (("erf", PHOTO, "--model", "test_resnet", "--model", "vmamba_pick"), "unknown model 'vmamba_pick'"),
         (("erf", PHOTO, "--model", "test_resnet", "--input", "3x4x5"), "expected 384 or 512x2048"),
         (("erf", PHOTO, "--model", "vmamba_pico", "--input", "200000", "--untrained"), "GiB are free"),
         (("attention", PHOTO), "analyze attention: of what?"),
