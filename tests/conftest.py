@@ -13,7 +13,7 @@ from tiers import pytest_collection_modifyitems  # noqa: F401  (a hook)
 from vmamba.ops.triton import backend as triton
 from vmamba.ops.triton import interpreted
 
-pytest_plugins = ("pytester",)
+pytest_plugins = ("pytester", "browsers")
 
 # An interpreted kernel takes seconds: fewer examples there.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if interpreted() else 25)

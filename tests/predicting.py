@@ -1,4 +1,4 @@
-"""`vmamba predict`, called in this process."""
+"""The command, called in this process."""
 
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,9 +18,14 @@ class Done(NamedTuple):
 
 
 def predict(place: Path, *arguments: str) -> Done:
+    return call(place, "predict", *arguments)
+
+
+def call(place: Path, *arguments: str) -> Done:
+    """`vmamba …` in a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(sys, "argv", ["vmamba", "predict", *arguments])
+        patch.setattr(sys, "argv", ["vmamba", *arguments])
         stdout, stderr = StringIO(), StringIO()
         with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as raised:
             main()

@@ -318,6 +318,9 @@ def test_segmenters_of_mmseg(
     predictor: Any = vmamba.load(path, model="test_convnext2", device="cpu")
     assert (predictor.task, predictor.classes) == ("segmentation", names)
     assert same(predictor.model, model)
+    untrained = vmamba.load(path, model="test_convnext2", device="cpu", trained=False).model
+    assert not same(untrained, model)
+    assert untrained.state_dict().keys() == model.state_dict().keys()
     assert predictor.preprocessing.mean == (0.485, 0.456, 0.406)
     assert isinstance(predictor(photos[0]), Segmentation)
 

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 SRC = Path(__file__).parent.parent / "src"
 FLOORS = [
     {"vmamba_cli"},
-    {"vmamba.explorer", "vmamba.studies"},
+    {"vmamba.explorer", "vmamba.report", "vmamba.studies"},
     {"vmamba.bench"},  # it times a training step, so it stands above train
     {"vmamba.train", "vmamba.evaluate", "vmamba.analysis", "vmamba.export"},
     {"vmamba.environment"},  # it states vmamba's version
@@ -201,7 +201,7 @@ def test_all_below_train_needs_torch_and_timm_alone(light: str) -> None:
     modules = sorted(module_of(path) for path in paths)
     absent = [room for room in ABOVE if room != "vmamba.analysis"]
     below = [module for module in modules if room_of(module) not in absent]
-    assert {"vmamba", "vmamba.ops.cpu", "vmamba.data", "vmamba.analysis.activation"} <= set(below)
+    assert {"vmamba", "vmamba.ops.cpu", "vmamba.data", "vmamba.analysis.attention"} <= set(below)
     run(light + f"import importlib\nfor name in {below}: importlib.import_module(name)", "-I", "-S")
 
 

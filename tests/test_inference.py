@@ -371,6 +371,25 @@ def test_the_authors_file_with_imagenets_names(authors_file: Path, photos: list[
         vmamba.load(authors_file, model="vmamba_pic")
 
 
+@pytest.mark.parametrize("kind", ["of the authors", "saved", "registered"])
+def test_untrained(kind: str, authors_file: Path, saved: Path) -> None:
+    """The trained model's architecture, classes and preprocessing, with weights that the seed decides."""
+    source: Any = {"of the authors": authors_file, "saved": saved, "registered": "vmamba_pico"}[kind]
+    models = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        models.append(vmamba.load(source, device="cpu", trained=False))
+    one, same, other = ([p.detach() for p in each.model.parameters()] for each in models)
+    assert all(map(torch.equal, one, same))
+    assert not all(map(torch.equal, one, other))
+    if kind == "registered":
+        return
+    trained = vmamba.load(source, device="cpu")
+    assert (models[0].classes, models[0].preprocessing) == (trained.classes, trained.preprocessing)
+    assert not any(map(torch.equal, one[:1], trained.model.parameters()))
+    assert [p.shape for p in one] == [p.shape for p in trained.model.parameters()]
+
+
 def test_weights_of_no_variant(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save(small().state_dict(), path)
@@ -454,7 +473,7 @@ def test_another_tasks_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return {"maps": x * self.scale}
 
     def load_predictor(
-        checkpoint: Any, weights: str, *, model: str | None, device: Any, dtype: Any
+        checkpoint: Any, weights: str, *, model: str | None, trained: bool, device: Any, dtype: Any
     ) -> vmamba.Predictor:
         model = Maps()
         model.load_state_dict(checkpoint.state_dict(weights))

@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -277,3 +278,31 @@ def test_onednn_conv() -> None:
     joined = _torch_private.onednn_conv(x, weight, bias, geometry, silu=True)
     torch.testing.assert_close(joined, F.silu(expected), rtol=1e-5, atol=1e-5)
     assert isinstance(_torch_private.onednn_has_bfloat16(), bool)
+
+
+# --- vmamba.analysis.complexity -----------------------------------------------------------------------------
+
+
+def test_a_dispatch_mode_sees_every_operator() -> None:
+    seen = []
+
+    class Mode(_torch_private.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Mode(), torch.no_grad():
+        F.linear(torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta"))
+    assert torch.ops.aten.mm in seen
+
+
+def test_a_storage_is_one_object_until_it_is_freed() -> None:
+    tensor, freed = torch.empty(3, 4, device="meta"), []
+    storage = tensor.untyped_storage()
+    assert storage is tensor.view(12).untyped_storage()
+    assert storage.nbytes() == 48
+    weakref.finalize(storage, freed.append, True)
+    del storage
+    assert not freed
+    del tensor
+    assert freed

@@ -2,8 +2,8 @@
 
 Three rules mark a case `full`, and so leave it out of the quick tier:
 
-- Tests of the documentation, of the developers' tools, of training by several processes and of processes that
-  outlive others (`LEFT_OUT`) are left out.
+- Tests of the documentation, of the developers' tools, of training by several processes, of processes that outlive
+  others and in a browser (`LEFT_OUT`) are left out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
@@ -23,6 +23,8 @@ LEFT_OUT = (
     "tests/cli/test_starter.py",
     "tests/train/test_distributed.py",
     "tests/train/test_launcher.py",
+    "tests/explorer/test_browser.py",
+    "tests/report/test_report_browser.py",
 )
 
 COVERED = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # --- vmamba.ops: the operator's own autograd kernel -------------------------------------------------------
 # The public way would be `torch.library.register_autograd`. Its kernel silently drops the tangents of
@@ -221,3 +222,9 @@ def cpu_computes_in(kind: str) -> bool:
 # PyTorch names no public class that BatchNorm1d, 2d, 3d and SyncBatchNorm share.
 
 AnyBatchNorm = _BatchNorm
+
+# --- vmamba.analysis.complexity: every operator that runs ---------------------------------------------------
+# PyTorch documents the mode for extenders, but has it in a private module. The public TorchFunctionMode sees
+# only what Python calls, not the operators of which that consists, nor what they give.
+
+DispatchMode = TorchDispatchMode

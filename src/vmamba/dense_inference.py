@@ -351,6 +351,7 @@ def load_dense(
     weights: Weights,
     classes: Sequence[str] | None,
     *,
+    trained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> DetectionPredictor | SegmentationPredictor:
@@ -362,6 +363,7 @@ def load_dense(
         weights: Which of the checkpoint's weights to load.
         classes: Names of the classes; None for the file's, for COCO's or ADE20K's where their number is the
             model's, or for numbers.
+        trained: False leaves the weights as the architecture draws them.
         device: As PyTorch names it.
         dtype: A floating type.
 
@@ -369,7 +371,7 @@ def load_dense(
         CheckpointError: The weights are of another architecture, or do not fit.
         ModelError: The backbone's name is unknown or must be given, or the number of names is wrong.
     """
-    model = restore(checkpoint, name, weights)
+    model = restore(checkpoint, name, weights, trained=trained)
     # mmdet and mmseg norm so, whatever the backbone.
     preprocessing = Preprocessing.of_model({}, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     given = classes if classes is not None else checkpoint.classes

@@ -413,6 +413,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     classes: Sequence[str] | None = None,
     weights: Weights = "auto",
+    trained: bool = True,
 ) -> Predictor:
     """A predictor from a run, a file of weights, or the name of a pretrained model.
 
@@ -428,6 +429,8 @@ def load(
         classes: Names of the classes; by default those of the file, or ImageNet's, COCO's or ADE20K's for
             models of as many.
         weights: "raw", as trained, "ema", their average, or "auto": a run's average if it has one.
+        trained: False gives the same architecture with weights drawn anew, by PyTorch's generator, to compare
+            with; nothing is downloaded.
 
     Raises:
         MissingCheckpointError: There is no such file, and no model of that name.
@@ -438,7 +441,7 @@ def load(
     target, dtype = _device(device), _dtype(dtype)
     name = os.fsdecode(source)
     if model is None and not expand(source).exists() and timm.is_model(name.partition(".")[0]):
-        network = create_model(name, pretrained=True)
+        network = create_model(name, pretrained=trained)
         preprocessing = Preprocessing.of_model(network)
         names = list(classes) if classes is not None else default_classes(network)
         return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
@@ -455,7 +458,9 @@ def load(
     predictor: Predictor
     if task_of(checkpoint) != CLASSIFICATION:
         tasks = importlib.import_module(_TASKS)
-        predictor = tasks.load_predictor(checkpoint, weights, model=model, device=target, dtype=dtype)
+        predictor = tasks.load_predictor(
+            checkpoint, weights, model=model, trained=trained, device=target, dtype=dtype
+        )
         if classes is not None:
             if len(classes) != len(predictor.classes):
                 expected = counted(len(predictor.classes), "class", "classes")
@@ -464,16 +469,18 @@ def load(
         return predictor
     if checkpoint.config is None and is_dense(checkpoint.state_dict(weights)):
         dense = importlib.import_module(_DENSE)
-        predictor = dense.load_dense(checkpoint, model, weights, classes, device=target, dtype=dtype)
+        predictor = dense.load_dense(
+            checkpoint, model, weights, classes, trained=trained, device=target, dtype=dtype
+        )
         return predictor
-    network, preprocessing, names = restore(checkpoint, model, weights)
+    network, preprocessing, names = restore(checkpoint, model, weights, trained=trained)
     if classes is not None:
         names = list(classes)
     return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
 
 
 _TASKS = "vmamba.train.tasks"
-"""The module with `load_predictor(checkpoint, weights, *, model, device, dtype)` for all tasks but
+"""The module with `load_predictor(checkpoint, weights, *, model, trained, device, dtype)` for all tasks but
 classification. Imported only for those: a classifier does not need `vmamba.train`."""
 
 _DENSE = "vmamba.dense_inference"

@@ -41,7 +41,7 @@ def is_dense(state_dict: Mapping[str, Any]) -> bool:
 
 
 def restore(
-    checkpoint: Checkpoint, name: str | None, weights: Weights
+    checkpoint: Checkpoint, name: str | None, weights: Weights, *, trained: bool = True
 ) -> tuple[nn.Module, Preprocessing, list[str]]:
     """Rebuild a classifier from its checkpoint.
 
@@ -49,6 +49,7 @@ def restore(
         checkpoint: A run's, or a file of weights.
         name: The model's name, for a file that does not contain it.
         weights: Which of the checkpoint's weights to load.
+        trained: False leaves the weights as the architecture draws them.
 
     Returns:
         The model with its weights, its preprocessing and the names of its classes.
@@ -61,7 +62,7 @@ def restore(
     if checkpoint.recipe is not None and config is None:
         config = _config_of_recipe(checkpoint)
     if config is None:
-        return _of_bare_weights(checkpoint, name, weights)
+        return _of_bare_weights(checkpoint, name, weights, trained)
     architecture = config["architecture"]
     if name is not None and name.partition(".")[0] != architecture:
         raise ModelError(f"model: {checkpoint.path} is of {architecture}, not of {name}")
@@ -73,7 +74,8 @@ def restore(
     number = config.get("num_classes", len(checkpoint.classes or ()))
     args = {"num_classes": number, "in_chans": preprocessing.channels, **(config.get("model_args") or {})}
     network = create_model(architecture, image_size=preprocessing.size, logits=number, **args)
-    load_weights(network, checkpoint, weights=weights)
+    if trained:
+        load_weights(network, checkpoint, weights=weights)
     names = list(checkpoint.classes) if checkpoint.classes else default_classes(network)
     set_configuration(network, preprocessing, names)
     return network, preprocessing, names
@@ -114,7 +116,7 @@ _OF_THE_CFG = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def _of_bare_weights(
-    checkpoint: Checkpoint, name: str | None, weights: Weights
+    checkpoint: Checkpoint, name: str | None, weights: Weights, trained: bool
 ) -> tuple[nn.Module, Preprocessing, list[str]]:
     """The classifier for a file that holds only weights, such as the authors'."""
     state_dict = checkpoint.state_dict(weights)
@@ -123,7 +125,8 @@ def _of_bare_weights(
         name = _guess(checkpoint.path, state_dict, number)
     check_name(name)
     network = create_model(name, num_classes=number)
-    load_weights(network, checkpoint, weights=weights)
+    if trained:
+        load_weights(network, checkpoint, weights=weights)
     return network, Preprocessing.of_model(network), default_classes(network)
 
 

@@ -12,7 +12,19 @@ from typer.core import TyperGroup
 
 from vmamba_cli._starter import ends_with_its_starter
 
-VERBS = ("train", "resume", "eval", "predict", "runs", "info", "list", "bench")
+VERBS = (
+    "train",
+    "resume",
+    "eval",
+    "predict",
+    "runs",
+    "report",
+    "info",
+    "list",
+    "analyze",
+    "explore",
+    "bench",
+)
 
 
 class _Verbs(TyperGroup):

@@ -13,12 +13,13 @@ from vmamba_cli._messages import refuse
 RESULTS = "results.json"
 
 
-def check_folder(folder: Path, *pictures: str) -> None:
+def check_folder(folder: Path, *pictures: str, results: str = RESULTS) -> None:
     """Make a folder for results, and check that its files can be written.
 
     Args:
         folder: The folder; created if it is missing.
         pictures: Names of pictures that will be written beside the results.
+        results: Name of the file of results.
 
     Raises:
         typer.Exit: It cannot be written to, or pictures cannot be drawn; the reason was printed.
@@ -27,14 +28,14 @@ def check_folder(folder: Path, *pictures: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    for name in (RESULTS, *pictures):
+    for name in (results, *pictures):
         if (folder / name).is_dir():
             refuse(f"--out: {folder / name} is a folder; a file of that name is to be written")
     if pictures:
         load("matplotlib", "train")
 
 
-def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write(folder: Path, rows: Sequence[dict[str, Any]], name: str = RESULTS) -> Path:
     """Write results, with the hardware and software used, to a checked folder; returns the file's path.
 
     Raises:
@@ -42,7 +43,7 @@ def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """
     from vmamba.environment import environment
 
-    path = folder / RESULTS
+    path = folder / name
     text = json.dumps({"environment": environment(), "results": list(rows)}, indent=2) + "\n"
     with _reported(path):
         path.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vmamba_cli._inputs import find_images, require_images
 from vmamba_cli._messages import encodable, refuse, say
 
 
@@ -100,7 +101,7 @@ def command(
     from vmamba_cli._predictions import writing
 
     out = None if out is None else out.expanduser()
-    inputs = _outside_of(out, list(_find(images)))
+    inputs = _outside_of(out, list(find_images(images)))
     videos = sum(each.is_video for each in inputs)
     if every > 1 and not videos:
         refuse("--every: of videos, and there is none among these images")
@@ -198,9 +199,7 @@ def _of_video(predictor: Any, file: Any, every: int, options: Any) -> Iterator[A
 def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out: Path | None) -> None:
     if checkpoint is None and model is None:
         refuse("predict: what with? Give --checkpoint RUN, or --model vmamba_tiny for pretrained weights")
-    for image in images:
-        if not os.path.lexists(os.path.expanduser(image)) and not _is_glob(image):
-            refuse(f"{image}: no such image or folder")
+    require_images(images)
     if out is None:
         return
     out = out.expanduser()
@@ -227,50 +226,6 @@ def _check(images: Sequence[str], checkpoint: str | None, model: str | None, out
 def _is_folder(out: Path) -> bool:
     """Whether `--out` is a folder of pictures."""
     return out.suffix == "" or (os.path.isdir(out) and out.suffix.lower() not in (*TABLES, *SHEETS))
-
-
-def _is_glob(text: str) -> bool:
-    return any(char in text for char in "*?[")
-
-
-def _find(images: Iterable[str]) -> Iterator[Any]:
-    """The files named; from folders and globs those that are not hidden, sorted by name."""
-    import glob
-
-    from vmamba.errors import DataError
-    from vmamba_cli._predictions import Input
-
-    for image in images:
-        path = os.path.expanduser(image)
-        if os.path.isdir(path):
-            yield from _in_folder(path)
-        elif os.path.lexists(path):
-            yield Input(path, os.path.basename(path))
-        else:
-            matches = sorted(glob.glob(path, recursive=True))
-            files = [match for match in matches if not os.path.isdir(match)]
-            if not files:
-                raise DataError(f"{image}: no file has such a name")
-            above = os.path.commonpath([os.path.dirname(file) for file in files])
-            for file in files:
-                yield Input(file, os.path.relpath(file, above or "."))
-
-
-def _in_folder(folder: str) -> Iterator[Any]:
-    from vmamba.data.finding import LeftOut, find_images
-    from vmamba.errors import DataError
-    from vmamba_cli._predictions import Input
-
-    left_out = LeftOut()
-    names = find_images(folder, left_out)
-    if not names:
-        raise DataError(
-            f"{folder}: no images in this folder or below{f'; {left_out}' if str(left_out) else ''}"
-        )
-    if str(left_out):
-        say(f"{folder}: left out {left_out}")
-    for name in names:
-        yield Input(os.path.join(folder, name), name)
 
 
 def _outside_of(out: Path | None, inputs: list[Any]) -> list[Any]:

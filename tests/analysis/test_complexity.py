@@ -1,10 +1,24 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import timm
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba.analysis.complexity import count, feature_shapes, parse_size
+from vmamba.analysis.complexity import (
+    Complexity,
+    ModuleComplexity,
+    count,
+    count_modules,
+    feature_shapes,
+    parse_size,
+)
 from vmamba.errors import ModelError
 from vmamba.models.factory import create_on_meta
+from vmamba.ops.flops import FVCORE_HANDLES
 
 AT_SIZE = {384: 14.27, 512: 25.38, 640: 39.65, 768: 57.09, 1024: 101.50}  # vmamba_tiny
 
@@ -43,10 +57,89 @@ def test_a_count_leaves_the_model_as_it_was() -> None:
     on_meta = count(create_on_meta("vmamba_pico", num_classes=2), (3, 33, 65))
     assert model.training
     assert count(model, (3, 33, 65)) == on_meta
-    assert count(model.half(), (3, 33, 65)) == on_meta
+    in_half = count(model.half(), (3, 33, 65))
+    assert on_meta.peak_memory / 2 < in_half.peak_memory < on_meta.peak_memory  # y of a scan is in float32
+    assert replace(in_half, peak_memory=on_meta.peak_memory) == on_meta
     assert model.training
     assert not any(p.is_meta for p in model.parameters())
     assert torch.is_grad_enabled()
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, one that never runs, and a list, which is no step of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](self.layers[0](x)).flatten(1)
+
+
+def test_counts_of_each_module() -> None:
+    tree = count_modules(Twice(), (4, 5, 4))
+    layers, unused = tree.children
+    (linear,) = layers.children
+    size = 4 * 4 * 5 * 4  # bytes of the image, and of each result
+    assert linear == ModuleComplexity("0", "Linear", Complexity(20, 640, 640, 640, 160, 3 * size), ())
+    assert (layers.kind, layers.counts) == ("ModuleList", linear.counts)
+    assert unused.counts == Complexity(20, 0, 0, 0, 0, 0)
+    assert tree.counts == replace(linear.counts, parameters=40)
+
+
+def nodes(tree: ModuleComplexity) -> Iterator[ModuleComplexity]:
+    yield tree
+    for child in tree.children:
+        yield from nodes(child)
+
+
+@pytest.mark.parametrize("name", ["vmamba_pico", "vanilla_vmamba_tiny", "test_convnext", "test_vit"])
+def test_a_module_counts_what_its_children_do(name: str) -> None:
+    tree = count_modules(create_on_meta(name), (3, 64, 64) if "vmamba" in name else (3, 160, 160))
+    for node in nodes(tree):
+        inside = [child.counts for child in node.children]
+        for field in ("macs", "macs_for_loop", "macs_torch", "activations"):
+            assert getattr(node.counts, field) >= sum(getattr(counts, field) for counts in inside)
+        assert node.counts.peak_memory >= max((counts.peak_memory for counts in inside), default=0)
+        assert node.counts.macs >= node.counts.macs_for_loop >= node.counts.macs_torch
+    blocks = [node for node in nodes(tree) if node.kind == "VSSBlock"]
+    for block in blocks:
+        assert (
+            block.counts.macs
+            > block.counts.macs_for_loop
+            > sum(child.counts.macs for child in block.children) / 2
+        )
+
+
+def test_the_peak_of_memory() -> None:
+    """Of a chain, the input and the output of its largest layer; views and results in place take none."""
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(12, 100), nn.ReLU(inplace=True), nn.Linear(100, 3))
+    assert count(chain, (3, 2, 2)).peak_memory == 4 * (12 + 100 + 3)
+    chain[2] = nn.ReLU()
+    assert count(chain, (3, 2, 2)).peak_memory == 4 * (12 + 100 + 100)
+
+
+@pytest.mark.parametrize("name", ["vmamba_pico", "vanilla_vmamba_tiny", "convnext_atto"])
+def test_pytorchs_counter_gives_the_same(name: str) -> None:
+    """Of a run on a CPU; of transformers it does not, for lack of a formula for attention fused there."""
+    model = timm.create_model(name).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    assert count(model, (3, 224, 224)).macs_torch == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", ["vmamba_pico", "vanilla_vmamba_tiny", "convnext_atto"])
+def test_fvcore_gives_the_same(name: str) -> None:
+    fvcore: Any = pytest.importorskip("fvcore.nn")
+    model, image = timm.create_model(name).eval(), torch.randn(1, 3, 64, 64)
+    counts = count(model, (3, 64, 64))
+    macs = fvcore.FlopCountAnalysis(model, image).set_op_handle(**FVCORE_HANDLES)
+    values = fvcore.ActivationCountAnalysis(model, image)
+    for analysis in (macs, values):
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert macs.total() == counts.macs
+    assert values.total() == counts.activations
 
 
 def test_feature_shapes() -> None:

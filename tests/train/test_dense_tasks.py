@@ -106,6 +106,11 @@ def test_predicted_from_the_run_and_from_its_weights(task: str, runs: dict[str, 
     expected = open_session(runs[task]).predictor()(image)
     for source in (runs[task], runs[task] / "best.safetensors"):
         assert repr(vmamba.load(source)(image)) == repr(expected)
+        weights, drawn = (
+            vmamba.load(source, trained=trained).model.state_dict() for trained in (True, False)
+        )
+        assert weights.keys() == drawn.keys()
+        assert not all(torch.equal(weights[name], drawn[name]) for name in weights)
 
 
 def test_other_names_of_the_classes(runs: dict[str, Path]) -> None:

@@ -19,13 +19,16 @@ from vmamba.models.factory import create_on_meta
 from vmamba.models.weights import fits, load_weights
 
 
-def restore(checkpoint: Checkpoint, name: str | None, weights: Weights) -> MaskRCNN | UPerNet:
+def restore(
+    checkpoint: Checkpoint, name: str | None, weights: Weights, *, trained: bool = True
+) -> MaskRCNN | UPerNet:
     """The model that a file's weights are of, with these weights.
 
     Args:
         checkpoint: With names of mmdet, mmseg or ours.
         name: Of the backbone, as timm has it; None to find the variant of VMamba by names and shapes.
         weights: Which of the checkpoint's weights to load.
+        trained: False leaves the weights as the architecture draws them.
 
     Raises:
         CheckpointError: The weights are of another architecture, or do not fit.
@@ -47,7 +50,8 @@ def restore(checkpoint: Checkpoint, name: str | None, weights: Weights) -> MaskR
         raise CheckpointError(
             f"{checkpoint.path}: not the weights of {family}, there is no {error.args[0]}"
         ) from error
-    load_weights(model, checkpoint, weights=weights)
+    if trained:
+        load_weights(model, checkpoint, weights=weights)
     return model
 
 

@@ -58,3 +58,15 @@ def _backward_flops(
 ) -> int:  # fmt: skip
     """Recomputed states, their gradients, and the products with each operand: three times the forward."""
     return 3 * _forward_flops(x, delta, A, B, C, D, delta_bias, delta_weight)
+
+
+def _fvcore_macs(inputs: Any, outputs: Any) -> float:
+    """Multiply-adds of the operator in a trace, by the paper's counting, as fvcore counts other operators."""
+    shapes: list[Any] = [value.type().sizes() if value.isCompleteTensor() else None for value in inputs[:8]]
+    x, _delta, A, _B, _C, D, _bias, weight = shapes
+    rank = None if weight is None else weight[2]
+    return scan_macs(tuple(x), A[0], A[2], rank=rank, skip=D is not None)
+
+
+FVCORE_HANDLES = {"vmamba::selective_scan_2d": _fvcore_macs}
+"""For fvcore, which has no registry: `FlopCountAnalysis(model, images).set_op_handle(**FVCORE_HANDLES)`."""

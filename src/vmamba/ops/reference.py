@@ -29,7 +29,7 @@ def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
     for k, order in enumerate(call.order().tolist()):
         state = call.initial_state
         h = x.new_zeros(b, d, call.n_state) if state is None else state[:, k].to(dtype)
-        z = _preactivation(call, k)
+        z = preactivation(call, k)
         saved = []
         for t, p in enumerate(order):
             if t % state_stride(call.n_state) == 0:
@@ -47,7 +47,7 @@ def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return merged, torch.stack(last_states, 1), torch.stack(saved_states, 1)
 
 
-def _preactivation(call: Operands, k: int) -> Tensor:
+def preactivation(call: Operands, k: int) -> Tensor:
     """The argument of softplus on route k at every position of the image, (b, l, d)."""
     dtype = call.state_dtype
     z = call.delta[..., k, :].to(dtype).flatten(1, 2)
@@ -67,7 +67,7 @@ def backward(grad_y: Tensor, grad_last_state: Tensor | None, call: Operands, sta
     grad_initial = x.new_zeros(b, call.n_routes, d, call.n_state)
     A, B, C = call.A.to(dtype), call.B.to(dtype).flatten(1, 2), call.C.to(dtype).flatten(1, 2)
     for k, order in enumerate(call.order().tolist()):
-        z = _preactivation(call, k)
+        z = preactivation(call, k)
         delta = softplus(z) if call.delta_softplus else z
         h = [states[:, k, 0].transpose(1, 2)]  # h[t] is the state before the t-th position
         for p in order:

@@ -258,6 +258,20 @@ class Recipe(Section):
         """The recipe with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    def settings(self) -> dict[str, Any]:
+        """Every value by its dotted key, such as "optim.lr"; a model's arguments are one value."""
+        return _flat(self.model_dump(mode="json"))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and prefix != "model.":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
 
 R = TypeVar("R", bound=Recipe)
 

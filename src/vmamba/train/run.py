@@ -209,18 +209,8 @@ def _check_overrides(overrides: Sequence[str], extend: bool) -> None:
 
 
 def _changes(before: Recipe, after: Recipe) -> dict[str, list[Any]]:
-    old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, after))
+    old, new = before.settings(), after.settings()
     return {key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and prefix != "model.":  # a model's arguments are one value
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | None = None) -> Outcome:

@@ -95,13 +95,29 @@ def _name(place: Path, folder: Path) -> str:
 
 def _read(place: Path, name: str) -> Run:
     try:
-        return _described(place, name)
+        return read_run(place, name)
+    except DataError as error:
+        return Run(name, state="", problem=str(error))
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """The run in a folder.
+
+    Args:
+        folder: Of the run.
+        name: To call it by.
+
+    Raises:
+        DataError: The folder is not a run, or a file that describes it is damaged.
+    """
+    try:
+        return _described(folder, name)
     except RecipeError as error:
         reason = str(error)
     except (KeyError, TypeError, ValueError, AttributeError, OSError, csv.Error) as error:
         reason = repr(error)
     reason = " ".join(reason.split())
-    return Run(name, state="", problem=f"{place}: not a run of vmamba, or a damaged one ({reason})")
+    raise DataError(f"{folder}: not a run of vmamba, or a damaged one ({reason})")
 
 
 def _described(place: Path, name: str) -> Run:

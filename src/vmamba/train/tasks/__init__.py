@@ -44,13 +44,14 @@ def restore_task(recipe: Any, checkpoint: Checkpoint) -> Task:
     return task
 
 
-def restore_model(task: Task, checkpoint: Checkpoint, weights: Weights) -> nn.Module:
+def restore_model(task: Task, checkpoint: Checkpoint, weights: Weights, *, trained: bool = True) -> nn.Module:
     """Rebuild the trained model of a task.
 
     Args:
         task: Of the checkpoint's recipe, in which sections other than `model` may have been changed.
         checkpoint: A run's.
         weights: Which of the checkpoint's weights to load.
+        trained: False leaves the weights as the architecture draws them.
 
     Returns:
         The model in evaluation mode.
@@ -61,6 +62,8 @@ def restore_model(task: Task, checkpoint: Checkpoint, weights: Weights) -> nn.Mo
     recipe = task.recipe
     untrained = recipe.model.model_copy(update={"weights": None})  # the weights are in the checkpoint
     model = task.build_model(recipe.model_copy(update={"model": untrained}))
+    if not trained:
+        return model.eval()
     try:
         model.load_state_dict(checkpoint.state_dict(weights))
     except RuntimeError as error:
@@ -73,6 +76,7 @@ def load_predictor(
     weights: Weights = "auto",
     *,
     model: str | None = None,
+    trained: bool = True,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Predictor:
@@ -82,6 +86,7 @@ def load_predictor(
         checkpoint: A run's.
         weights: Which of the checkpoint's weights to load.
         model: The backbone's name, if the caller gives one.
+        trained: False leaves the weights as the architecture draws them.
         device: As PyTorch names it.
         dtype: A floating type.
 
@@ -97,5 +102,5 @@ def load_predictor(
     if model is not None and model.partition(".")[0] != backbone.partition(".")[0]:
         raise ModelError(f"model: the backbone of {checkpoint.path} is {backbone}, not {model}")
     task = restore_task(recipe, checkpoint)
-    network = restore_model(task, checkpoint, weights)
+    network = restore_model(task, checkpoint, weights, trained=trained)
     return task.predictor(network.to(device=device, dtype=dtype))

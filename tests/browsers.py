@@ -1,0 +1,62 @@
+"""A Chromium of the system's, driven by playwright, and axe-core, which judges a page's accessibility.
+
+Tests that use them are skipped where playwright or Chromium is missing. axe-core is fetched with npm, once,
+and kept in .cache.
+"""
+
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    pytest.mark.xdist_group("browser"),  # one process starts the browser
+]
+
+AXE = "axe-core-4.14.1.tgz"
+CACHE = Path(__file__).parents[1] / ".cache"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright  # the tests are skipped where it is missing
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """axe-core's script, from npm; it is kept."""
+    archive = CACHE / AXE
+    if not archive.is_file():
+        if shutil.which("npm") is None:
+            pytest.skip("needs npm, which fetches axe-core")
+        CACHE.mkdir(exist_ok=True)
+        package = AXE.removesuffix(".tgz").replace("core-", "core@")
+        done = subprocess.run(
+            ["npm", "pack", package], cwd=CACHE, capture_output=True, text=True, timeout=120, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"npm cannot fetch {package}: {done.stderr.strip()[-200:]}")
+    with tarfile.open(archive) as files:
+        script = files.extractfile("package/axe.min.js")
+        assert script is not None
+        return script.read().decode()
+
+
+def violations(page: Any, axe: str) -> list[Any]:
+    """What axe-core finds: each rule, and the first elements that break it."""
+    page.evaluate(axe)
+    results = page.evaluate("axe.run()")["violations"]
+    return [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in results]
