@@ -3,7 +3,8 @@
     python tools/sanitize.py address,undefined
     python tools/sanitize.py thread
 
-Further options go to pytest. Needs GCC, whose runtime is loaded before Python. A report ends the run with an error.
+Further options go to pytest. Needs GCC, whose runtime is loaded before Python. A report ends the run with an
+error.
 """
 
 import argparse
