@@ -55,10 +55,10 @@ def test_it_runs_until_ctrl_c(place: Path) -> None:
         line = process.stdout.readline()
         address = line.removesuffix(" (Ctrl-C ends it)\n")
         assert address.startswith("http://127.0.0.1:"), line + process.communicate()[1]
-        with urllib.request.urlopen(f"{address}api/state", timeout=20) as answer:
+        with urllib.request.urlopen(f"{address}api/state", timeout=120) as answer:
             state = json.load(answer)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     assert [(model["name"], model["input"]) for model in state["models"]] == [
         ("pico", [64, 48]),
