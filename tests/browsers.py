@@ -27,8 +27,9 @@ CACHE = Path(__file__).parents[1] / ".cache"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright  # the tests are skipped where it is missing
+    from playwright.sync_api import expect, sync_playwright  # the tests are skipped where it is missing
 
+    expect.set_options(timeout=60_000)  # a busy machine is slow
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

@@ -95,7 +95,7 @@ def erf(
     require_images(images)
     if not checkpoints and not models:
         refuse("analyze erf: of what? Give --checkpoint RUN, or --model resnet50; each several times")
-    places = [_parse_place(text) for text in checkpoints]
+    places = [parse_place(text) for text in checkpoints]
     for path, _ in places:
         require_path(Path(path), "run or checkpoint")
     from vmamba_cli import _results
@@ -239,7 +239,7 @@ def complexity(
     _analyses.print_complexity(rows, as_json)
 
 
-def _parse_place(text: str) -> tuple[str, str | None]:
+def parse_place(text: str) -> tuple[str, str | None]:
     """A checkpoint's path, and the model that it is of where the user says it: "FILE" or "MODEL=FILE"."""
     model, separator, path = text.partition("=")
     if not separator or Path(text).expanduser().exists():

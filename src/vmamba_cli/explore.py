@@ -1,10 +1,11 @@
 """`vmamba explore`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vmamba_cli.analyze import Device, Seed, Size, Weights, WhichWeights
+from vmamba_cli.analyze import Device, Seed, Size, Weights, WhichWeights, parse_place
 
 
 def command(
@@ -19,7 +20,8 @@ def command(
         list[str],
         typer.Option(
             "--checkpoint",
-            help="A run's folder, a checkpoint or a file of weights; twice to compare.",
+            help="A run's folder, a checkpoint or a file of weights; MODEL=FILE for a file that does not say "
+            "of which model it is; twice to compare.",
             show_default=False,
         ),
     ] = [],  # noqa: B006  (typer reads it)
@@ -41,6 +43,7 @@ def command(
 
     Only this machine can open the page, and nothing is asked from elsewhere. Ctrl-C ends it.
     """
+    from vmamba_cli._checks import require_path
     from vmamba_cli._inputs import require_images
     from vmamba_cli._messages import refuse
 
@@ -50,10 +53,15 @@ def command(
         refuse("explore: what? Give --checkpoint RUN, or --model vmamba_tiny for pretrained weights")
     if number > 2:
         refuse(f"explore: at most two models side by side, got {number}")
+    places = [parse_place(text) for text in checkpoints]
+    for path, _ in places:
+        require_path(Path(path), "run or checkpoint")
+    from vmamba.models.factory import check_name
     from vmamba_cli import _explore
+    from vmamba_cli._analyses import Source
 
-    sources = [*checkpoints, *models]
-    shown = _explore.shown_models(
-        sources, untrained, device=device, weights=weights.value, seed=seed, size=size
-    )
-    _explore.serve(shown, images or [], port)
+    for name in models:
+        check_name(name)
+    places += [(name, None) for name in models]
+    sources = [Source(text, device, weights.value, seed, of) for text, of in places]
+    _explore.serve(_explore.shown_models(sources, untrained, size), images or [], port)

@@ -55,10 +55,10 @@ def test_it_runs_until_ctrl_c(place: Path) -> None:
         line = process.stdout.readline()
         address = line.removesuffix(" (Ctrl-C ends it)\n")
         assert address.startswith("http://127.0.0.1:"), line + process.communicate()[1]
-        with urllib.request.urlopen(f"{address}api/state", timeout=20) as answer:
+        with urllib.request.urlopen(f"{address}api/state", timeout=120) as answer:
             state = json.load(answer)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     assert [(model["name"], model["input"]) for model in state["models"]] == [
         ("pico", [64, 48]),
@@ -76,6 +76,14 @@ def test_two_checkpoints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [model.name for model in shown[0].models] == ["pico", "best.safetensors"]
 
 
+def test_a_model_without_weights_is_shown_untrained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Explorer] = []
+    monkeypatch.setattr(ExplorerServer, "serve_forever", lambda server: shown.append(server.explorer))
+    done = explore(place, "--model", "vmamba_pico", "--untrained", "--port", "0")
+    assert done.exit_code == 0, done.output
+    assert [model.name for model in shown[0].models] == ["vmamba_pico, untrained"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,7 +94,9 @@ def test_two_checkpoints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "at most two models side by side, got 3",
         ),
         (("none.png", "--checkpoint", "pico"), "none.png: no such image or folder"),
-        (("--checkpoint", "none"), "none"),
+        (("--checkpoint", "none"), "none: no such run or checkpoint"),
+        (("--model", "vmamba_pico"), "--untrained takes the model without weights"),
+        (("--model", "vmamba_picco", "--untrained"), "vmamba_pico"),
         (("broken.png", "--checkpoint", "pico"), "broken.png: not an image, or a damaged one"),
         (
             ("large.png", "--checkpoint", "pico"),

@@ -66,7 +66,7 @@ class Visit:
 @pytest.fixture
 def visit(browser: Any, server: ExplorerServer) -> Iterator[Visit]:
     page = browser.new_page(viewport={"width": 1300, "height": 900})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     visit = Visit(page, server)
     yield visit
     page.close()
@@ -92,7 +92,7 @@ def assert_shows(visit: Visit, row: int, column: int, **options: Any) -> None:
     visit.at(row + 1, column + 1)
     for model in (0, 1):
         expected = analysis(visit.server, model, row * 12 + column, **options)
-        for _ in range(100):
+        for _ in range(600):
             if np.allclose(visit.maps(model), expected, rtol=0, atol=1e-6, equal_nan=True):
                 break
             visit.page.wait_for_timeout(100)  # the answer is still on its way

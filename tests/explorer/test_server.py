@@ -37,7 +37,7 @@ class Answer:
 def ask(
     server: ExplorerServer, path: str, method: str = "GET", body: bytes | None = None, **headers: str
 ) -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     try:
         return Answer(connection.getresponse())
