@@ -18,6 +18,7 @@ from vmamba.explorer import Explorer, ExplorerServer
 from vmamba.ops.routes import register_route
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+playwright.expect.set_options(timeout=60_000)  # milliseconds: the machine may be busy
 pytestmark = MARKS
 
 

@@ -109,7 +109,8 @@ def test_pictures_are_resized(tmp_path: Path) -> None:
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", args={})
+    first = make_run(tmp_path / "a" / "run", args={"drop_path_rate": 0.5})
+    second = make_run(tmp_path / "b" / "run", args={})
     page = page_of(first, second, first)
     assert f"The runs in short {first} {second} folder" in page.text
     assert "model.args drop_path_rate: 0.5 {}" in page.text
@@ -126,7 +127,7 @@ def test_tasks_have_chapters(tmp_path: Path) -> None:
 
 
 def test_the_papers_numbers_are_marked(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "mine", classes=1000, name="vmamba_tiny_s2l5")
+    run = make_run(tmp_path / "mine", classes=1000, name="vmamba_tiny_s2l5", args={})
     make_evaluation(tmp_path / "flipped", "mine", {"top1": 0.875}, flip=True)
     assert (
         "mine (vmamba_tiny_s2l5) 30.7 M measured 0.10 at 32×32 measured 75.00 measured" in page_of(run).text
