@@ -49,6 +49,12 @@ def test_models_that_are_made_for_one_size() -> None:
         backbone(model, SIZE)
 
 
+def test_swin_is_resized_without_a_word() -> None:
+    args = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **args)
+    assert receptive_field(backbone(model, SIZE), [torch.randn(SIZE)]).shape == SIZE[1:]
+
+
 def test_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"with feature maps \(forward_intermediates\), Conv2d has none"):
         backbone(nn.Conv2d(3, 3, 1), SIZE)
