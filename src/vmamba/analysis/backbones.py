@@ -4,6 +4,7 @@ c channels, h height, w width.
 """
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def _resize(module: nn.Module, size: tuple[int, int]) -> None:
         made_for = "x".join(map(str, config["input_size"][1:]))
         raise ModelError(f"model: {type(module).__name__} takes images of {made_for} only, not of {size}")
     try:
-        resize(img_size=size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, of how timm resamples Swin's tables of positions
+            resize(img_size=size)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ModelError(f"model: {type(module).__name__} does not take images of {size}: {error}") from error
 

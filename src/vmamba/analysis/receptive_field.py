@@ -115,5 +115,6 @@ def draw(fields: Mapping[str, Tensor], path: str | Path, columns: int | None = N
     figure.axes[0].set_ylabel("pixels")
     bar = figure.colorbar(picture, ax=figure.axes, shrink=0.8, aspect=30)
     bar.set_label("(contribution / largest)$^{0.2}$")
-    figure.supxlabel("below each map: area of the smallest centred square with that share", fontsize=10)
+    note = "below each map: area of the smallest" + ("\n" if columns == 1 else " ")
+    figure.supxlabel(f"{note}centred square with that share", fontsize=10)
     figure.savefig(path, dpi=120)
