@@ -37,8 +37,12 @@ def _fixed() -> Iterator[None]:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two processes share two cores
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, on by default: empty() is NaN
     assert torch.utils.deterministic.fill_uninitialized_memory
-    # A shell starts what runs in its background with Ctrl-C ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell starts what runs in its background with Ctrl-C ignored, and nohup with SIGHUP.
+    handlers = {signal.SIGINT: signal.default_int_handler}
+    if hasattr(signal, "SIGHUP"):
+        handlers[signal.SIGHUP] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
