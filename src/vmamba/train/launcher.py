@@ -22,9 +22,8 @@ class PatientLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher, which leaves the first process time to explain and to save.
 
     Lightning kills the first process at most 5 s after another one failed: before it has said what
-    happened, or while it writes a checkpoint. Here it has `GRACE` seconds. It notices the loss at once on
-    a CPU; on GPUs it may wait in a collective operation for the one that is gone, so it has to be ended
-    at last.
+    happened, or while it writes a checkpoint. Here it has `GRACE` seconds to end by itself, which on a CPU
+    it does at once. On GPUs it may wait in a collective operation for the lost one, so it is ended then.
     """
 
     def _call_children_scripts(self) -> None:
@@ -65,16 +64,22 @@ class PatientDDP(DDPStrategy):
     """Lightning's data-parallel training, started by `PatientLauncher`."""
 
     def _configure_launcher(self) -> None:
-        self._launcher = _launcher(self)
+        super()._configure_launcher()
+        _make_patient(self)
 
 
 class PatientFSDP(ModelParallelStrategy):
     """Lightning's sharded training, started by `PatientLauncher`."""
 
     def _configure_launcher(self) -> None:
-        self._launcher = _launcher(self)
+        super()._configure_launcher()
+        _make_patient(self)
 
 
-def _launcher(strategy: DDPStrategy | ModelParallelStrategy) -> PatientLauncher:
-    assert strategy.cluster_environment is not None  # Lightning sets it before
-    return PatientLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+def _make_patient(strategy: DDPStrategy | ModelParallelStrategy) -> None:
+    """Exchange the launcher, unless there is none because torchrun or SLURM starts the processes."""
+    if strategy._launcher is not None:
+        assert strategy.cluster_environment is not None  # Lightning has just used it
+        strategy._launcher = PatientLauncher(
+            strategy.cluster_environment, strategy.num_processes, strategy.num_nodes
+        )
