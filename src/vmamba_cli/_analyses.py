@@ -113,7 +113,7 @@ class Field:
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {'trained' if self.trained else 'untrained'}"
+        return _title(self.model, self.trained)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The areas that hold shares of the contribution, a row each."""
@@ -130,6 +130,10 @@ class Field:
             }
 
 
+def _title(model: str, trained: bool) -> str:
+    return f"{model}, {'trained' if trained else 'untrained'}"
+
+
 def receptive_fields(
     sources: Sequence[Source], paths: Sequence[str], size: str | None, kinds: Sequence[bool]
 ) -> list[Field]:
@@ -142,19 +146,20 @@ def receptive_fields(
         kinds: Whether trained, for each row of the figure.
     """
     shape = None if size is None else parse_size(size)
+    names = short_names([each.text for each in sources])
     fields = {}
-    for name, source in zip(short_names([each.text for each in sources]), sources, strict=True):
+    for name, source in zip(names, sources, strict=True):
         for trained in reversed(kinds):  # a model without weights shall fail before the work on it
             predictor = source.load(trained)
             preprocessing = predictor.preprocessing
             height, width = shape or preprocessing.size
-            field = Field(name, trained, len(paths), torch.empty(0))
-            say(f"{field.title}: {counted(len(paths), 'image')} of {height}x{width}, {predictor.device}")
+            images = counted(len(paths), "image")
+            say(f"{_title(name, trained)}: {images} of {height}x{width}, {predictor.device}")
             inputs = (read_input(path, preprocessing, shape) for path in paths)
             network = backbone(predictor.model, (preprocessing.channels, height, width))
             values = erf.receptive_field(network, inputs)
             fields[trained, name] = Field(name, trained, len(paths), values)
-    return [fields[trained, name] for trained in kinds for name in dict.fromkeys(n for _, n in fields)]
+    return [fields[trained, name] for trained in kinds for name in dict.fromkeys(names)]
 
 
 def write_fields(fields: Sequence[Field], out: Path, columns: int) -> None:
