@@ -60,7 +60,7 @@ class ShownModel:
     @cached_property
     def backbone(self) -> nn.Module:
         """The module with feature maps and scans."""
-        return backbone(self.predictor.model, self.input_size)
+        return backbone(self.predictor.model, self.input_size, gradient=True)
 
     @cached_property
     def blocks(self) -> dict[str, tuple[int, int]]:
