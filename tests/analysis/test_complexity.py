@@ -122,7 +122,7 @@ def test_the_peak_of_memory() -> None:
 
 
 def test_the_peak_of_memory_until_the_gradient() -> None:
-    """Each layer keeps what its backward pass needs: a map of 12 values of a sigmoid, its input of a product."""
+    """Each layer keeps a map of 12 values: the result of the sigmoid, the input of the next product."""
     chains = [
         nn.Sequential(nn.Flatten(), *(nn.Sequential(nn.Linear(12, 12), nn.Sigmoid()) for _ in range(depth)))
         for depth in (4, 5)

@@ -44,7 +44,9 @@ def backbone(model: nn.Module, input_size: tuple[int, int, int], *, gradient: bo
         if lack is not None:
             sides = "x".join(map(str, input_size[1:]))
             work = "the gradient" if gradient else "one pass"
-            raise ModelError(f"model: {work} of {type(module).__name__} over an image of {sides} takes {lack}")
+            raise ModelError(
+                f"model: {work} of {type(module).__name__} over an image of {sides} takes {lack}"
+            )
     return module
 
 
