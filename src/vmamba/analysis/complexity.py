@@ -118,6 +118,8 @@ def gradient_memory(model: nn.Module, input_size: tuple[int, ...]) -> int:
         ModelError: The model does not take that size.
     """
     weights = _meta_weights(model)
+    for name, parameter in model.named_parameters():  # what their gradients would need is kept, too
+        weights[name].requires_grad_(parameter.requires_grad)
     results = _Results(weights.values())
 
     def differentiate(image: Tensor) -> None:
@@ -131,9 +133,8 @@ def gradient_memory(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def _meta_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers on the meta device; those that require gradients still do."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t.detach().to("meta").requires_grad_(t.requires_grad) for name, t in tensors}
+    """The parameters and buffers on the meta device, without gradients."""
+    return {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _tree(name: str, module: nn.Module, meter: "_Meter") -> ModuleComplexity:
