@@ -25,7 +25,7 @@ def test_a_classifier_is_its_own() -> None:
 
 @pytest.mark.parametrize("build", [detector, segmenter])
 def test_of_a_detector_and_of_a_segmenter(build) -> None:
-    network = backbone(build(), SIZE)
+    network = backbone(build(), SIZE, gradient=True)
     image = torch.randn(SIZE)
     assert scan_attention(network, image, stage=0, block=0).size == (16, 24)
     assert receptive_field(network, [image]).shape == SIZE[1:]
