@@ -130,8 +130,8 @@ class ResumableLoader(DataLoader[Any]):
     def close(self) -> None:
         """End the workers that wait for the next epoch; iterating once more starts new ones.
 
-        Left to the garbage collector, whose order of ending things keeps workers from hearing that they shall
-        end, they would be waited for five seconds each, in the middle of whatever runs then.
+        The garbage collector may close their queues first: they then never hear that they shall end, and
+        PyTorch waits five seconds for each, in the middle of whatever runs then.
         """
         if self._iterator is not None:
             end_loader_workers(self, self._iterator)
