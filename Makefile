@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 # How many examples hypothesis draws: "quick" or "fixed", five times as many.
 PROFILE ?= fixed
-# As many processes as cores: in each, one thread, which sleeps where it waits.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadgroup
-INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/models/test_official.py
+# As many processes as cores: in each, one thread, which sleeps where it waits. A file is of one process, which makes
+# once what its tests share. (Groups of tests, --dist loadgroup, are nothing to pytest 9.2 with pytest-xdist 3.8.)
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --dist load -k triton tests/ops tests/models/test_official.py
 
 .PHONY: help demo test test-all test-triton exhaustive lint typecheck docs serve conformance compat wheel clean
 .DEFAULT_GOAL := help
