@@ -31,9 +31,11 @@ LEFT_OUT = (
     "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone",
     "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending",
     "tests/train/test_resume.py::test_one_run_at_a_time",
+    "tests/cli/test_bench.py::test_memory",
 )
 
 CASES = {
+    "tests/analysis/test_attention_figure.py::test_the_pictures": ("True",),
     "tests/analysis/test_complexity.py::test_fvcore_gives_the_same": ("vmamba_pico",),
     "tests/analysis/test_complexity.py::test_gmacs_of_tiny_at_larger_sizes": ("384", "1024"),
     "tests/analysis/test_complexity.py::test_other_models_have_their_known_figures": ("resnet50-4.11",),
@@ -50,11 +52,9 @@ CASES = {
         "resnet50",
         "vmamba_tiny",
     ),
-    "tests/heads/test_features.py::test_maps_of_any_model_at_any_size": (
-        "pvt_v2_b0",
-        "resnet50",
-        "vmamba_tiny",
-    ),
+    "tests/data/test_huggingface.py::test_a_recipe_trains_on_it": ("0",),
+    "tests/data/test_section.py::test_a_run_on_other_channels": ("4",),
+    "tests/heads/test_features.py::test_maps_of_any_model_at_any_size": ("resnet50", "vmamba_tiny"),
     "tests/models/test_model_transforms.py::test_forward_mode": ("cascade", "default"),
     "tests/models/test_variants.py::test_scripted_as_eager": ("dtype0-{'routes': 'cascade'}", "dtype1-{}"),
     "tests/ops/test_backends.py::test_chunked_keeps_within_its_memory": ("1-48", "16-48"),
@@ -64,11 +64,19 @@ CASES = {
         "{run}",
         "mine/checkpoints/best.ckpt",
     ),
+    "tests/ops/test_operator.py::test_a_split_sequence_with_carried_state_is_the_whole": (
+        "chunked",
+        "cpu",
+        "triton",
+    ),
+    "tests/test_inference.py::test_a_runs_answers_are_evaluations": ("auto",),
     "tests/test_dense_inference.py::test_detectors_of_mmdet": ("2-names1",),
     "tests/test_dense_inference.py::test_other_precisions": ("dtype1",),
     "tests/test_dense_inference.py::test_segmenters_of_mmseg": ("False-2-names1",),
     "tests/test_private.py::test_workers_that_hang_are_ended_at_once": ("True",),
+    "tests/train/test_evaluation.py::test_scores_are_those_computed_by_hand": ("ema",),
     "tests/train/test_imagenet.py::test_a_miniature": ("tar",),
+    "tests/train/test_transfer.py::test_which_weights_of_a_run": ("ema",),
 }
 """A test → those of its cases that the quick tier runs."""
 
@@ -174,6 +182,33 @@ COVERED = {
     ),
     "tests/data/test_loading.py::test_a_worker_that_dies_with_a_lock": (
         "tests/data/test_loading.py::test_a_dead_worker_is_told"
+    ),
+    "tests/cli/test_analyze.py::test_attention": (
+        "tests/cli/test_analyze.py::test_attention_of_a_module_by_its_name"
+    ),
+    "tests/cli/test_analyze.py::test_receptive_fields_of_models_for_one_size": (
+        "tests/analysis/test_backbones.py::test_models_that_are_made_for_one_size"
+    ),
+    "tests/report/test_report.py::test_the_papers_numbers_are_marked": (
+        "tests/report/test_report.py::test_runs_side_by_side"
+    ),
+    "tests/train/test_dense_tasks.py::test_a_run_keeps_the_ids_of_its_annotation_file": (
+        "tests/train/test_dense_tasks.py::test_predicted_from_the_run_and_from_its_weights"
+    ),
+    "tests/train/test_dense_tasks.py::test_windows_that_cover_the_image_change_nothing": (
+        "tests/heads/test_sliding.py::test_one_window_is_the_whole"
+    ),
+    "tests/train/test_evaluation.py::test_the_average_is_taken_where_there_is_one": (
+        "tests/train/test_evaluation.py::test_a_recipe_names_the_weights"
+    ),
+    "tests/train/test_faults.py::test_a_corrupt_image_is_left_out_and_counted": (
+        "tests/train/test_run.py::test_a_corrupt_image_is_named"
+    ),
+    "tests/train/test_resume.py::test_images_a_second_after_a_resume_within_an_epoch": (
+        "tests/train/test_resume.py::test_an_extended_run_is_resumed_as_it_is"
+    ),
+    "tests/train/test_run.py::test_an_interrupt_of_the_last_step_lets_the_run_finish": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
     ),
     "tests/models/test_official.py::test_an_altered_file": "tests/models/test_official.py::test_a_truncated_file",
     "tests/ops/test_backends.py::test_long_and_steep[cpu]": (
