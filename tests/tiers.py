@@ -82,8 +82,8 @@ CASES = {
 
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
-    "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'d_state': 4, 'gate': True}]": (
-        "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'routes': 'cascade'}]"
+    "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager": (
+        "tests/ops/test_operator.py::test_compiles_without_a_break"
     ),
     "tests/train/test_faults.py::test_killed_runs_end_with_the_same_weights": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
@@ -228,7 +228,7 @@ COVERED = {
         "tests/test_packaged_weights.py::test_a_predictor_knows_the_classes"
     ),
     "tests/models/test_variants.py::test_traced_and_pickled_as_eager": (
-        "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'routes': 'cascade'}]"
+        "tests/models/test_variants.py::test_scripted_as_eager[dtype1-{}]"
     ),
     "tests/train/test_transfer.py::test_other_classes_and_another_resolution": (
         "tests/train/test_transfer.py::test_which_weights_of_a_run"
