@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
+# Of 20,000 files few are ever imported: those Python compiles itself.
+PIP := $(BIN)/python -m pip install -q --no-compile
 # How many examples hypothesis draws: "quick" or "fixed", five times as many.
 PROFILE ?= fixed
 # As many processes as cores: in each, one thread, which sleeps where it waits. A file is of one process, which makes
@@ -26,7 +28,7 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	@echo "Installing PyTorch and all else into $(VENV): a few minutes, 6 GB on Linux"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -67,7 +69,7 @@ conformance: $(VENV)/installed
 	$(BIN)/python tools/timm_conformance.py
 
 $(VENV)/compat: $(VENV)/installed
-	$(BIN)/python -m pip install -q -e '.[compat]'
+	$(PIP) -e '.[compat]'
 	touch $@
 
 compat: $(VENV)/compat
