@@ -6,6 +6,7 @@ PyTorch is imported where it is used: the process that deals tests out to others
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -32,6 +33,24 @@ if INTERPRETED:
 def pytest_configure(config: pytest.Config) -> None:
     """Infinities and NaN are tested, and numpy warns of them where it interprets a kernel."""
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+SINGLY = ("tests/test_processes.py", "tests/train/test_distributed.py")
+"""Files of long tests that share little: dealt one by one, at the end, they even the processes out."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As --dist loadfile, but for the files that are dealt out singly."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(SINGLY) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
