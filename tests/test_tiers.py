@@ -28,7 +28,7 @@ def test_names_that_are_no_test() -> None:
 
 
 def test_files_of_the_tables_exist() -> None:
-    names = {*tiers.COVERED, *tiers.COVERED.values(), *tiers.CASES, *tiers.LEFT_OUT}
+    names = {*tiers.COVERED, *tiers.COVERED.values(), *tiers.CASES, *tiers.SAMPLED, *tiers.LEFT_OUT}
     root = Path(__file__).parents[1]
     assert not sorted(name for name in names if not (root / name.split("::")[0]).exists())
 
@@ -42,7 +42,7 @@ def test_what_covers_is_quick_itself() -> None:
 
 
 def test_the_quick_tier_of_a_file(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytester.makeini("[pytest]\nmarkers =\n    full: left out")
+    pytester.makeini("[pytest]\nmarkers =\n    full: left out\n    slow: left out")
     pytester.makeconftest("from tiers import pytest_collection_modifyitems")
     pytester.makepyfile(
         """
@@ -65,5 +65,7 @@ def test_the_quick_tier_of_a_file(pytester: pytest.Pytester, monkeypatch: pytest
     monkeypatch.setattr(tiers, "CASES", {f"{file}::test_cases": ("1",)})
     pytester.inline_run("-m", "not full").assertoutcome(passed=3 + 2 + 1 + 1)
     pytester.inline_run().assertoutcome(passed=6 + 2 + 1 + 3)
+    monkeypatch.setattr(tiers, "SAMPLED", {f"{file}::test_cases": ("1", "11")})
+    pytester.inline_run("-m", "not slow").assertoutcome(passed=6 + 2 + 1 + 2)
     monkeypatch.setattr(tiers, "CASES", {f"{file}::test_cases": ("3",)})
     assert pytester.inline_run().ret == pytest.ExitCode.USAGE_ERROR

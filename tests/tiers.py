@@ -1,4 +1,4 @@
-"""The quick tier: which cases `make test` leaves to `make test-all` and CI.
+"""The tiers: which cases `make test` leaves to `make test-all` and CI, and which those leave to `make exhaustive`.
 
 Four rules mark a case `full`, and so leave it out of the quick tier:
 
@@ -9,7 +9,9 @@ Four rules mark a case `full`, and so leave it out of the quick tier:
 - Of the tests in `CASES` the named cases stay.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
 
-What is in the tables was chosen by coverage: none of it runs a line or branch that the rest does not run.
+What is in these tables was chosen by coverage: none of it runs a line or branch that the rest does not run.
+
+Of the tests in `SAMPLED`, where a case takes up to a minute, CI runs the named ones; the rest are marked `slow`.
 """
 # ruff: noqa: E501  (names of tests)
 
@@ -80,13 +82,42 @@ CASES = {
 }
 """A test → those of its cases that the quick tier runs."""
 
+SAMPLED = {
+    "tests/analysis/test_counted_heads.py::test_a_row_of_the_tables": (
+        "mask_rcnn-swin_tiny_patch4_window7_224-47.8-266.6-0.005",
+        "mask_rcnn-vit_adapter_small-48-403-0.02",
+        "mask_rcnn-vmamba_tiny-50.212-270.19-0.005",
+        "upernet-deit_small_mln-58-1217-0.02",
+        "upernet-vmamba_tiny-62.359-947.78-0.005",
+    ),
+    "tests/explorer/test_browser.py::test_axe_finds_nothing": ("1300-dark", "400-light"),
+    "tests/report/test_report_browser.py::test_it_asks_for_nothing_and_axe_finds_nothing": (
+        "1300-dark",
+        "400-light",
+    ),
+    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": (
+        "at the first-fork",
+        "at the last-forkserver",
+        "at work-spawn",
+    ),
+    "tests/train/test_distributed.py::test_two_processes_go_on_with_a_run": ("shards",),
+    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing": (
+        "two processes",
+        "four passes",
+        "two shards",
+    ),
+    "tests/train/test_faults.py::test_a_signal_of_the_scheduler": (
+        "whole steps-SIGUSR1",
+        "steps of two passes-SIGTERM",
+    ),
+    "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits": ("in step 6",),
+}
+"""A test → those of its cases that CI runs."""
+
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
     "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager": (
         "tests/ops/test_operator.py::test_compiles_without_a_break"
-    ),
-    "tests/train/test_faults.py::test_killed_runs_end_with_the_same_weights": (
-        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
     ),
     "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[4]": (
         "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[2]"
@@ -265,9 +296,9 @@ def function_of(node: str) -> str:
     return node.split("[", 1)[0]
 
 
-def is_chosen(case: pytest.Item) -> bool:
-    """Whether its test is not in `CASES`, or the case is one that stays."""
-    chosen = CASES.get(function_of(case.nodeid))
+def is_chosen(case: pytest.Item, table: dict[str, tuple[str, ...]]) -> bool:
+    """Whether a case's test is not in the table, or the case is one that stays."""
+    chosen = table.get(function_of(case.nodeid))
     return chosen is None or any(case.nodeid.endswith(f"[{name}]") for name in chosen)
 
 
@@ -284,7 +315,7 @@ def unknown(nodes: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def mark(items: Sequence[pytest.Item]) -> None:
-    """Mark the cases that the quick tier leaves out."""
+    """Mark the cases that the quick tier and CI leave out."""
     for _, group in groupby(items, key=lambda item: function_of(item.nodeid)):
         cases = list(group)
         chosen = covering(values_of(case) for case in cases)
@@ -292,12 +323,14 @@ def mark(items: Sequence[pytest.Item]) -> None:
             is_extra = bool(values_of(case)) and index not in chosen
             if (
                 is_extra
-                or not is_chosen(case)
+                or not is_chosen(case, CASES)
                 or case.nodeid.startswith(LEFT_OUT)
                 or case.nodeid in COVERED
                 or function_of(case.nodeid) in COVERED
             ):
                 case.add_marker("full")
+            if not is_chosen(case, SAMPLED):
+                case.add_marker("slow")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -309,7 +342,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     mark(items)
     if not any("::" in argument for argument in config.args):
-        chosen = [f"{test}[{name}]" for test, names in CASES.items() for name in names]
+        chosen = [f"{test}[{name}]" for test, names in (*CASES.items(), *SAMPLED.items()) for name in names]
         missing = unknown((item.nodeid for item in items), [*COVERED, *COVERED.values(), *chosen])
         if missing:
             raise pytest.UsageError(f"tests/tiers.py: there is no test {', '.join(missing)}")

@@ -60,6 +60,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
     monkeypatch.setattr(ClassificationTask, "training_step", wrapped)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_killed_runs_end_with_the_same_weights() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "faults" / "kill.py"
