@@ -1,4 +1,4 @@
-"""The 2D selective scan as an ONNX function.
+"""The 2D selective scan in ONNX operations.
 
 Sizes: b batch, h height, w width, d channels, k routes, n state size, r rank of delta; t steps along a line.
 
@@ -22,7 +22,7 @@ The state is (b, lines, d), or (b, lines, n, d): d last, so that broadcasting ru
 Traps of runtimes:
 - OpenVINO counts what a Scan's body takes from outside among its states; so A is handed in as a state.
 - OpenVINO computes `Mul(a, h)` inside a Scan wrongly if h is the state; `Mul(h, a)` is right.
-- ONNX Runtime turns operands of a Scan that does not run along their first axis; here all of them do.
+- ONNX Runtime turns operands of a Scan that does not run along their first axis; here only the few of `carry` do not.
 - ONNX Runtime wants the rank of every output of a Scan's body declared.
 - ONNX Runtime's `Softplus` takes three times as long as the logarithm written out; OpenVINO's is the faster.
 """
@@ -34,18 +34,16 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from vmamba.export.nodes import Nodes, tensor
-from vmamba.ops.routes import CROSS, GIVEN, NAMED_ROUTES, route_codes
+from vmamba.ops.routes import CROSS, GIVEN, route_codes
 
-DOMAIN = "vmamba"
-OPERATOR = "SelectiveScan2D"
 OPERANDS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight", "initial_state", "orders")
-"""The function's inputs, in this order; all after C may be absent."""
+"""The operands in the order of the operator's node; all after C may be absent."""
 
 Spelling = Literal["onnxruntime", "openvino"]
 """The runtime for which operations are spelled; the other computes the same, only slower."""
 
 _ROW, _COLUMN, _ROW_REVERSED, _COLUMN_REVERSED = route_codes(CROSS)
-_ALONG_LINES = {
+ALONG_LINES = {
     _ROW: (False, False),
     _COLUMN: (True, False),
     _ROW_REVERSED: (False, True),
@@ -56,7 +54,7 @@ _ALONG_LINES = {
 
 @dataclass(frozen=True)
 class ScanForm:
-    """All that decides the function's nodes.
+    """All that decides the nodes of a scan.
 
     Attributes:
         routes: k codes; `GIVEN` for a permutation. No other route can be written.
@@ -64,7 +62,7 @@ class ScanForm:
         operands: Those of `OPERANDS` that are there, and their types.
         delta_softplus: Whether delta passes through softplus.
         one_row: Whether images have one row.
-        channels: d, if it is known.
+        channels: d.
         spelling: For which runtime.
     """
 
@@ -73,15 +71,8 @@ class ScanForm:
     operands: tuple[tuple[str, ir.DataType], ...]
     delta_softplus: bool
     one_row: bool
-    channels: int | None
+    channels: int
     spelling: Spelling = "onnxruntime"
-
-    @property
-    def name(self) -> str:
-        """A name for people; two forms may have the same."""
-        names = {tuple(route_codes(routes)): name for name, routes in NAMED_ROUTES.items()}
-        routes = names.get(self.routes, f"{len(self.routes)}_routes")
-        return f"{OPERATOR}_{routes}_n{self.n_state}{'_lines' if self.one_row else ''}"
 
     @property
     def state_dtype(self) -> ir.DataType:
@@ -90,14 +81,19 @@ class ScanForm:
         return ir.DataType.DOUBLE if wide else ir.DataType.FLOAT
 
 
-def scan_function(form: ScanForm, name: str) -> ir.Function:
-    """The operator as a function that a model carries along: the operands → y (b, h, w, d), last state (b, k, d, n).
+def write_scan(
+    form: ScanForm, operands: Sequence[ir.Value], prefix: str
+) -> tuple[Sequence[ir.Node], ir.Value, ir.Value]:
+    """The nodes of one call of the operator, y (b, h, w, d) and the last state (b, k, d, n).
 
     Args:
         form: Of the call.
-        name: Of the function, unique in its model.
+        operands: As in `form.operands`.
+        prefix: Of names inside the Scans' bodies, different for each call in a graph.
     """
-    return _Writer(form).function(name)
+    writer = _Writer(form, operands, prefix)
+    y, last_state = writer.write()
+    return writer.op.tape.nodes, y, last_state
 
 
 @dataclass
@@ -124,44 +120,38 @@ class _Route:
 
 
 class _Writer:
-    """Writes the nodes of one function."""
+    """Writes the nodes of one scan."""
 
-    def __init__(self, form: ScanForm) -> None:
+    def __init__(self, form: ScanForm, operands: Sequence[ir.Value], prefix: str) -> None:
         self.form = form
+        self.prefix = prefix
+        self.scans = 0
         self.op = Nodes()
         self.dtype = form.state_dtype
-        self.scans = 0
-        self.inputs = {name: ir.Value(name=name) for name, _ in form.operands}
         self.operands = {
-            name: value if dtype == self.dtype else self.op.Cast(value, to=self.dtype)
-            for (name, dtype), value in zip(form.operands, self.inputs.values(), strict=True)
-            if name != "orders"
+            name: value if name == "orders" or dtype == self.dtype else self.op.Cast(value, to=self.dtype)
+            for (name, dtype), value in zip(form.operands, operands, strict=True)
         }
 
-    def function(self, name: str) -> ir.Function:
-        x = self.operands["x"]
+    def write(self) -> tuple[ir.Value, ir.Value]:
         last_states: dict[int, ir.Value] = {}
         sums = [self._along_axis(columns, last_states) for columns in (False, True)]
         sums += [self._along_order(k, last_states) for k, code in enumerate(self.form.routes) if code == GIVEN]
         terms = [y for y in sums if y is not None]
         if "D" in self.operands:
             skip = self.op.ReduceSum(self.operands["D"], self.op.ints(0), keepdims=0)
-            terms.append(self.op.Mul(x, skip))
+            terms.append(self.op.Mul(self.operands["x"], skip))
         states = [self.op.unsqueeze(last_states[k], 1) for k in range(len(self.form.routes))]
-        last_state = self.op.Concat(*states, axis=1)
-        graph = ir.Graph(
-            list(self.inputs.values()), [self.op.sum(terms), last_state], nodes=self.op.tape.nodes, opset_imports={"": 18}, name=name
-        )
-        return ir.Function(DOMAIN, name, graph=graph, attributes=[])
+        return self.op.sum(terms), self.op.Concat(*states, axis=1)
 
     # --- the routes ---------------------------------------------------------------------------------------
 
     def _along_axis(self, columns: bool, last_states: dict[int, ir.Value]) -> ir.Value | None:
         """The sum of the routes along rows, or along columns, (b, h, w, d); None without such routes."""
         routes = [
-            (k, _ALONG_LINES[code][1])
+            (k, ALONG_LINES[code][1])
             for k, code in enumerate(self.form.routes)
-            if code != GIVEN and _ALONG_LINES[code][0] == columns
+            if code != GIVEN and ALONG_LINES[code][0] == columns
         ]
         if not routes:
             return None
@@ -178,7 +168,7 @@ class _Writer:
     def _along_order(self, k: int, last_states: dict[int, ir.Value]) -> ir.Value:
         """The route k, a permutation in `orders`, (b, h, w, d)."""
         place = sum(code == GIVEN for code in self.form.routes[:k])
-        order = self.op.Gather(self.inputs["orders"], self.op.int(place), axis=0)
+        order = self.op.Gather(self.operands["orders"], self.op.int(place), axis=0)
 
         def visited(operand: ir.Value) -> ir.Value:
             """(b, h, w, ·) → (l, b, 1, ·)."""
@@ -219,9 +209,9 @@ class _Writer:
             zeros = [self.op.zeros(self._state_shape(shape), self.dtype) for _ in routes]
             ends, _ = self._scan("ends", zeros, [step[:-1] for step in steps], routes, forwards)
             decays = [self._decay_of_line(route) for route in routes]
-            pairs = [[self._lines_first(decay), self._lines_first(end)] for decay, end in zip(decays, ends, strict=True)]
+            pairs = [[decay, end] for decay, end in zip(decays, ends, strict=True)]
             finals, begins = self._scan("carry", starts, pairs, routes, forwards)
-            _, ys = self._scan("outputs", [self._lines_first(v) for v in begins], steps, routes, forwards)
+            _, ys = self._scan("outputs", begins, steps, routes, forwards)
         for route, final in zip(routes, finals, strict=True):
             last_states[route.k] = (
                 self.op.unsqueeze(final, 2) if self.form.n_state == 1 else self.op.Transpose(final, perm=[0, 2, 1])
@@ -257,7 +247,7 @@ class _Writer:
         Args:
             kind: "ends", "carry" or "outputs".
             states: The first state of each route.
-            reads: What a step reads, of each route, along the first axis.
+            reads: What a step reads, of each route, along the first axis; a step of "carry" along the second.
             routes: The routes.
             forwards: Whether each reads from the first step on.
 
@@ -272,6 +262,7 @@ class _Writer:
         backwards = [int(not each) for each in forwards]
         given = [] if kind == "ends" else backwards
         ports = [read for of_route in reads for read in of_route]
+        axis = 1 if kind == "carry" else 0
         outputs = self.op.of_many(
             "Scan",
             *states,
@@ -279,7 +270,9 @@ class _Writer:
             outputs=len(states) + len(given),
             body=body,
             num_scan_inputs=len(ports),
+            scan_input_axes=[axis] * len(ports),
             scan_input_directions=[each for each in backwards for _ in reads[0]],
+            scan_output_axes=[axis] * len(given) or None,
             scan_output_directions=given or None,
         )
         return list(outputs[:number]), list(outputs[len(states) :])
@@ -289,8 +282,8 @@ class _Writer:
         return self.form.n_state > 1 and kind != "carry"
 
     def _body(self, kind: str, routes: Sequence[_Route], n_reads: int) -> ir.Graph:
-        """The step of a Scan. Names are unique in the function, as ONNX asks for."""
-        op, prefix = Nodes(), f"scan{self.scans}_"
+        """The step of a Scan. Its names are unique in the graph, as ONNX asks for."""
+        op, prefix = Nodes(), f"{self.prefix}_scan{self.scans}_"
         rank = (2 if kind == "carry" else 3) + (self.form.n_state > 1)
         inputs, reads, new_states, given = [], [], [], []
         A = {route.k: self._declared(f"{prefix}A{route.k}", 2) for route in routes}
@@ -356,10 +349,6 @@ class _Writer:
             return self.op.squeeze(state, 2) if n == 1 else self.op.Transpose(state, perm=[0, 2, 1])
         inner = [] if n == 1 else [self.op.ints(n)]
         return self.op.zeros(self.op.Concat(self._part(shape, 0, 1), *inner, self._part(shape, 2, 3), axis=0), self.dtype)
-
-    def _lines_first(self, value: ir.Value) -> ir.Value:
-        """(b, lines, …) → (lines, b, …), and back."""
-        return self.op.Transpose(value, perm=[1, 0, 2] if self.form.n_state == 1 else [1, 0, 2, 3])
 
     # --- small pieces -------------------------------------------------------------------------------------
 
