@@ -15,12 +15,14 @@ class Nodes:
         self._constants: dict[tuple[Any, ir.DataType], ir.Value] = {}
 
     def __getattr__(self, operation: str) -> Callable[..., ir.Value]:
-        """A function of the operation's inputs, with its attributes by keyword, which gives its first output."""
+        """A function of the operation's inputs, with attributes by keyword, which gives its first output."""
         if not operation[0].isupper():
             raise AttributeError(operation)
         return lambda *inputs, **attributes: self.tape.op(operation, inputs, attributes)
 
-    def of_many(self, operation: str, *inputs: ir.Value, outputs: int, **attributes: Any) -> Sequence[ir.Value]:
+    def of_many(
+        self, operation: str, *inputs: ir.Value, outputs: int, **attributes: Any
+    ) -> Sequence[ir.Value]:
         """An operation with several outputs."""
         return self.tape.op_multi_out(operation, inputs, attributes, num_outputs=outputs)
 

@@ -9,7 +9,6 @@ ONNX's `Resize`: OpenVINO ignores its `antialias` and gives other pixels.
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +19,9 @@ from torch import Tensor, nn
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError
 from vmamba.export.nodes import Nodes
+
+PIXELS = "pixels"
+"""The name of the preprocessed images in a graph."""
 
 library = torch.library.Library("vmamba_export", "DEF")
 library.define("pixels(Tensor images, str settings) -> Tensor")
@@ -103,7 +105,8 @@ def write_pixels(images: ir.Value, settings: str) -> tuple[list[ir.Node], ir.Val
         op.Constant(value=ir.tensor(np.array(values, np.float32)[:, None, None]))
         for values in (preprocessing.mean, preprocessing.std)
     )
-    return list(op.tape.nodes), op.Div(op.Sub(x, mean), std)
+    pixels = op.Div(op.Sub(x, mean), std)
+    return list(op.tape.nodes), pixels
 
 
 def _rounded(op: Nodes, values: ir.Value) -> ir.Value:

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from vmamba.export.nodes import Nodes, tensor
+from vmamba.export.nodes import Nodes
 from vmamba.ops.routes import CROSS, GIVEN, route_codes
 
 OPERANDS = ("x", "delta", "A", "B", "C", "D", "delta_bias", "delta_weight", "initial_state", "orders")
@@ -136,7 +136,9 @@ class _Writer:
     def write(self) -> tuple[ir.Value, ir.Value]:
         last_states: dict[int, ir.Value] = {}
         sums = [self._along_axis(columns, last_states) for columns in (False, True)]
-        sums += [self._along_order(k, last_states) for k, code in enumerate(self.form.routes) if code == GIVEN]
+        sums += [
+            self._along_order(k, last_states) for k, code in enumerate(self.form.routes) if code == GIVEN
+        ]
         terms = [y for y in sums if y is not None]
         if "D" in self.operands:
             skip = self.op.ReduceSum(self.operands["D"], self.op.ints(0), keepdims=0)
@@ -175,7 +177,9 @@ class _Writer:
             shape = self.op.Shape(operand)
             batch, channels = self._part(shape, 0, 1), self._part(shape, 3, 4)
             flat = self.op.Reshape(operand, self.op.Concat(batch, self.op.ints(-1), channels, axis=0))
-            return self.op.unsqueeze(self.op.Transpose(self.op.Gather(flat, order, axis=1), perm=[1, 0, 2]), 2)
+            return self.op.unsqueeze(
+                self.op.Transpose(self.op.Gather(flat, order, axis=1), perm=[1, 0, 2]), 2
+            )
 
         x = self.operands["x"]
         (y,) = self._scanned([self._prepare(k, False, visited(x), visited)], last_states, one_line=True)
@@ -195,7 +199,9 @@ class _Writer:
         A = self.op.Transpose(self._of_route("A", k, axis=0), perm=[1, 0])
         return _Route(k, backwards, delta, self.op.Mul(delta, x), B, C, A)
 
-    def _scanned(self, routes: Sequence[_Route], last_states: dict[int, ir.Value], one_line: bool) -> list[ir.Value]:
+    def _scanned(
+        self, routes: Sequence[_Route], last_states: dict[int, ir.Value], one_line: bool
+    ) -> list[ir.Value]:
         """y of each route, (t, b, lines, d); its state after the last position goes to `last_states`."""
         forwards = [not route.backwards for route in routes]
         steps = [self._steps(route) for route in routes]
@@ -214,7 +220,9 @@ class _Writer:
             _, ys = self._scan("outputs", begins, steps, routes, forwards)
         for route, final in zip(routes, finals, strict=True):
             last_states[route.k] = (
-                self.op.unsqueeze(final, 2) if self.form.n_state == 1 else self.op.Transpose(final, perm=[0, 2, 1])
+                self.op.unsqueeze(final, 2)
+                if self.form.n_state == 1
+                else self.op.Transpose(final, perm=[0, 2, 1])
             )
         return ys
 
@@ -289,7 +297,10 @@ class _Writer:
         A = {route.k: self._declared(f"{prefix}A{route.k}", 2) for route in routes}
         for route in routes:
             state = self._declared(f"{prefix}h{route.k}", rank)
-            step = [ir.Value(name=f"{prefix}step{route.k}_{i}", type=ir.TensorType(self.dtype)) for i in range(n_reads)]
+            step = [
+                ir.Value(name=f"{prefix}step{route.k}_{i}", type=ir.TensorType(self.dtype))
+                for i in range(n_reads)
+            ]
             inputs.append(state)
             reads += step
             if self._decays_inside(kind):
@@ -321,7 +332,9 @@ class _Writer:
             self._declare(value, 2)
         for value in given:
             self._declare(value, rank if kind == "carry" else 3)
-        return ir.Graph([*inputs, *reads], [*new_states, *unchanged, *given], nodes=op.tape.nodes, name=f"{prefix}{kind}")
+        return ir.Graph(
+            [*inputs, *reads], [*new_states, *unchanged, *given], nodes=op.tape.nodes, name=f"{prefix}{kind}"
+        )
 
     def _declared(self, name: str, rank: int) -> ir.Value:
         value = ir.Value(name=name)
@@ -339,7 +352,9 @@ class _Writer:
         """(b, lines, d) → the shape of the state of all lines."""
         if self.form.n_state == 1:
             return shape
-        return self.op.Concat(self._part(shape, 0, 2), self.op.ints(self.form.n_state), self._part(shape, 2, 3), axis=0)
+        return self.op.Concat(
+            self._part(shape, 0, 2), self.op.ints(self.form.n_state), self._part(shape, 2, 3), axis=0
+        )
 
     def _initial_state(self, k: int, shape: ir.Value) -> ir.Value:
         """The state before the first position, (b, [n,] d); `shape` holds b, lines and d."""
@@ -348,7 +363,9 @@ class _Writer:
             state = self.op.Gather(self.operands["initial_state"], self.op.int(k), axis=1)  # (b, d, n)
             return self.op.squeeze(state, 2) if n == 1 else self.op.Transpose(state, perm=[0, 2, 1])
         inner = [] if n == 1 else [self.op.ints(n)]
-        return self.op.zeros(self.op.Concat(self._part(shape, 0, 1), *inner, self._part(shape, 2, 3), axis=0), self.dtype)
+        return self.op.zeros(
+            self.op.Concat(self._part(shape, 0, 1), *inner, self._part(shape, 2, 3), axis=0), self.dtype
+        )
 
     # --- small pieces -------------------------------------------------------------------------------------
 

@@ -154,7 +154,5 @@ def exported(x: Tensor, *arguments: Any) -> Tensor:
     other = [code for code in routes if code not in named]
     orders = scan_order(other, x.shape[1], x.shape[2], x.device) if other else None
     codes = [code if code in named else GIVEN for code in routes]
-    y, _, _ = torch.ops.vmamba.selective_scan_2d(
-        x, *operands, codes, initial_state, out_dtype, None, orders
-    )
+    y, _, _ = torch.ops.vmamba.selective_scan_2d(x, *operands, codes, initial_state, out_dtype, None, orders)
     return y
