@@ -19,8 +19,8 @@ Runner = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 """From the input to the outputs by name."""
 
 TOLERANCE = 1e-5
-"""Of the largest value of an output. Both sides compute in float32, which gives about 1e-6, and float16 weights
-are the same numbers on both sides."""
+"""Of the largest value of an output. Both sides compute in float32, which gives about 1e-6; with float16
+weights too, which are the same numbers on both sides."""
 
 PIXEL_SHARE = 1e-3
 """Of the values of preprocessed images so many may differ by one level of 255: where a sum lies on the
@@ -125,7 +125,8 @@ def _check_pixels(subject: Subject, images: Tensor, pixels: Tensor) -> None:
     if pixels.shape != expected.shape or share > PIXEL_SHARE or float(levels.max()) > 1.01:
         raise ExportError(
             f"{subject.name}: the preprocessing in the file gives other pixels than the library's: "
-            f"{share:.2%} of the values differ, by up to {float(levels.max()):.1f} levels of 255; nothing was written"
+            f"{share:.2%} of the values differ, by up to {float(levels.max()):.1f} levels of 255; nothing "
+            "was written"
         )
 
 

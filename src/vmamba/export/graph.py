@@ -75,7 +75,8 @@ def write_graph(subject: Subject, spelling: Spelling) -> tuple[ir.Model, tuple[s
 def _traced(subject: Subject) -> tuple[Any, dict[int, str]]:
     """The exported program, and the names of the input's axes whose size may change.
 
-    A model with a scan takes any size. Others may be made for one size of image: then only the batch may change.
+    A model with a scan takes any size. Others may be made for one size of image; then only the batch
+    may change.
     """
     rows, columns = (1, 2) if subject.preprocesses else (2, 3)
     every = {0: "batch", rows: "height", columns: "width"}

@@ -17,6 +17,5 @@ def require(*packages: str) -> None:
         ExportError: One is missing; the message says how to install it.
     """
     if missing := [package for package in packages if not is_installed(package)]:
-        raise ExportError(
-            f"{' and '.join(missing)}: not installed; to get it: pip install {' '.join(missing)}"
-        )
+        names = " ".join(missing)
+        raise ExportError(f"{names}: not installed; to get it: pip install {names}")

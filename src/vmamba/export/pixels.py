@@ -2,9 +2,9 @@
 
 Sizes: b images, h w height and width of the images, c channels.
 
-The graph resizes as Pillow does, which timm's transforms call: a filter as wide as the reduction, along the rows,
-rounded to whole numbers, then along the columns. Each is a product with a matrix of the filter's values. It is not
-ONNX's `Resize`: OpenVINO ignores its `antialias` and gives other pixels.
+The graph resizes as Pillow does, which timm's transforms call: a filter as wide as the reduction, along the
+rows, rounded to whole numbers, then along the columns. Each is a product with a matrix of filter values.
+It is not ONNX's `Resize`: OpenVINO ignores its `antialias` and gives other pixels.
 """
 
 import json
@@ -62,8 +62,8 @@ def _refuse(preprocessing: Preprocessing) -> None:
     }
     if wrong := [name for name, is_wrong in problems.items() if is_wrong]:
         raise ModelError(
-            f"preprocessing: a graph can't hold {', '.join(wrong)}; it takes images of 8-bit RGB, bilinear or "
-            "bicubic, a square centre crop or crop_mode 'squash'; export without preprocessing"
+            f"preprocessing: a graph can't hold {', '.join(wrong)}; it takes images of 8-bit RGB, bilinear "
+            "or bicubic, a square centre crop or crop_mode 'squash'; export without preprocessing"
         )
 
 

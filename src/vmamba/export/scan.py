@@ -11,18 +11,19 @@ Scan may read one operand forwards and another backwards. Three Scans give every
 3. `outputs`: along the lines again, each from the state with which it begins; gives y = C h.
 
 There is no division, no padding and no gather, so an image of any size is read in 2·(2·w + h + 2·h + w) steps
-(rows, then columns) instead of k·h·w. Routes along columns swap the axes. In an image of one row (sequences, and
-each of the cascade's lines) only step 3 is left. A route that is given as a permutation is gathered, read as one
-line of h·w steps, and scattered back.
+(rows, then columns) instead of k·h·w. Routes along columns swap the axes. In an image of one row (sequences,
+and each of the cascade's lines) only step 3 is left. A route given as a permutation is gathered, read as
+one line of h·w steps, and scattered back.
 
 With n = 1 the decays and drives of all positions are computed before the Scans, by large operations. With
-n > 1 these would take n times the memory of x, so that they are computed inside the Scans' bodies, for one step.
+n > 1 these would take n times the memory of x, so they are computed inside the Scans' bodies, step by step.
 The state is (b, lines, d), or (b, lines, n, d): d last, so that broadcasting runs along contiguous memory.
 
 Traps of runtimes:
 - OpenVINO counts what a Scan's body takes from outside among its states; so A is handed in as a state.
 - OpenVINO computes `Mul(a, h)` inside a Scan wrongly if h is the state; `Mul(h, a)` is right.
-- ONNX Runtime turns operands of a Scan that does not run along their first axis; here only the few of `carry` do not.
+- ONNX Runtime turns operands of a Scan that does not run along their first axis; here only the small ones of
+  `carry` are turned.
 - ONNX Runtime wants the rank of every output of a Scan's body declared.
 - ONNX Runtime's `Softplus` takes three times as long as the logarithm written out; OpenVINO's is the faster.
 """
@@ -98,7 +99,7 @@ def write_scan(
 
 @dataclass
 class _Route:
-    """A route's operands, in the order in which it visits the positions; all (t, b, lines, ·) of the state's type.
+    """A route's operands in the state's type, with the steps along a line first.
 
     Attributes:
         k: Its place.
@@ -229,7 +230,7 @@ class _Writer:
     # --- the Scans ----------------------------------------------------------------------------------------
 
     def _steps(self, route: _Route) -> list[ir.Value]:
-        """What the Scans along the lines read of a route: for n = 1 decay, drive · B and C, else the operands."""
+        """What the Scans along the lines read of a route: if n = 1 decay, drive · B and C, else operands."""
         if self.form.n_state == 1:
             decay = self.op.Exp(self.op.Mul(route.delta, route.A))
             return [decay, self.op.Mul(route.drive, route.B), route.C]
@@ -286,7 +287,7 @@ class _Writer:
         return list(outputs[:number]), list(outputs[len(states) :])
 
     def _decays_inside(self, kind: str) -> bool:
-        """Whether a Scan's body computes the decays: it then carries A along as a state that never changes."""
+        """Whether a Scan's body computes the decays; then it carries A along as a state."""
         return self.form.n_state > 1 and kind != "carry"
 
     def _body(self, kind: str, routes: Sequence[_Route], n_reads: int) -> ir.Graph:

@@ -64,8 +64,8 @@ class Subject:
         module: nn.Module = model.backbone if isinstance(model, MaskRCNN) else model
         if wrong := {str(p.dtype) for p in module.parameters()} - {"torch.float32"}:
             raise ExportError(
-                f"{name}: expected a model in float32, got {', '.join(sorted(wrong))}; export it before it is "
-                "converted, with weights='float16' for a file of half the size"
+                f"{name}: expected a model in float32, got {', '.join(sorted(wrong))}; export it before it "
+                "is converted, with weights='float16' for a file of half the size"
             )
         scans = any(isinstance(each, SS2D) for each in module.modules())
         module = copy.deepcopy(module).cpu().eval().requires_grad_(False)

@@ -1,8 +1,8 @@
 """What PyTorch's exporter does not know, in ONNX: one node while it works, plain operations afterwards.
 
-`TRANSLATIONS` is for `torch.onnx.export(…, custom_translation_table=TRANSLATIONS)`. It makes of each scan a node
-`vmamba::SelectiveScan2D`, which no optimisation takes apart. `lower` then writes it out in place. A runtime with a
-kernel for that node could take the graph before this step.
+`TRANSLATIONS` is for `torch.onnx.export(…, custom_translation_table=TRANSLATIONS)`. It makes of each scan a
+node `vmamba::SelectiveScan2D`, which no optimisation takes apart. `lower` then writes it out. A runtime
+with a kernel for that node could take the graph before this step.
 """
 
 from collections.abc import Sequence
@@ -79,8 +79,8 @@ def _selective_scan_2d(*arguments: Any) -> tuple[Any, Any, Any]:
     for code in routes:
         if code != GIVEN and code not in ALONG_LINES:
             raise ModelError(
-                f"routes: {names_of([code])[0]!r} is a route of register_route, which ONNX does not know; give "
-                "the operator its permutation, as SS2D does by itself"
+                f"routes: {names_of([code])[0]!r} is a route of register_route, which ONNX does not know; "
+                "give the operator its permutation, as SS2D does by itself"
             )
     operands = [given.get(name) for name in OPERANDS]
     y, last_state = _scan(*operands, **{_ROUTES: routes, _SOFTPLUS: int(given["delta_softplus"])})
@@ -98,13 +98,14 @@ def _preprocessed(images: Any, settings: Any) -> Any:
 def _adaptive_avg_pool2d(x: Any, output_size: Any) -> Any:
     """Means over equal shares of an image of any size; PyTorch's exporter fixes the size of the example's."""
     height, width = (
-        _means(opset18.Shape(x, start=axis, end=axis + 1), size) for axis, size in zip((2, 3), output_size)
+        _means(opset18.Shape(x, start=axis, end=axis + 1), size)
+        for axis, size in zip((2, 3), output_size, strict=True)
     )
     return opset18.MatMul(opset18.MatMul(height, x), opset18.Transpose(width, perm=[1, 0]))
 
 
 def _means(side: Any, size: int) -> Any:
-    """A matrix (size, side) that takes the mean of the positions ⌊i·side/size⌋ … ⌈(i + 1)·side/size⌉ - 1 for i."""
+    """A matrix (size, side): row i is the mean of the positions ⌊i·side/size⌋ … ⌈(i + 1)·side/size⌉ - 1."""
     op = opset18
 
     def ints(*values: int) -> Any:

@@ -1,4 +1,4 @@
-"""`vmamba.export.onnx` and `openvino`: write a model to a file, and check the file before it takes its place."""
+"""`vmamba.export.onnx` and `openvino`: write a model, and check the file before it takes its place."""
 
 import os
 from collections.abc import Iterator
@@ -54,12 +54,12 @@ def onnx(
     """Write a model as one ONNX file for images of any size, and run it in ONNX Runtime beside the model.
 
     The file's input is "images": float32 (b, c, h, w), normed as the model expects; with `preprocess` uint8
-    (b, h, w, 3), RGB. Its outputs are "logits", "probabilities" with `preprocess`, or "map_0" … of a backbone.
+    (b, h, w, 3), RGB. Outputs are "logits", "probabilities" with `preprocess`, or "map_0" … of a backbone.
     Class names, preprocessing and settings are in its metadata, under keys that begin with "vmamba.".
 
     Args:
-        model: Ours, one of `vmamba.heads`, another of timm's, or a predictor of `vmamba.load`. Of Mask R-CNN the
-            backbone with its pyramid is written. A model made for one size of image keeps it.
+        model: Ours, one of `vmamba.heads`, another of timm's, or a predictor of `vmamba.load`. Of Mask R-CNN
+            the backbone with its pyramid is written. A model made for one size of image keeps it.
         path: The file. What it held is replaced once the new one has passed.
         preprocess: Put resizing, cropping and norming into the graph, and softmax behind the classifier.
         weights: "float16" stores weights in half the space; the computation is in float32 all the same.
