@@ -119,8 +119,8 @@ def _load(source: str, model: str | None, weights: Weights, untrained: bool) -> 
 def _show(result: Any, no_check: bool) -> None:
     sizes = " and ".join(result.dynamic) or "nothing"
     typer.echo(
-        f"{result.path}: {result.megabytes:.1f} MB, {result.nodes:,} nodes, outputs {', '.join(result.outputs)}; "
-        f"any {sizes}"
+        f"{result.path}: {result.megabytes:.1f} MB, {result.nodes:,} nodes, outputs "
+        f"{', '.join(result.outputs)}; any {sizes}"
     )
     check = result.check
     if check is not None:

@@ -33,19 +33,19 @@ class Nodes:
             self._constants[key] = self.Constant(value=tensor(value, dtype))
         return self._constants[key]
 
-    def int(self, value: int) -> ir.Value:
+    def number(self, value: int) -> ir.Value:
         """A whole number."""
         return self.constant(value, ir.DataType.INT64)
 
-    def ints(self, *values: int) -> ir.Value:
+    def vector(self, *values: int) -> ir.Value:
         """A vector of whole numbers."""
         return self.constant(values, ir.DataType.INT64)
 
     def unsqueeze(self, value: ir.Value, axis: int) -> ir.Value:
-        return self.Unsqueeze(value, self.ints(axis))
+        return self.Unsqueeze(value, self.vector(axis))
 
     def squeeze(self, value: ir.Value, axis: int) -> ir.Value:
-        return self.Squeeze(value, self.ints(axis))
+        return self.Squeeze(value, self.vector(axis))
 
     def zeros(self, shape: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self.ConstantOfShape(shape, value=tensor((0,), dtype))
@@ -58,6 +58,6 @@ class Nodes:
         return total
 
 
-def tensor(value: Any, dtype: ir.DataType) -> ir.Tensor:
+def tensor(value: Any, dtype: ir.DataType) -> ir.TensorProtocol:
     """A tensor of plain values."""
     return ir.tensor(np.asarray(value, dtype.numpy()))

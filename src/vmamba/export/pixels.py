@@ -8,7 +8,7 @@ It is not ONNX's `Resize`: OpenVINO ignores its `antialias` and gives other pixe
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -82,18 +82,18 @@ library.impl("pixels", _pixels, "CompositeExplicitAutograd")
 torch.library.register_fake("vmamba_export::pixels", _pixels_fake, lib=library)
 
 
-def write_pixels(images: ir.Value, settings: str) -> tuple[list[ir.Node], ir.Value]:
+def write_pixels(images: ir.Value, settings: str) -> tuple[Sequence[ir.Node], ir.Value]:
     """The nodes, and the pixels (b, c, h, w)."""
     op, preprocessing = Nodes(), Preprocessing.from_dict(json.loads(settings))
     float32 = ir.DataType.FLOAT
     shape = op.Shape(images)
-    sizes = [op.Gather(shape, op.int(axis), axis=0) for axis in (1, 2)]
+    sizes = [op.Gather(shape, op.number(axis), axis=0) for axis in (1, 2)]
     scales = [int(side / preprocessing.crop_pct) for side in preprocessing.size]
     if preprocessing.crop_mode == "squash":
-        resized = [op.int(scale) for scale in scales]
+        resized = [op.number(scale) for scale in scales]
     else:  # the shorter side to the scale, the longer in proportion, rounded down
         shorter = op.Min(*sizes)
-        resized = [op.Div(op.Mul(op.int(scales[0]), size), shorter) for size in sizes]
+        resized = [op.Div(op.Mul(op.number(scales[0]), size), shorter) for size in sizes]
     rows, columns = (
         _matrix(op, size, new, crop, _FILTERS[preprocessing.interpolation])
         for size, new, crop in zip(sizes, resized, preprocessing.size, strict=True)
@@ -106,7 +106,7 @@ def write_pixels(images: ir.Value, settings: str) -> tuple[list[ir.Node], ir.Val
         for values in (preprocessing.mean, preprocessing.std)
     )
     pixels = op.Div(op.Sub(x, mean), std)
-    return list(op.tape.nodes), pixels
+    return op.tape.nodes, pixels
 
 
 def _rounded(op: Nodes, values: ir.Value) -> ir.Value:
@@ -127,20 +127,20 @@ def _matrix(
         crop: The side that is left of that, from the middle.
         written: Writes the filter.
     """
-    one, two = op.int(1), op.int(2)
-    margin = op.Sub(new, op.int(crop))
+    one, two = op.number(1), op.number(2)
+    margin = op.Sub(new, op.number(crop))
     # round(margin / 2) as Python rounds, halves to even.
     half = op.Div(margin, two)
     first = op.Add(half, op.Mul(op.Mod(margin, two), op.Mod(half, two)))
     outputs = op.Add(op.constant(tuple(range(crop)), ir.DataType.INT64), first)
-    inputs = op.Range(op.int(0), size, one)
+    inputs = op.Range(op.number(0), size, one)
     # The distance of an input's centre from an output's, in units of the filter: exact until the division.
     there = op.Mul(op.Add(op.Mul(inputs, two), one), new)
     here = op.Mul(op.Add(op.Mul(outputs, two), one), size)
     distance = op.Cast(op.Sub(op.unsqueeze(there, 0), op.unsqueeze(here, 1)), to=ir.DataType.FLOAT)
     unit = op.Cast(op.Mul(op.Max(size, new), two), to=ir.DataType.FLOAT)
     weights = written(op, op.Abs(op.Div(distance, unit)))
-    return op.Div(weights, op.ReduceSum(weights, op.ints(1), keepdims=1))
+    return op.Div(weights, op.ReduceSum(weights, op.vector(1), keepdims=1))
 
 
 def _bilinear(op: Nodes, distance: ir.Value) -> ir.Value:

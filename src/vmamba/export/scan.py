@@ -142,7 +142,7 @@ class _Writer:
         ]
         terms = [y for y in sums if y is not None]
         if "D" in self.operands:
-            skip = self.op.ReduceSum(self.operands["D"], self.op.ints(0), keepdims=0)
+            skip = self.op.ReduceSum(self.operands["D"], self.op.vector(0), keepdims=0)
             terms.append(self.op.Mul(self.operands["x"], skip))
         states = [self.op.unsqueeze(last_states[k], 1) for k in range(len(self.form.routes))]
         return self.op.sum(terms), self.op.Concat(*states, axis=1)
@@ -171,13 +171,13 @@ class _Writer:
     def _along_order(self, k: int, last_states: dict[int, ir.Value]) -> ir.Value:
         """The route k, a permutation in `orders`, (b, h, w, d)."""
         place = sum(code == GIVEN for code in self.form.routes[:k])
-        order = self.op.Gather(self.operands["orders"], self.op.int(place), axis=0)
+        order = self.op.Gather(self.operands["orders"], self.op.number(place), axis=0)
 
         def visited(operand: ir.Value) -> ir.Value:
             """(b, h, w, ·) → (l, b, 1, ·)."""
             shape = self.op.Shape(operand)
             batch, channels = self._part(shape, 0, 1), self._part(shape, 3, 4)
-            flat = self.op.Reshape(operand, self.op.Concat(batch, self.op.ints(-1), channels, axis=0))
+            flat = self.op.Reshape(operand, self.op.Concat(batch, self.op.vector(-1), channels, axis=0))
             return self.op.unsqueeze(
                 self.op.Transpose(self.op.Gather(flat, order, axis=1), perm=[1, 0, 2]), 2
             )
@@ -206,7 +206,7 @@ class _Writer:
         """y of each route, (t, b, lines, d); its state after the last position goes to `last_states`."""
         forwards = [not route.backwards for route in routes]
         steps = [self._steps(route) for route in routes]
-        shape = self.op.Shape(self.op.squeeze(self.op.Gather(routes[0].drive, self.op.ints(0), axis=0), 0))
+        shape = self.op.Shape(self.op.squeeze(self.op.Gather(routes[0].drive, self.op.vector(0), axis=0), 0))
         starts = [self._initial_state(route.k, shape) for route in routes]  # (b, [n,] d)
         if one_line:
             begins = [self.op.unsqueeze(start, 1) for start in starts]
@@ -238,7 +238,7 @@ class _Writer:
 
     def _decay_of_line(self, route: _Route) -> ir.Value:
         """The product of a line's decays, (b, lines, [n,] d)."""
-        total = self.op.ReduceSum(route.delta, self.op.ints(0), keepdims=0)
+        total = self.op.ReduceSum(route.delta, self.op.vector(0), keepdims=0)
         if self.form.n_state > 1:
             total = self.op.unsqueeze(total, 2)
         return self.op.Exp(self.op.Mul(total, route.A))
@@ -318,7 +318,7 @@ class _Writer:
                 given.append(op.Mul(new, step[-1]))
             elif kind == "outputs":
                 weighted = op.Mul(new, op.unsqueeze(step[-1], 3))
-                given.append(op.ReduceSum(weighted, op.ints(2), keepdims=0))
+                given.append(op.ReduceSum(weighted, op.vector(2), keepdims=0))
         if self._decays_inside(kind):
             inputs += A.values()
             unchanged = [op.Identity(value) for value in A.values()]
@@ -354,16 +354,16 @@ class _Writer:
         if self.form.n_state == 1:
             return shape
         return self.op.Concat(
-            self._part(shape, 0, 2), self.op.ints(self.form.n_state), self._part(shape, 2, 3), axis=0
+            self._part(shape, 0, 2), self.op.vector(self.form.n_state), self._part(shape, 2, 3), axis=0
         )
 
     def _initial_state(self, k: int, shape: ir.Value) -> ir.Value:
         """The state before the first position, (b, [n,] d); `shape` holds b, lines and d."""
         n = self.form.n_state
         if "initial_state" in self.operands:
-            state = self.op.Gather(self.operands["initial_state"], self.op.int(k), axis=1)  # (b, d, n)
+            state = self.op.Gather(self.operands["initial_state"], self.op.number(k), axis=1)  # (b, d, n)
             return self.op.squeeze(state, 2) if n == 1 else self.op.Transpose(state, perm=[0, 2, 1])
-        inner = [] if n == 1 else [self.op.ints(n)]
+        inner = [] if n == 1 else [self.op.vector(n)]
         return self.op.zeros(
             self.op.Concat(self._part(shape, 0, 1), *inner, self._part(shape, 2, 3), axis=0), self.dtype
         )
@@ -383,7 +383,7 @@ class _Writer:
         return op.Add(op.Relu(z), op.Add(op.Log(v), rest))
 
     def _of_route(self, name: str, k: int, axis: int) -> ir.Value:
-        return self.op.Gather(self.operands[name], self.op.int(k), axis=axis)
+        return self.op.Gather(self.operands[name], self.op.number(k), axis=axis)
 
     def _part(self, shape: ir.Value, start: int, stop: int) -> ir.Value:
-        return self.op.Slice(shape, self.op.ints(start), self.op.ints(stop))
+        return self.op.Slice(shape, self.op.vector(start), self.op.vector(stop))

@@ -136,7 +136,7 @@ class Subject:
         """What a file says of the model: strings, some of them JSON."""
         from vmamba import __version__
 
-        config = getattr(self.module, "config", None)
+        config: Any = getattr(self.module, "config", None)
         task = "segmentation" if isinstance(self.module, UPerNet) else None
         facts: dict[str, Any] = {
             "vmamba.model": self.name,

@@ -5,7 +5,6 @@ node `vmamba::SelectiveScan2D`, which no optimisation takes apart. `lower` then 
 with a kernel for that node could take the graph before this step.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -116,7 +115,9 @@ def _means(side: Any, size: int) -> Any:
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     places = op.Unsqueeze(op.Range(zero, op.Squeeze(side), one), ints(0))
     first, end = op.Unsqueeze(first, ints(1)), op.Unsqueeze(end, ints(1))
-    inside = op.Cast(op.And(op.GreaterOrEqual(places, first), op.Less(places, end)), to=ir.DataType.FLOAT)
+    inside: Any = op.Cast(
+        op.And(op.GreaterOrEqual(places, first), op.Less(places, end)), to=ir.DataType.FLOAT
+    )
     return op.Div(inside, op.Cast(op.Sub(end, first), to=ir.DataType.FLOAT))
 
 
@@ -168,7 +169,7 @@ def _form(node: ir.Node, spelling: Spelling) -> ScanForm:
     )
 
 
-def _shape(value: ir.Value | None) -> Sequence[Any]:
+def _shape(value: ir.Value | None) -> Any:
     assert value is not None
     assert value.shape is not None
     return value.shape
