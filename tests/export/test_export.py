@@ -124,6 +124,12 @@ class Unexportable(nn.Module):
         return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
 
 
+def lanczos() -> Any:
+    model = micro()
+    model.pretrained_cfg["interpolation"] = "lanczos"
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "name", "options", "error", "message"),
     [
@@ -131,7 +137,7 @@ class Unexportable(nn.Module):
         (micro, ".", {}, OutputError, "a folder; expected the name of a file"),
         (lambda: micro().half(), "m.onnx", {}, ExportError, "expected a model in float32"),
         (Unexportable, "m.onnx", {}, ExportError, "Unexportable: PyTorch can't trace it"),
-        (lambda: micro(in_chans=1), "m.onnx", {"preprocess": True}, ModelError, "1 channels"),
+        (lanczos, "m.onnx", {"preprocess": True}, ModelError, "can't hold interpolation 'lanczos'"),
     ],
 )
 def test_refused(model: Any, name: str, options: Any, error: Any, message: str, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def kept_whole() -> Iterator[None]:
 
 
 def exported(x: Tensor, *arguments: Any) -> Tensor:
-    """What SS2D's scan becomes in an exported graph, y (b, h, w, d): plain aten, or the operator if it is kept.
+    """What SS2D's scan becomes in an exported graph, y (b, h, w, d): plain aten, or the operator itself.
 
     Args:
         x: (b, h, w, d).
