@@ -2,10 +2,10 @@
 
 usage: python benchmarks/export.py [--rounds 10] [--threads 1] [--models vmamba_tiny …] [--out FILE.json]
 
-Each model is written by `vmamba.export.onnx` and `vmamba.export.openvino`, which compare it with PyTorch. Weights
-are drawn at random. Prints seconds of the export, nodes, seconds until a session is ready, the largest difference, and
-milliseconds of one image of 224² in PyTorch, ONNX Runtime and OpenVINO: medians over the rounds, and ratios to PyTorch
-within a round.
+Each model is written by `vmamba.export.onnx` and `vmamba.export.openvino`, which compare it with PyTorch.
+Weights are drawn at random. Prints seconds of the export, nodes, seconds until a session is ready, the
+largest difference, and milliseconds of one image of 224² in PyTorch, ONNX Runtime and OpenVINO: medians
+over the rounds, and ratios to PyTorch within a round.
 """
 
 import argparse
