@@ -10,7 +10,7 @@ Scan may read one operand forwards and another backwards. Three Scans give every
 2. `carry`: from line to line, h ← exp(A Σδ) h + end: the state with which each line begins.
 3. `outputs`: along the lines again, each from the state with which it begins; gives y = C h.
 
-There is no division, no padding and no gather, so an image of any size is read in 2·(2·w + h + 2·h + w) steps
+There is no division, no padding and no gather, so an image of any size is read in 3·(h + w) steps
 (rows, then columns) instead of k·h·w. Routes along columns swap the axes. In an image of one row (sequences,
 and each of the cascade's lines) only step 3 is left. A route given as a permutation is gathered, read as
 one line of h·w steps, and scattered back.
