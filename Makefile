@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
+# How many examples hypothesis draws: "quick" or "fixed", five times as many.
+PROFILE ?= fixed
 # As many processes as cores: in each, one thread, which sleeps where it waits.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadgroup
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/models/test_official.py
@@ -11,8 +13,8 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/models/tes
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         train a small model on real digits, judge it, draw what it sees (about 3 minutes)"
-	@echo "make test         the quick tier: what covers the library (about 7 minutes)"
+	@echo "make demo         classify real images, draw what the model sees, train on digits (about 3 minutes)"
+	@echo "make test         the quick tier: what covers the library (about 6 minutes)"
 	@echo "make test-all     every test but those minutes long; test-triton: the GPU kernels in Triton's interpreter"
 	@echo "make exhaustive   every test and kernel there is, the CPU kernel under all sanitizers (hours)"
 	@echo "make lint typecheck docs conformance compat wheel   what CI runs besides"
@@ -33,7 +35,7 @@ test: $(VENV)/installed
 	$(PYTEST) --hypothesis-profile=quick -m "not full and not slow and not gpu and not compat"
 
 test-all: $(VENV)/installed
-	$(PYTEST) -m "not slow and not gpu and not compat"
+	$(PYTEST) --hypothesis-profile=$(PROFILE) --durations=40 -m "not slow and not gpu and not compat"
 
 # Interpreted, a kernel takes seconds a call: the quick tier's cases here, all of them in `make exhaustive`.
 test-triton: $(VENV)/installed

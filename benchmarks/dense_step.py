@@ -1,6 +1,6 @@
 """A training step of Mask R-CNN and of UPerNet with VMamba-T beside Swin-T on the CPU: time and peak memory.
 
-    python benchmarks/dense_step.py --rounds 5 --out benchmarks/results/dense-step.json
+    python benchmarks/dense_step.py --rounds 5 --out dense-step.json
 
 A step is forward, backward and AdamW in float32, with the paper's drop path. Each model has a process to
 itself, so that its peak memory is its own: weights, gradients, moments of AdamW, what backward keeps. The two

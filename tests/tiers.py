@@ -90,7 +90,15 @@ COVERED = {
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
     ),
     "tests/cli/test_predict.py::test_odd_names_narrow_terminals_and_full_disks": (
-        "tests/cli/test_train_eval_predict.py::test_a_full_device"
+        "tests/cli/test_train_eval_predict.py::test_a_full_device[list]"
+    ),
+    "tests/cli/test_train_eval_predict.py::test_a_full_device[train]": (
+        "tests/cli/test_train_eval_predict.py::test_a_full_device[list]"
+    ),
+    "tests/cli/test_explore.py::test_it_runs_until_ctrl_c": "tests/cli/test_explore.py::test_two_checkpoints",
+    "tests/test_inference.py::test_untrained[of the authors]": "tests/test_inference.py::test_untrained[saved]",
+    "tests/data/test_tar.py::test_other_processes_read_too[spawn]": (
+        "tests/data/test_tar.py::test_other_processes_read_too[fork]"
     ),
     "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width": (
         "tests/ops/test_transforms.py::test_is_as_in_plain_pytorch"

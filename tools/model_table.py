@@ -1,7 +1,8 @@
-"""Write what is said of every model: `src/vmamba_cli/models.json`, and the first table of `docs/models.md`.
+"""Write what is said of every model: `src/vmamba_cli/models.json`, and rows of `docs/models.md`.
 
     python tools/model_table.py
 
+These are the first table, and the accuracy of the weights that come with the package, which their file holds.
 Run it after adding or changing a model; tests compare both with the models. `vmamba list` shows the first
 without importing PyTorch.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import safe_open
 
 from vmamba.analysis.complexity import count
 from vmamba.models import ALIASES, model_names
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "src" / "vmamba_cli" / "models.json"
 PAGE = ROOT / "docs" / "models.md"
 _COUNTED = re.compile(r"(?<=\n\| model \| parameters \|)(.*\n\|[-|]+\n)((?:\|.*\n)+)")
+_PACKAGED = re.compile(r"(?:\| `\w+`, its packaged weights \|.*\n)+")
 
 
 def row(name: str) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def row(name: str) -> dict[str, Any]:
         "input": cfg["input_size"][-1],
         "parameters": counts.parameters,
         "GMACs": round(counts.macs / 1e9, 3),
-        "weights": "authors'" if cfg.get("url") else "",
+        "weights": "authors'" if cfg.get("url") else "in the package" if cfg.get("file") else "",
     }
 
 
@@ -56,7 +59,9 @@ def page(rows: list[dict[str, Any]], text: str) -> str:
         if row["same as"]:
             names[row["same as"]].insert(0, row["model"])
     lines = {_place(row["model"]): _line(row, names[row["model"]]) for row in rows if not row["same as"]}
-    return _COUNTED.sub(lambda match: match[1] + "".join(lines[place] for place in sorted(lines)), text, 1)
+    text = _COUNTED.sub(lambda match: match[1] + "".join(lines[place] for place in sorted(lines)), text, 1)
+    accuracies = [_accuracy(row["model"]) for row in rows if row["weights"] == "in the package"]
+    return _PACKAGED.sub(lambda match: "".join(accuracies), text, 1)
 
 
 def _place(name: str) -> tuple[bool, str, int]:
@@ -74,7 +79,22 @@ def _line(row: dict[str, Any], names: list[str]) -> str:
     return f"| {' | '.join([*cells, depths, str(states), row['weights']])} |\n".replace("|  |", "| |")
 
 
-if __name__ == "__main__":
+def _accuracy(name: str) -> str:
+    """The line of a model whose weights come with the package: how well they do, by their file."""
+    with safe_open(timm.get_pretrained_cfg(name).file, framework="pt") as file:
+        facts = file.metadata()
+    how = f"`{facts['command']}`; {facts['processor']}, torch {facts['torch']}, {facts['date']}"
+    top1 = f"{100 * float(facts['top1']):.2f} % top-1"
+    result = f"{top1} on {facts['dataset']}, {facts['judged on']}"
+    return f"| `{name}`, its packaged weights | {result} | {how} |\n"
+
+
+def main() -> None:
+    """Write both."""
     TABLE.write_text(table(), encoding="utf-8")
     PAGE.write_text(page(json.loads(table()), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(TABLE, PAGE, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

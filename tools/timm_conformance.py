@@ -18,7 +18,7 @@ import timm
 
 from vmamba.models import model_names
 
-MODELS = ["vmamba_pico", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
+MODELS = ["vmamba_pico", "vmamba_pico_wide", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
 IDS = [  # {} is replaced by a model's name
     "test_model_forward[1-{}]",
     "test_model_backward[2-{}]",

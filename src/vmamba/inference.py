@@ -420,7 +420,8 @@ def load(
     Args:
         source: A run's folder or checkpoint; `best.safetensors` or another folder in timm's hub form; a file
             of weights such as the VMamba authors' `.pth` of classifiers, of mmdet's Mask R-CNN or mmseg's
-            UPerNet; or a model's name, "vmamba_tiny", whose pretrained weights are downloaded.
+            UPerNet; or a model's name, such as "vmamba_tiny", whose pretrained weights are downloaded unless
+            they come with the package, as those of "vmamba_pico_wide" do.
         model: The name of the model, or of a detector's or segmenter's backbone, for a file that does not
             contain it, or to be compared with the file's; None is enough if only one variant has the file's
             shapes.
@@ -443,7 +444,8 @@ def load(
     if model is None and not expand(source).exists() and timm.is_model(name.partition(".")[0]):
         network = create_model(name, pretrained=trained)
         preprocessing = Preprocessing.of_model(network)
-        names = list(classes) if classes is not None else default_classes(network)
+        known = network.pretrained_cfg.get("label_names") or default_classes(network)
+        names = list(known if classes is None else classes)
         return ClassificationPredictor(network, preprocessing, names, device=target, dtype=dtype)
     try:
         checkpoint = open_checkpoint(source)

@@ -156,7 +156,7 @@ def receptive_fields(
             images = counted(len(paths), "image")
             say(f"{_title(name, trained)}: {images} of {height}x{width}, {predictor.device}")
             inputs = (read_input(path, preprocessing, shape) for path in paths)
-            network = backbone(predictor.model, (preprocessing.channels, height, width))
+            network = backbone(predictor.model, (preprocessing.channels, height, width), gradient=True)
             values = erf.receptive_field(network, inputs)
             fields[trained, name] = Field(name, trained, len(paths), values)
     return [fields[trained, name] for trained in kinds for name in dict.fromkeys(names)]

@@ -50,7 +50,9 @@ def command(
     require_images(images or [])
     number = len(checkpoints) + len(models) + untrained
     if number == untrained:
-        refuse("explore: what? Give --checkpoint RUN, or --model vmamba_tiny for pretrained weights")
+        refuse(
+            "explore: what? Give --checkpoint RUN, or --model vmamba_pico_wide; its weights come with vmamba"
+        )
     if number > 2:
         refuse(f"explore: at most two models side by side, got {number}")
     places = [parse_place(text) for text in checkpoints]

@@ -106,7 +106,8 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "arguments"):
         facts["settings"] = config.arguments()
-    facts["weights"] = cfg.get("url") or cfg.get("hf_hub_id") or "none released"
+    packaged = f"in this package, {file}" if (file := cfg.get("file")) else ""
+    facts["weights"] = packaged or cfg.get("url") or cfg.get("hf_hub_id") or "none released"
     facts["preprocessing"] = {
         "mean": tuple(cfg["mean"]),
         "std": tuple(cfg["std"]),

@@ -25,7 +25,7 @@ def test_a_classifier_is_its_own() -> None:
 
 @pytest.mark.parametrize("build", [detector, segmenter])
 def test_of_a_detector_and_of_a_segmenter(build) -> None:
-    network = backbone(build(), SIZE)
+    network = backbone(build(), SIZE, gradient=True)
     image = torch.randn(SIZE)
     assert scan_attention(network, image, stage=0, block=0).size == (16, 24)
     assert receptive_field(network, [image]).shape == SIZE[1:]
@@ -63,6 +63,11 @@ def test_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ModelError, match=r"one pass of VMamba over an image of 1024x1024 takes .* GiB are free"
     ):
         backbone(timm.create_model("vmamba_pico"), (3, 1024, 1024))
+    monkeypatch.setattr(memory, "_available_memory", lambda: 2**30)
+    model = timm.create_model("vmamba_pico")
+    assert backbone(model, (3, 1024, 1024)) is model
+    with pytest.raises(ModelError, match=r"the gradient of VMamba over an image of 1024x1024 takes"):
+        backbone(model, (3, 1024, 1024), gradient=True)
 
 
 def test_an_image_as_the_model_takes_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from vmamba.analysis.complexity import (
     count,
     count_modules,
     feature_shapes,
+    gradient_memory,
     parse_size,
 )
 from vmamba.errors import ModelError
@@ -118,6 +119,17 @@ def test_the_peak_of_memory() -> None:
     assert count(chain, (3, 2, 2)).peak_memory == 4 * (12 + 100 + 3)
     chain[2] = nn.ReLU()
     assert count(chain, (3, 2, 2)).peak_memory == 4 * (12 + 100 + 100)
+
+
+def test_the_peak_of_memory_until_the_gradient() -> None:
+    """Each layer keeps a map of 12 values: the result of the sigmoid, the input of the next product."""
+    chains = [
+        nn.Sequential(nn.Flatten(), *(nn.Sequential(nn.Linear(12, 12), nn.Sigmoid()) for _ in range(depth)))
+        for depth in (4, 5)
+    ]
+    less, more = (gradient_memory(chain, (3, 2, 2)) for chain in chains)
+    assert more - less == 4 * 12
+    assert count(chains[0], (3, 2, 2)).peak_memory == count(chains[1], (3, 2, 2)).peak_memory < less
 
 
 @pytest.mark.parametrize("name", ["vmamba_pico", "vanilla_vmamba_tiny", "convnext_atto"])

@@ -55,12 +55,18 @@ SEGMENTATION = {
 """Table 3, at 512×2048."""
 
 QUICK = ("vmamba_tiny", "vit_adapter_small", "deit_small_mln")
+ONE_OF_EACH = ("resnet50", "swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")
 
 
 def rows() -> list[object]:
+    def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+        if name in QUICK:
+            return ()
+        return (pytest.mark.full if name in ONE_OF_EACH else pytest.mark.slow,)
+
     tables = (("mask_rcnn", DETECTION), ("upernet", SEGMENTATION))
     return [
-        pytest.param(head, name, *figures, marks=() if name in QUICK else pytest.mark.full)
+        pytest.param(head, name, *figures, marks=marks(name))
         for head, table in tables
         for name, figures in table.items()
     ]

@@ -294,9 +294,10 @@ def test_results_cannot_be_written(place: Path, trained: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
-def test_a_full_device(place: Path) -> None:
+@pytest.mark.parametrize("verb", ["list", "train recipe.yaml --print-config"], ids=["list", "train"])
+def test_a_full_device(verb: str, place: Path) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--print-config"]
+        command = [sys.executable, "-m", "vmamba_cli", *verb.split()]
         done = subprocess.run(command, cwd=place, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "vmamba: the output cannot be written: No space left on device\n"

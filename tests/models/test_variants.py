@@ -51,7 +51,7 @@ def test_parameters(name: str) -> None:
     variant = ALIASES.get(name, name)
     if variant in TABLE:
         assert actual == TABLE[variant][0]
-    limit = {"vmamba_pico": 1_500_000, "vmamba_nano": 6_000_000}
+    limit = {"vmamba_pico": 1_500_000, "vmamba_pico_wide": 2_000_000, "vmamba_nano": 6_000_000}
     assert actual <= limit.get(variant, 200_000_000)
 
 
@@ -59,7 +59,9 @@ def test_parameters(name: str) -> None:
 def test_default_cfg(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
-    assert cfg.input_size[-1] // (2 * 2**4 if cfg.input_size[-1] == 224 else 2 * 2**3) == cfg.pool_size[0]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert cfg.input_size[-1] // model.feature_info[-1]["reduction"] == cfg.pool_size[0]
     released = "https://github.com/MzeroMiko/VMamba/releases/download/"
     assert cfg.url.startswith(released) if cfg.tag == "authors_in1k" else not cfg.url
 
@@ -93,6 +95,14 @@ def test_features_are_nchw_in_channels_last_memory() -> None:
     ):
         assert feature.shape == (2, channels, 64 // stride, 96 // stride)
         assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_features_of_fewer_stages() -> None:
+    model = timm.create_model("vmamba_nano", features_only=True, depths=(1, 2), dims=(8, 16))
+    assert [tuple(each.shape) for each in model(torch.randn(1, 3, 32, 48))] == [
+        (1, 8, 16, 24),
+        (1, 16, 8, 12),
+    ]
 
 
 def test_intermediates_in_both_formats() -> None:

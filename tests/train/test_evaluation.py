@@ -148,6 +148,16 @@ def test_a_recipe_names_the_weights(folder: Path, averaged: Path, tmp_path: Path
         evaluate(path, ["model.weights=pretrained"], weights="ema")
 
 
+def test_a_class_without_images_in_the_only_split(folder: Path, averaged: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "val", tmp_path / "val")
+    for image in (tmp_path / "val" / "green").iterdir():
+        image.unlink()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(tmp_path)))
+    evaluation = evaluate(path, [f"model.weights={averaged / 'checkpoints' / 'best.ckpt'}"])
+    assert (evaluation.samples, evaluation.classes) == (12, ["blue", "green", "red"])
+
+
 def test_a_classifier_that_is_not_the_datas_is_not_judged(
     folder: Path, averaged: Path, tmp_path: Path
 ) -> None:

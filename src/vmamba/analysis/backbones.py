@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmamba.analysis.complexity import count
+from vmamba.analysis.complexity import count, gradient_memory
 from vmamba.analysis.memory import lacking_memory
 from vmamba.data.decoding import printable
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError
 
 
-def backbone(model: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
+def backbone(model: nn.Module, input_size: tuple[int, int, int], *, gradient: bool = False) -> nn.Module:
     """The outermost module with feature maps: a classifier itself, or a detector's or segmenter's backbone.
 
     Args:
         model: Of timm's registry, or with such a model in it.
         input_size: (c, h, w) of the images. A model that is made for one size is changed to take this one.
+        gradient: Whether it will be differentiated by an image, which needs more memory.
 
     Raises:
         ModelError: There is no such module, it cannot take that size, or on a CPU there is no memory for it.
@@ -38,11 +39,13 @@ def backbone(model: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
         )
     _resize(module, input_size[1:])
     if next(module.parameters()).device.type == "cpu":
-        lack = lacking_memory(count(module, input_size).peak_memory)
+        needed = gradient_memory(module, input_size) if gradient else count(module, input_size).peak_memory
+        lack = lacking_memory(needed)
         if lack is not None:
             sides = "x".join(map(str, input_size[1:]))
+            work = "the gradient" if gradient else "one pass"
             raise ModelError(
-                f"model: one pass of {type(module).__name__} over an image of {sides} takes {lack}"
+                f"model: {work} of {type(module).__name__} over an image of {sides} takes {lack}"
             )
     return module
 

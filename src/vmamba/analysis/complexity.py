@@ -98,11 +98,43 @@ def count_modules(model: nn.Module, input_size: tuple[int, ...]) -> ModuleComple
     Raises:
         ModelError: The model does not take that size.
     """
-    weights = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    weights = _meta_weights(model)
     meter = _Meter(weights.values())
     with meter.watching(model):
         _evaluate(model, partial(functional_call, model, weights), input_size)
     return _tree("", model, meter)
+
+
+def gradient_memory(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """Most bytes of the image and intermediate results at once, until the gradient by the image is there.
+
+    As `Complexity.peak_memory` it is beside the weights, for one image, without fused kernels.
+
+    Args:
+        model: On any device.
+        input_size: (channels, height, width).
+
+    Raises:
+        ModelError: The model does not take that size.
+    """
+    weights = _meta_weights(model)
+    for name, parameter in model.named_parameters():  # what their gradients would need is kept, too
+        weights[name].requires_grad_(parameter.requires_grad)
+    results = _Results(weights.values())
+
+    def differentiate(image: Tensor) -> None:
+        with torch.enable_grad():
+            output = functional_call(model, weights, image.requires_grad_())
+            torch.autograd.grad(output.sum(), image)
+
+    with results:
+        _evaluate(model, differentiate, input_size)
+    return results.peak
+
+
+def _meta_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers on the meta device, without gradients."""
+    return {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _tree(name: str, module: nn.Module, meter: "_Meter") -> ModuleComplexity:

@@ -43,7 +43,7 @@ def picture(image: DecodedImage) -> Image.Image:
     """A decoded image as Pillow's; of a tensor (c, h, w) the first three channels, or the first one."""
     if isinstance(image, Image.Image):
         return image
-    pixels = image[: 3 if len(image) >= 3 else 1].mul(255).byte().permute(1, 2, 0).numpy()
+    pixels = image[: 3 if len(image) >= 3 else 1].mul(255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 

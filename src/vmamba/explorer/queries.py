@@ -13,11 +13,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from vmamba.analysis.attention import KINDS, ScanAttention, scan_attention, scan_names
 from vmamba.analysis.backbones import backbone, shown
 from vmamba.analysis.receptive_field import contribution
+from vmamba.data.contact_sheet import picture
 from vmamba.data.preprocessing import Preprocessing
 from vmamba.errors import ModelError, UserError
 from vmamba.explorer.images import MOST_BYTES, Images
@@ -60,7 +60,7 @@ class ShownModel:
     @cached_property
     def backbone(self) -> nn.Module:
         """The module with feature maps and scans."""
-        return backbone(self.predictor.model, self.input_size)
+        return backbone(self.predictor.model, self.input_size, gradient=True)
 
     @cached_property
     def blocks(self) -> dict[str, tuple[int, int]]:
@@ -149,8 +149,7 @@ class Explorer:
         chosen = self._model(model)
         values = shown(self._call(lambda: self._input(model, image)), chosen.preprocessing)
         file = io.BytesIO()
-        pixels = (values[:3] if len(values) >= 3 else values[:1]).mul(255).round().byte()
-        to_pil_image(pixels).save(file, "PNG")
+        picture(values).save(file, "PNG")
         return file.getvalue()
 
     def prediction(self, model: int, image: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def create_model(
 
     Args:
         name: With or without a tag of pretrained weights: "vmamba_tiny", "vmamba_tiny.authors_in1k".
-        pretrained: Download the weights and load them.
+        pretrained: Load its weights, which are downloaded unless they come with the package.
         image_size: (height, width) of the images; models that are made for one size are made for this one.
         logits: The number of classes that the model must give logits for; None if it need not be a
             classifier.
@@ -69,7 +69,7 @@ def create_model(
                 "that you have: vmamba.load(PATH), --checkpoint PATH, or model.weights=PATH in a recipe"
             ) from None
         raise CheckpointError(
-            f"the pretrained weights of {name} cannot be had, or do not fit: {error}"
+            f"the pretrained weights of {name} cannot be had, or do not fit: {str(error) or repr(error)}"
         ) from error
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -393,7 +394,21 @@ def _cfg(release: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
+PACKAGED = Path(__file__).with_name("packaged")
+"""The folder of the weights that come with the package; `tools/package_weights.py` writes them."""
+
 _SMALL_IMAGES: dict[str, Any] = {"input_size": (3, 32, 32), "pool_size": (2, 2), "crop_pct": 1.0}
+_CIFAR10 = _cfg(
+    file=str(PACKAGED / "vmamba_pico_wide.cifar10.safetensors"),
+    num_classes=10,
+    label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    input_size=(3, 32, 32),
+    pool_size=(4, 4),
+    crop_pct=1.0,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    license="apache-2.0",
+)
 _TINY_S2L5 = _cfg("%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth")
 _SMALL_S2L15 = _cfg("%23v2cls/vssm_small_0229_ckpt_epoch_222.pth")
 _BASE_S2L15 = _cfg("%23v2cls/vssm_base_0229_ckpt_epoch_237.pth")
@@ -419,6 +434,7 @@ default_cfgs = generate_default_cfgs(
         "vmamba_large.untrained": _cfg(),
         "vmamba_nano.untrained": _cfg(**_SMALL_IMAGES),
         "vmamba_pico.untrained": _cfg(**_SMALL_IMAGES),
+        "vmamba_pico_wide.cifar10": _CIFAR10,
     }
 )
 
@@ -441,7 +457,8 @@ class FeatureMaps(FeatureGetterNet):
 
 
 def _create(name: str, pretrained: bool, settings: dict[str, Any]) -> VMamba:
-    """Build a variant under its registered name, with the authors' weights if asked for."""
+    """Build a variant under its registered name, with its pretrained weights if asked for."""
+    stages = len(settings["depths"])
     # timm reads files with weights_only=True; the authors' hold a yacs config beside the weights.
     with safe_globals():
         return build_model_with_cfg(
@@ -449,7 +466,7 @@ def _create(name: str, pretrained: bool, settings: dict[str, Any]) -> VMamba:
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": FeatureMaps},
+            feature_cfg={"out_indices": tuple(range(stages)), "feature_cls": FeatureMaps},
             **settings,
         )
 
@@ -596,6 +613,20 @@ def vmamba_pico(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """At most 1.5 M parameters, for images of 32 to 64 pixels and CPUs."""
     settings = {"depths": (1, 2, 4, 1), "dims": (24, 48, 96, 192), "stem_stride": 2}
     return _create("vmamba_pico", pretrained, settings | kwargs)
+
+
+@register_model
+def vmamba_pico_wide(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """1.9 M parameters in three wide stages, for images of 32 pixels; its weights come with the package."""
+    settings = {
+        "depths": (1, 2, 2),
+        "dims": (64, 128, 256),
+        "ssm_ratio": 1.0,
+        "mlp_ratio": 3.0,
+        "stem_stride": 2,
+        "weight_init": "lecun",
+    }
+    return _create("vmamba_pico_wide", pretrained, settings | kwargs)
 
 
 ALIASES = {

@@ -27,7 +27,9 @@ class ModelRecipe(Section):
     name: str = "vmamba_tiny"
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model")
     weights: str | None = Field(
-        default=None, description="'pretrained' (downloads), the path of a checkpoint, or null to start anew"
+        default=None,
+        description="'pretrained' (downloaded, unless they come with the package), the path of a checkpoint, "
+        "or null to start anew",
     )
     weights_kind: Literal["auto", "raw", "ema"] = Field(
         default="auto",

@@ -347,12 +347,12 @@ def _introduce(
     device, processes = trainer.strategy.root_device, trainer.world_size
     states = [module.config.d_state for module in session.model.modules() if isinstance(module, SS2D)]
     log.info(
-        "%s of %s M parameters for %s; %s to train on, %d to evaluate",
+        "%s of %s M parameters for %s; %s to train on, %s to evaluate",
         session.recipe.model.name,
         f"{parameters / 1e6:.2f}",
         counted(len(session.task.classes), "class", "classes"),
         counted(samples["train"], "sample"),
-        samples["val"],
+        f"{samples['val']:,}",
     )
     log.info(
         "%s of %s on %s%s, %s%s",

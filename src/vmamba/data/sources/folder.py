@@ -101,7 +101,7 @@ class FolderSection(ClassificationSection):
                 f"{printable(path)}: no such folder; expected one with a folder for each class, or "
                 f"data.val_fraction=0.2 to hold back a fifth of {printable(root)}/<class>/<image>"
             )
-        return ImageFolder(path, decoding, allow_empty=split == "val")
+        return ImageFolder(path, decoding, allow_empty=self._split_name(split) == self.val_split)
 
     def open_all(self, decoding: Decoding) -> ImageFolder:
         """The training split, or the root itself if there is no folder of that name."""
