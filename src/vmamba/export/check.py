@@ -69,7 +69,13 @@ def compare(run: Runner, runtime: str, subject: Subject, any_size: bool) -> Chec
     differences, shapes = [], []
     for images in _inputs(subject, any_size):
         shapes.append(tuple(images.shape))
-        difference = _difference(run, subject, images)
+        try:
+            outputs = run(images.numpy())
+        except Exception as error:  # of the runtime's kinds, which it does not document
+            raise ExportError(
+                f"{subject.name}: {runtime} fails on input {tuple(images.shape)}; nothing was written: {error}"
+            ) from error
+        difference = _difference(outputs, subject, images)
         if not difference <= TOLERANCE:  # NaN too
             raise ExportError(
                 f"{subject.name}: the file gives other numbers than the model, in {runtime}, for input "
@@ -88,12 +94,11 @@ def compare(run: Runner, runtime: str, subject: Subject, any_size: bool) -> Chec
 def _inputs(subject: Subject, any_size: bool) -> list[Tensor]:
     sizes: Sequence[tuple[int, tuple[int, int]]] = _PHOTOS if subject.preprocesses else _SIZES
     if not any_size:
-        sizes = [(batch, subject.example_size) for batch in (1, 3)]
+        sizes = [(batch, subject.preprocessing.size) for batch in (1, 3)]
     return [subject.example(size, batch, seed) for seed, (batch, size) in enumerate(sizes)]
 
 
-def _difference(run: Runner, subject: Subject, images: Tensor) -> float:
-    outputs = run(images.numpy())
+def _difference(outputs: Mapping[str, NDArray[Any]], subject: Subject, images: Tensor) -> float:
     if subject.preprocesses:
         pixels = torch.from_numpy(outputs[PIXELS].copy())
         _check_pixels(subject, images, pixels)

@@ -39,7 +39,7 @@ def write_graph(subject: Subject, spelling: Spelling) -> tuple[ir.Model, tuple[s
         ExportError: PyTorch can't trace it, or ONNX has no such operation.
     """
     exported, sizes = _traced(subject)
-    names = list(subject.outputs(subject.example(subject.example_size)))
+    names = list(subject.outputs(subject.example(subject.preprocessing.size, batch=1)))
     try:
         with _quiet():
             program: Any = torch.onnx.export(
@@ -81,19 +81,19 @@ def _traced(subject: Subject) -> tuple[Any, dict[int, str]]:
     rows, columns = (1, 2) if subject.preprocesses else (2, 3)
     every = {0: "batch", rows: "height", columns: "width"}
     try:
-        return _trace(subject, every), every
+        return _trace(subject, every, subject.example_size), every
     except Exception as error:  # of many kinds, which PyTorch keeps to itself
         if subject.scans:
             raise ExportError(f"{subject.name}: PyTorch can't trace it: {_reason(error)}") from error
     try:
-        return _trace(subject, {0: "batch"}), {0: "batch"}
+        return _trace(subject, {0: "batch"}, subject.preprocessing.size), {0: "batch"}
     except Exception as error:
         raise ExportError(f"{subject.name}: PyTorch can't trace it: {_reason(error)}") from error
 
 
-def _trace(subject: Subject, sizes: dict[int, str]) -> Any:
+def _trace(subject: Subject, sizes: dict[int, str], size: tuple[int, int]) -> Any:
     dynamic = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
-    example = subject.example(subject.example_size)
+    example = subject.example(size)
     with torch.no_grad(), kept_whole(), _quiet():
         return torch.export.export(subject.module, (example,), dynamic_shapes=(dynamic,), strict=False)
 

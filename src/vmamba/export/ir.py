@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vmamba.data.finding import LeftOut, find_images
-from vmamba.errors import DataError, ExportError
+from vmamba.errors import DataError, ExportError, OutputError
 from vmamba.export.check import openvino_runner
 from vmamba.export.packages import require
 from vmamba.export.subject import Subject
@@ -60,14 +60,17 @@ def save_ir(model: Any, path: Path) -> int:
     """Write the .xml and the .bin, each in one go, and return their size in bytes.
 
     Raises:
-        OSError: One can't be written.
+        OutputError: One can't be written.
     """
     import openvino
 
     weights = path.with_suffix(".bin")
     with replacing(weights) as new_weights, replacing(path) as new_path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
+            try:
+                openvino.save_model(model, Path(folder) / "model.xml", compress_to_fp16=False)
+            except RuntimeError as error:  # a full disk, say
+                raise OutputError(f"{path}: cannot be written: {error}") from error
             os.replace(Path(folder) / "model.bin", new_weights)
             os.replace(Path(folder) / "model.xml", new_path)
         return int(new_weights.stat().st_size + new_path.stat().st_size)

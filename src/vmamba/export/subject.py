@@ -102,8 +102,14 @@ class Subject:
 
     @property
     def example_size(self) -> tuple[int, int]:
-        """Height and width with which the model is traced."""
-        return (_SMALL, _SMALL) if self.scans and not self.preprocesses else self.preprocessing.size
+        """Height and width with which a model of any image size is traced.
+
+        Not so small that a map within has one row: PyTorch takes a size of 1 for a constant.
+        """
+        height, width = self.preprocessing.size
+        if self.preprocesses:
+            return height, width
+        return (_SMALL, _SMALL) if self.scans else (max(height, _SMALL), max(width, _SMALL))
 
     def example(self, size: tuple[int, int], batch: int = 2, seed: int = 0) -> Tensor:
         """Random input of a size."""
