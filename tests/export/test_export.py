@@ -44,7 +44,7 @@ def runs(path: Path, images: Any) -> list[Any]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"depths": (1, 1), "dims": (8, 16)},
     "vanilla": {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True, "d_state": 2},
     "cascade": {"routes": "cascade"},
     "unidirectional": {"routes": "unidirectional"},
@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_any_number_and_size_of_images(variant: str, tmp_path: Path) -> None:
-    model = micro(**VARIANTS[variant])
+    model = micro(**{"depths": (1,), "dims": (8,), **VARIANTS[variant]})
     result = export.onnx(model, tmp_path / "model.onnx", check=False)
     assert result.dynamic == ("batch", "height", "width")
     for size in SIZES:

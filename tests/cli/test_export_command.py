@@ -116,9 +116,7 @@ from vmamba_cli.__main__ import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
-    assert_refused(
-        Done(done.returncode, done.stdout, done.stderr), "to get it: pip install 'vmamba[export]'"
-    )
+    assert_refused(Done(done.returncode, done.stdout, done.stderr), "to get it: pip install 'vmamba[export]'")
 
 
 def test_a_full_disk(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
