@@ -130,9 +130,6 @@ COVERED = {
     "tests/data/test_loading.py::test_a_worker_that_dies_with_a_lock": (
         "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending"
     ),
-    "tests/export/test_export.py::test_any_number_and_size_of_images[plain]": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
     "tests/export/test_export.py::test_any_number_and_size_of_images[cascade]": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
@@ -142,9 +139,6 @@ COVERED = {
     "tests/export/test_export.py::test_any_number_and_size_of_images[bidirectional]": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
-    "tests/export/test_export.py::test_maps_of_heads": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
     "tests/export/test_export.py::test_preprocessing_metadata_and_float16": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
@@ -152,9 +146,6 @@ COVERED = {
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
     "tests/export/test_export.py::test_a_wrong_file_is_not_kept": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_export.py::test_another_model_of_timm": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
     "tests/cli/test_export_command.py::test_onnx": (
@@ -172,7 +163,6 @@ COVERED = {
     "tests/cli/test_export_command.py::test_a_full_disk": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
-    "tests/cli/test_export_command.py::test_refused[unwritable]": "tests/cli/test_export_command.py::test_refused[file]",
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""
 

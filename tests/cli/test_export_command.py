@@ -79,12 +79,11 @@ def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
         (["onnx", "missing/best.safetensors", "--out", "a.onnx"], "missing/best.safetensors"),
         (["onnx", "model", "--out", "photos"], "photos: a folder; expected the name of a file"),
         (["onnx", "model", "--out", "model/config.json/a.onnx"], "is not a folder"),
-        (["onnx", "model", "--out", "/proc/a.onnx"], "/proc"),
         (["openvino", "model", "--out", "a.onnx"], "a.onnx: expected a name that ends in .xml"),
         (["openvino", "model", "--out", "a.xml", "--int8"], "--int8 and --calibration go together"),
         (["openvino", "model", "--out", "a.xml", "--labelled", "photos"], "--labelled: goes with --int8"),
     ],
-    ids=["name", "checkpoint", "folder", "file", "unwritable", "xml", "calibration", "labelled"],
+    ids=["name", "checkpoint", "folder", "file", "xml", "calibration", "labelled"],
 )
 def test_refused(arguments: list[str], message: str, place: Path) -> None:
     if arguments[0] == "openvino":

@@ -73,7 +73,7 @@ def compare(run: Runner, runtime: str, subject: Subject, any_size: bool) -> Chec
             outputs = run(images.numpy())
         except Exception as error:  # of the runtime's kinds, which it does not document
             raise ExportError(
-                f"{subject.name}: {runtime} fails on input {tuple(images.shape)}; nothing was written: {error}"
+                f"{subject.name}: {runtime} fails on {tuple(images.shape)}; nothing was written: {error}"
             ) from error
         difference = _difference(outputs, subject, images)
         if not difference <= TOLERANCE:  # NaN too
