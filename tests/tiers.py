@@ -163,6 +163,12 @@ COVERED = {
     "tests/cli/test_export_command.py::test_a_full_disk": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
+    "tests/export/test_int8.py::test_images_of_other_sizes_than_the_calibration": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
+    ),
+    "tests/export/test_int8.py::test_refused": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
+    ),
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""
 

@@ -69,13 +69,7 @@ def compare(run: Runner, runtime: str, subject: Subject, any_size: bool) -> Chec
     differences, shapes = [], []
     for images in _inputs(subject, any_size):
         shapes.append(tuple(images.shape))
-        try:
-            outputs = run(images.numpy())
-        except Exception as error:  # of the runtime's kinds, which it does not document
-            raise ExportError(
-                f"{subject.name}: {runtime} fails on {tuple(images.shape)}; nothing was written: {error}"
-            ) from error
-        difference = _difference(outputs, subject, images)
+        difference = _difference(_answer(run, runtime, subject, images), subject, images)
         if not difference <= TOLERANCE:  # NaN too
             raise ExportError(
                 f"{subject.name}: the file gives other numbers than the model, in {runtime}, for input "
@@ -89,6 +83,37 @@ def compare(run: Runner, runtime: str, subject: Subject, any_size: bool) -> Chec
     return Check(
         runtime, max(differences), tuple(shapes), size, seconds, torch_seconds, torch.get_num_threads()
     )
+
+
+def check_shapes(run: Runner, runtime: str, subject: Subject, any_size: bool) -> None:
+    """Run a model of other numbers, as 8 bits give: there must be an output for each image of each size.
+
+    Args:
+        run: Runs the model.
+        runtime: Its name and version.
+        subject: What it was made from.
+        any_size: Whether the model takes any size of image.
+
+    Raises:
+        ExportError: The model fails, or gives outputs of another shape.
+    """
+    for images in _inputs(subject, any_size):
+        shapes = {name: value.shape for name, value in _answer(run, runtime, subject, images).items()}
+        expected = {name: tuple(value.shape) for name, value in subject.outputs(images).items()}
+        if shapes != expected:
+            raise ExportError(
+                f"{subject.name}: in {runtime} the 8-bit model gives outputs of the shapes {shapes} for "
+                f"{tuple(images.shape)}, expected {expected}; nothing was written"
+            )
+
+
+def _answer(run: Runner, runtime: str, subject: Subject, images: Tensor) -> Mapping[str, NDArray[Any]]:
+    try:
+        return run(images.numpy())
+    except Exception as error:  # of the runtime's kinds, which it does not document
+        raise ExportError(
+            f"{subject.name}: {runtime} fails on {tuple(images.shape)}; nothing was written: {error}"
+        ) from error
 
 
 def _inputs(subject: Subject, any_size: bool) -> list[Tensor]:

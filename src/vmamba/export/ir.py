@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vmamba.data.finding import LeftOut, find_images
 from vmamba.errors import DataError, ExportError, OutputError
-from vmamba.export.check import openvino_runner
+from vmamba.export.check import check_shapes, openvino_runner
 from vmamba.export.packages import require
 from vmamba.export.subject import Subject
 from vmamba.files import replacing
@@ -79,6 +79,7 @@ def save_ir(model: Any, path: Path) -> int:
 def quantised(
     model: Any,
     subject: Subject,
+    any_size: bool,
     calibration: str | os.PathLike[str],
     labelled: str | os.PathLike[str] | None,
 ) -> tuple[Any, Quantised]:
@@ -87,22 +88,32 @@ def quantised(
     Args:
         model: An `openvino.Model`.
         subject: What it was made from: a classifier.
+        any_size: Whether it takes any size of image.
         calibration: A folder of images.
         labelled: A folder with a folder of images for each class.
 
     Raises:
-        ExportError: NNCF is not installed, or the model is no classifier.
+        ExportError: NNCF is not installed, the model is no classifier, or 8 bits fail for a size of image.
         DataError: A folder has no images, or its folders are not named like the classes.
     """
     require("nncf")
     import nncf
+    from nncf.quantization.advanced_parameters import QuantizationParameters
 
     if len(model.outputs) != 1 or len(model.output().get_partial_shape()) != 2:
         raise ExportError(f"{subject.name}: 8 bits are for classifiers, whose answers can be compared")
     images = [_input(subject, path) for path in _images(calibration)[:CALIBRATION_IMAGES]]
+    # One range for all channels of an activation: NNCF moves the ranges that it keeps for each channel of a
+    # depthwise convolution's input past a transposition, and then takes the image's rows for channels.
+    whole = QuantizationParameters(per_channel=False)
     narrow = nncf.quantize(
-        model, nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER
+        model,
+        nncf.Dataset(images),
+        subset_size=len(images),
+        model_type=nncf.ModelType.TRANSFORMER,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(activations_quantization_params=whole),
     )
+    check_shapes(*openvino_runner(narrow), subject, any_size)
     wide_class, narrow_class = _classifier(model), _classifier(narrow)
     same = [wide_class(image) == narrow_class(image) for image in images]
     if labelled is None:

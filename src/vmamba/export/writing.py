@@ -127,7 +127,7 @@ def openvino(
     converted = to_openvino(graph)
     change = None
     if calibration is not None:
-        converted, change = quantised(converted, subject, calibration, labelled)
+        converted, change = quantised(converted, subject, "height" in dynamic, calibration, labelled)
     size = save_ir(converted, path)
     return Exported(path, len(graph.graph), size / 1e6, dynamic, _names(graph), result, change)
 
