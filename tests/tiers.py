@@ -169,6 +169,9 @@ COVERED = {
     "tests/export/test_int8.py::test_refused": (
         "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
     ),
+    "tests/export/test_serving.py::test_without_pytorch": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
+    ),
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""
 
