@@ -35,7 +35,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vanilla_vmamba_tiny": lambda: timm.create_model("vanilla_vmamba_tiny"),
     "cascade": lambda: timm.create_model("vmamba_pico", routes="cascade"),
     "features_only": lambda: timm.create_model("vmamba_pico", features_only=True),
-    "upernet": lambda: upernet(Features(timm.create_model("vmamba_pico")), 21, channels=64, aux_channels=64),
+    "upernet": lambda: upernet(
+        Features(timm.create_model("vmamba_pico", stem_stride=4)), 21, channels=64, aux_channels=64
+    ),
 }
 
 

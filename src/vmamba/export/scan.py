@@ -143,7 +143,7 @@ class _Writer:
         terms = [y for y in sums if y is not None]
         if "D" in self.operands:
             skip = self.op.ReduceSum(self.operands["D"], self.op.vector(0), keepdims=0)
-            terms.append(self.op.Mul(self.operands["x"], skip))
+            terms.append(self._times(self.operands["x"], skip))
         states = [self.op.unsqueeze(last_states[k], 1) for k in range(len(self.form.routes))]
         return self.op.sum(terms), self.op.Concat(*states, axis=1)
 
@@ -198,7 +198,7 @@ class _Writer:
         delta = self._softplus(z) if self.form.delta_softplus else z
         B, C = (turned(self._of_route(name, k, axis=3)) for name in ("B", "C"))
         A = self.op.Transpose(self._of_route("A", k, axis=0), perm=[1, 0])
-        return _Route(k, backwards, delta, self.op.Mul(delta, x), B, C, A)
+        return _Route(k, backwards, delta, self._times(x, delta), B, C, A)
 
     def _scanned(
         self, routes: Sequence[_Route], last_states: dict[int, ir.Value], one_line: bool
@@ -381,6 +381,15 @@ class _Writer:
         v = op.Add(u, one)
         rest = op.Div(op.Sub(u, op.Sub(v, one)), v)
         return op.Add(op.Relu(z), op.Add(op.Log(v), rest))
+
+    def _times(self, x: ir.Value, factor: ir.Value) -> ir.Value:
+        """x · factor, which is (d) or of x's shape."""
+        op = self.op
+        if self.form.spelling != "openvino":
+            return op.Mul(x, factor)
+        # As matrices: for rank 4 OpenVINO takes over x's layout, in which the innermost axis is not d.
+        rows = op.vector(-1, self.form.channels)
+        return op.Reshape(op.Mul(op.Reshape(x, rows), op.Reshape(factor, rows)), op.Shape(x))
 
     def _of_route(self, name: str, k: int, axis: int) -> ir.Value:
         return self.op.Gather(self.operands[name], self.op.number(k), axis=axis)
