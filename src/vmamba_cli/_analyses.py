@@ -260,7 +260,7 @@ def named_routes(named: Sequence[str], order: Path | None, grid: str) -> dict[st
         RouteError: There is no such route, or a permutation does not fit the grid.
         DataError: The file has no whole numbers in it.
     """
-    size = parse_size(grid)
+    size = parse_size(grid, "--grid", "7 or 5x9")
     sets = {text: routes.routes_of(text.split(",") if "," in text else _one(text), size) for text in named}
     if order is not None:
         sets[order.name] = routes.routes_of(_permutations(order), size)

@@ -57,7 +57,7 @@ Size = Annotated[
 Untrained = Annotated[
     bool, typer.Option("--untrained", help="The architecture with new weights, without its training.")
 ]
-Seed = Annotated[int, typer.Option(help="Of new weights, and of which images are taken.")]
+Seed = Annotated[int, typer.Option(help="Of new weights.")]
 Out = Annotated[Path, typer.Option(help="Folder for the pictures and numbers.")]
 
 
@@ -87,7 +87,7 @@ def erf(
     ] = False,
     size: Size = None,
     sample: Annotated[int, typer.Option(min=1, help="Of more images, take so many at random.")] = 50,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of new weights, and of which images are taken.")] = 0,
     device: Device = "auto",
     out: Out = Path("analysis"),
 ) -> None:

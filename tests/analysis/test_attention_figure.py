@@ -34,6 +34,8 @@ def test_each_panel_holds_what_it_says(scan: ScanAttention) -> None:
     maps = scan.maps("ww")
     torch.testing.assert_close(by_name["map-ww-sum"].values, maps.merged())
     torch.testing.assert_close(by_name["map-ww-row_1"].values.nan_to_num(), maps.maps[1])
+    assert all(name.isascii() for name in by_name)
+    assert {"progress-CB-1_4", "progress-CB-1_2", "progress-CB-3_4"} <= set(by_name)
     end = by_name["progress-CB-end"]
     assert end.star == (3, 5)
     torch.testing.assert_close(end.values, scan.row(23, "CB")[0])

@@ -194,6 +194,7 @@ def test_complexity(place: Path) -> None:
         ),
         (("routes",), "analyze routes: which?"),
         (("routes", "--routes", "zigzag"), "unknown name 'zigzag'"),
+        (("routes", "--routes", "cross", "--grid", "0"), "--grid '0': expected 7 or 5x9"),
         (("routes", "--order", "none.txt"), "none.txt: no such file of permutations"),
         (("routes", "--order", PHOTO), "expected permutations, a line of whole numbers each"),
         (("routes", "--model", "test_resnet"), "ResNet has none"),

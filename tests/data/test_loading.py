@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vmamba._torch_private import loader_workers
 from vmamba.data import EpochSampler, ResumableLoader, SampleKey
 from vmamba.data.loading import ShardError
 from vmamba.errors import DataError
@@ -100,6 +101,18 @@ class Hanging(Numbers):
         if key.index == 5:
             time.sleep(1000)
         return super().__getitem__(key)
+
+
+def test_a_closed_loader_has_no_workers_and_can_be_read_again() -> None:
+    numbers = loader(Numbers(), num_workers=2, persistent_workers=True)
+    first = [batch.indices for batch in numbers]
+    workers = loader_workers(numbers._iterator)
+    assert [worker.is_alive() for worker in workers] == [True, True]
+    numbers.close()
+    assert [worker.is_alive() for worker in workers] == [False, False]
+    assert [batch.indices for batch in numbers] == first
+    numbers.close()
+    numbers.close()
 
 
 def test_a_dead_worker_is_told() -> None:

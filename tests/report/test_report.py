@@ -72,6 +72,7 @@ def test_a_run_of_each_task(task: str, tmp_path: Path) -> None:
     assert "optim.lr: 1 → 2" in page.text
     assert "The paper has neither these data nor these models." in page.text
     assert "no evaluation by the full protocol" in page.text
+    assert "--evaluation FOLDER" in page.text
 
 
 def test_it_stands_alone(tmp_path: Path) -> None:

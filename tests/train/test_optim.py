@@ -187,7 +187,14 @@ def test_the_base_rate_is_the_recipes_with_rates_by_layer() -> None:
         ({"steps": 9, "warmup_steps": 9}, "warmup_steps 9 is not below steps 9"),
         ({"name": "multistep"}, "milestones: missing"),
         ({"milestones": [3.0]}, "milestones: only 'multistep' has them"),
-        ({"name": "multistep", "steps": 9, "milestones": [3.0, 9.0]}, "do not rise from above 0 to below 9"),
+        (
+            {"name": "multistep", "steps": 9, "milestones": [3.0, 9.0]},
+            r"between 0 and schedule.steps \(9\), got \[3, 9\]",
+        ),
+        (
+            {"name": "multistep", "epochs": 1, "warmup_epochs": 0.0, "milestones": [8.0, 11.0]},
+            r"between 0 and schedule.epochs \(1\), got \[8, 11\]",
+        ),
     ],
 )
 def test_schedules_that_contradict_themselves(values: dict[str, Any], message: str) -> None:

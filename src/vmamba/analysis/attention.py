@@ -370,7 +370,8 @@ def _by_index(names: list[str], stage: int, block: int) -> str:
     if (stage, block) not in by_index:
         blocks = [sum(s == index for s, _ in by_index) for index in range(max(by_index)[0] + 1)]
         raise AttentionError(
-            f"stage, block: there is no block {block} in stage {stage} with a scan; the stages have {blocks}"
+            f"stage, block: there is no block {block} in stage {stage} with a scan; "
+            f"stages 0, 1, … have {', '.join(map(str, blocks))} of them, counted from 0"
         )
     return by_index[stage, block]
 

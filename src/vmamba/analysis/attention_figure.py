@@ -51,9 +51,9 @@ class Panel:
 
     @property
     def name(self) -> str:
-        """A name for files: "query-CwBw-delta-sum"."""
+        """A name for files, all ASCII: "query-CwBw-delta-sum", "progress-CB-1_4"."""
         words = [self.section, self.kind, *(["delta"] if self.with_delta else []), self.column]
-        return "-".join(words).replace(" ", "_")
+        return "-".join(words).replace(" ", "_").replace("\N{FRACTION SLASH}", "_")
 
 
 def panels(

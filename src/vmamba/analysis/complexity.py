@@ -63,15 +63,20 @@ class ModuleComplexity:
     children: tuple["ModuleComplexity", ...]
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, name: str = "input size", examples: str = "384 or 512x2048") -> tuple[int, int]:
     """Read (height, width) from "384" or "512x2048" (height x width).
+
+    Args:
+        text: What the user gave.
+        name: What the size is of, for the error.
+        examples: For the error.
 
     Raises:
         ModelError: The text has neither form.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ModelError(f"input size {text!r}: expected 384 or 512x2048 (height x width)")
+        raise ModelError(f"{name} {text!r}: expected {examples} (height x width)")
     return int(sides[0]), int(sides[-1])
 
 

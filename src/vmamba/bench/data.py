@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
@@ -54,14 +55,15 @@ def bench_loader(recipe: Recipe, workers: int, batches: int = 20) -> Loading:
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": workers})})
     with settings(changed):
         task = task_type(changed.task)(changed)
-        source = _endless(loader(task, task.recipe, "train", trainer_for(changed, [])))
-        for _ in range(max(2, 2 * workers)):
-            next(source)
         rates = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            images = sum(len(loaded.indices) for loaded in islice(source, max(1, batches // ROUNDS)))
-            rates.append(images / (time.perf_counter() - start))
+        with closing(loader(task, task.recipe, "train", trainer_for(changed, []))) as data:
+            source = _endless(data)
+            for _ in range(max(2, 2 * workers)):
+                next(source)
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                images = sum(len(loaded.indices) for loaded in islice(source, max(1, batches // ROUNDS)))
+                rates.append(images / (time.perf_counter() - start))
     return Loading(workers, statistics.median(rates), min(rates), max(rates))
 
 
@@ -131,7 +133,8 @@ def bench_step(recipe: Recipe, rounds: int = 5) -> float:
         session = training_session(recipe)
         if trainer.strategy.root_device.type == "cpu":
             session = with_threads(session, size)
-        data = _SameBatch(loader(session.task, session.recipe, "train", trainer), steps * passes)
+        with closing(loader(session.task, session.recipe, "train", trainer)) as batches:
+            data = _SameBatch(batches, steps * passes)
         trainer.fit(TaskModule(session.task, session.recipe, session.model, steps), data)
     return size * passes / statistics.median(times.seconds[2:])
 

@@ -116,7 +116,7 @@ class ResumableLoader(DataLoader[Any]):
         _all_workers.update(workers)
         while (loaded := self._next(batches, workers)) is not None:
             if isinstance(loaded, DataError):
-                # Not left to the garbage collector, which would wait seconds for each worker.
+                # Not left to the garbage collector, see close().
                 end_loader_workers(self, batches)
                 if self.on_error == "raise":
                     loaded.args = (
@@ -126,6 +126,15 @@ class ResumableLoader(DataLoader[Any]):
             self.skipped.update(dict.fromkeys(loaded.skipped))
             if loaded.keys:  # otherwise all samples of the batch were dropped
                 yield loaded
+
+    def close(self) -> None:
+        """End the workers that wait for the next epoch; iterating once more starts new ones.
+
+        The garbage collector may close their queues first: they then never hear that they shall end, and
+        PyTorch waits five seconds for each, in the middle of whatever runs then.
+        """
+        if self._iterator is not None:
+            end_loader_workers(self, self._iterator)
 
     def _next(self, batches: Iterator[Any], workers: Sequence[Any]) -> Any:
         """The next batch, or None after the last; PyTorch's timeout of one second is retried."""

@@ -5,6 +5,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def evaluate(
         trainer = trainer_for(recipe, [ProgressLine()])
         data = loader(session.task, recipe, "val", trainer, session.samples)
         module = _Judge(session.task, model, keep_predictions)
-        trainer.validate(module, data, verbose=False)
+        with closing(data):
+            trainer.validate(module, data, verbose=False)
     for message in module.skipped:
         log.warning("left out: %s", message)
     return Evaluation(

@@ -162,7 +162,11 @@ class ScheduleRecipe(Section):
             )
         ordered = all(low < high for low, high in pairwise([0.0, *self.milestones, float(length)]))
         if self.milestones and not ordered:
-            raise ValueError(f"milestones {self.milestones} do not rise from above 0 to below {length}")
+            unit = "steps" if self.epochs is None else "epochs"
+            given = ", ".join(f"{milestone:g}" for milestone in self.milestones)
+            raise ValueError(
+                f"milestones: expected rising numbers between 0 and schedule.{unit} ({length}), got [{given}]"
+            )
         return self
 
 

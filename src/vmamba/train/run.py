@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -247,7 +247,12 @@ def _run(recipe: Recipe, folder: Path, file_log: RunLog, resumed: _Resumption | 
                 _prepare(folder, recipe, trainer, history[-1], fresh=resumed is None)
                 file_log.open(folder)
                 _introduce(session, trainer, samples, module)
-            with stop.listening(), _lost_process_explained(folder, trainer):
+            with (
+                closing(training),
+                closing(validation),
+                stop.listening(),
+                _lost_process_explained(folder, trainer),
+            ):
                 trainer.fit(module, training, ckpt_path=start)
     trained = resumed is None or trainer.global_step > resumed.step
     if not trained and trainer.global_step >= module.steps:
