@@ -130,47 +130,26 @@ COVERED = {
     "tests/data/test_loading.py::test_a_worker_that_dies_with_a_lock": (
         "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending"
     ),
-    "tests/export/test_export.py::test_any_number_and_size_of_images[cascade]": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_export.py::test_any_number_and_size_of_images[unidirectional]": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_export.py::test_any_number_and_size_of_images[bidirectional]": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
     "tests/export/test_export.py::test_preprocessing_metadata_and_float16": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_export.py::test_openvino": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_export.py::test_a_wrong_file_is_not_kept": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/cli/test_export_command.py::test_onnx": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/cli/test_export_command.py::test_openvino_without_check": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/cli/test_export_command.py::test_a_missing_runtime": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/cli/test_export_command.py::test_a_missing_extra": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/cli/test_export_command.py::test_a_full_disk": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_int8.py::test_images_of_other_sizes_than_the_calibration": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
-    ),
-    "tests/export/test_int8.py::test_refused": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
     ),
     "tests/export/test_serving.py::test_without_pytorch": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images[vanilla]"
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_a_run": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/export/test_export.py::test_a_model_of_one_size": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_openvino_without_check": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_a_missing_runtime": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_a_full_disk": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
     ),
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""

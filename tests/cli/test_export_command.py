@@ -1,39 +1,37 @@
 """`vmamba export` as a user calls it."""
 
-import subprocess
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import torch
+import yaml
 
-from images import COLOURS, make_folder
+from exporting import traced_once
+from images import COLOURS, make_folder, tiny_values
 from predicting import Done, call
-from vmamba.data.preprocessing import Preprocessing
-from vmamba.pretrained import model_config, save_pretrained
 
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
-pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+pytestmark = pytest.mark.xdist_group("vmamba export")  # one process trains and traces
 CLASSES = sorted(COLOURS)
 
 
-def save(folder: Path, name: str, **arguments: Any) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=len(CLASSES), **arguments)
-    config = model_config(model, Preprocessing(size=(32, 32)), CLASSES, model_args=arguments)
-    save_pretrained(folder, model, config)
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos/, model/, a tiny model of ours, and other/, one without a scan."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with photos/ and run/, a training of a tiny model."""
     place = tmp_path_factory.mktemp("place")
     make_folder(place / "photos", each=2)
-    save(place / "model", "vmamba_pico", depths=(1,), dims=(8,))
-    save(place / "other", "test_resnet")
-    return place
+    values = tiny_values(Path("photos"))
+    values["model"] = {"name": "vmamba_pico", "args": {"depths": [1], "dims": [8]}}
+    values["schedule"] = {"epochs": 1, "warmup_epochs": 0}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(values))
+    done = call(place, "train", "recipe.yaml", "--out", "run")
+    assert done.status == 0, done.stderr
+    with traced_once():
+        yield place
 
 
 def export(place: Path, *arguments: str) -> Done:
@@ -52,22 +50,26 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("model", ["model", "other"])
-def test_onnx(model: str, place: Path, tmp_path: Path) -> None:
-    """Ours, and one without a scan, in a folder that is made."""
-    done = export(place, "onnx", model, "--out", str(tmp_path / "new" / "a.onnx"))
+def test_a_run(place: Path, tmp_path: Path) -> None:
+    """In a folder that is made."""
+    file = tmp_path / "new" / "a.onnx"
+    done = export(place, "onnx", "run", "--out", str(file))
     assert done.status == 0, done.stderr
     assert "outputs logits; any batch and height and width" in done.stdout
     assert "differs by at most " in done.stdout
     assert "one image of 32×32, 1 threads: " in done.stdout.replace("2 threads", "1 threads")
-    assert names(tmp_path / "new") == ["a.onnx"]
+    assert names(file.parent) == ["a.onnx"]
+    facts = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+    assert json.loads(facts["vmamba.classes"]) == CLASSES
+    assert facts["vmamba.model"] == "vmamba_pico"
+    assert json.loads(facts["vmamba.preprocessing"])["size"] == [32, 32]
 
 
 def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra `export`")
-    done = export(place, "openvino", "model", "--out", str(tmp_path / "a.xml"), "--no-check", "--preprocess")
+    done = export(place, "openvino", "run", "--out", str(tmp_path / "a.xml"), "--no-check")
     assert done.status == 0, done.stderr
-    assert "outputs probabilities; any batch and height and width" in done.stdout
+    assert "outputs logits; any batch and height and width" in done.stdout
     assert "differs" not in done.stdout
     assert names(tmp_path) == ["a.bin", "a.xml"]
 
@@ -77,11 +79,11 @@ def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
     [
         (["onnx", "vmamba_tinny", "--out", "a.onnx"], "vmamba_tinny"),
         (["onnx", "missing/best.safetensors", "--out", "a.onnx"], "missing/best.safetensors"),
-        (["onnx", "model", "--out", "photos"], "photos: a folder; expected the name of a file"),
-        (["onnx", "model", "--out", "model/config.json/a.onnx"], "is not a folder"),
-        (["openvino", "model", "--out", "a.onnx"], "a.onnx: expected a name that ends in .xml"),
-        (["openvino", "model", "--out", "a.xml", "--int8"], "--int8 and --calibration go together"),
-        (["openvino", "model", "--out", "a.xml", "--labelled", "photos"], "--labelled: goes with --int8"),
+        (["onnx", "run", "--out", "photos"], "photos: a folder; expected the name of a file"),
+        (["onnx", "run", "--out", "recipe.yaml/a.onnx"], "is not a folder"),
+        (["openvino", "run", "--out", "a.onnx"], "a.onnx: expected a name that ends in .xml"),
+        (["openvino", "run", "--out", "a.xml", "--int8"], "--int8 and --calibration go together"),
+        (["openvino", "run", "--out", "a.xml", "--labelled", "photos"], "--labelled: goes with --int8"),
     ],
     ids=["name", "checkpoint", "folder", "file", "xml", "calibration", "labelled"],
 )
@@ -98,24 +100,19 @@ def test_a_missing_runtime(place: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("vmamba.export.packages.is_installed", lambda package: False)
     monkeypatch.setattr("vmamba.export.writing.is_installed", lambda package: False)
     assert_refused(
-        export(place, "openvino", "model", "--out", str(tmp_path / "a.xml")),
+        export(place, "openvino", "run", "--out", str(tmp_path / "a.xml")),
         "openvino: not installed; to get it: pip install openvino",
     )
-    done = export(place, "onnx", "model", "--out", str(tmp_path / "a.onnx"))
+    done = export(place, "onnx", "run", "--out", str(tmp_path / "a.onnx"))
     assert done.status == 0
     assert "not checked: ONNX Runtime is not installed (pip install onnxruntime)" in done.stdout
 
 
-def test_a_missing_extra(place: Path) -> None:
-    code = """
-import sys
-sys.modules["onnxscript"] = None  # an import of it fails
-sys.argv = ["vmamba", "export", "onnx", "model", "--out", "a.onnx"]
-from vmamba_cli.__main__ import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
-    assert_refused(Done(done.returncode, done.stdout, done.stderr), "to get it: pip install 'vmamba[export]'")
+def test_a_missing_extra(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vmamba.export", "vmamba.export.writing", "vmamba.export.graph"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # an import of it fails
+    assert_refused(export(place, "onnx", "run", "--out", "a.onnx"), "to get it: pip install 'vmamba[export]'")
 
 
 def test_a_full_disk(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +123,6 @@ def test_a_full_disk(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("basic_ios::clear: iostream error")
 
     monkeypatch.setattr(openvino, "save_model", half_of_it)
-    done = export(place, "openvino", "model", "--out", str(tmp_path / "a.xml"), "--no-check")
+    done = export(place, "openvino", "run", "--out", str(tmp_path / "a.xml"), "--no-check")
     assert_refused(done, "a.xml: cannot be written: basic_ios::clear: iostream error")
     assert names(tmp_path) == []

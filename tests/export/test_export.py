@@ -1,6 +1,7 @@
 """Files for other runtimes, of tiny models."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import torch
 from torch import nn
 
 import vmamba
-from vmamba.errors import ExportError, ModelError, OutputError
+from exporting import traced_once
+from images import make_folder
+from vmamba.errors import DataError, ExportError, ModelError, OutputError
 from vmamba.heads import Features, mask_rcnn, upernet
 
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 export = pytest.importorskip("vmamba.export")
+compare = pytest.importorskip("vmamba.export.check").compare
+Subject = pytest.importorskip("vmamba.export.subject").Subject
+pytestmark = pytest.mark.xdist_group("export")  # one process writes the files
 
 SIZES = ((1, 33, 40), (2, 96, 160), (3, 224, 224), (1, 384, 288))
 CFG = {
@@ -42,18 +48,22 @@ def runs(path: Path, images: Any) -> list[Any]:
     return list(session.run(None, {"images": images.numpy()}))
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "vanilla": {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True, "d_state": 2},
-    "cascade": {"routes": "cascade"},
-    "unidirectional": {"routes": "unidirectional"},
-    "bidirectional": {"routes": "bidirectional"},
-}
+VANILLA = {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True, "d_state": 2}
+OTHER = ["cascade", "unidirectional", "bidirectional"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_any_number_and_size_of_images(variant: str, tmp_path: Path) -> None:
-    model = micro(**{"depths": (1,), "dims": (8,), **VARIANTS[variant]})
-    result = export.onnx(model, tmp_path / "model.onnx", check=False)
+def tiny(**settings: Any) -> Any:
+    return micro(depths=(1,), dims=(8,), **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    with traced_once():
+        yield
+
+
+def assert_any_size(model: Any, path: Path) -> None:
+    result = export.onnx(model, path, check=False)
     assert result.dynamic == ("batch", "height", "width")
     for size in SIZES:
         images = torch.randn(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(1))
@@ -63,9 +73,25 @@ def test_any_number_and_size_of_images(variant: str, tmp_path: Path) -> None:
         assert np.abs(values - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
+def test_any_number_and_size_of_images(tmp_path: Path) -> None:
+    assert_any_size(tiny(**VANILLA), tmp_path / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routes", OTHER)
+def test_any_size_along_other_routes(routes: str, tmp_path: Path) -> None:
+    model = tiny(routes=routes)
+    model.pretrained_cfg["architecture"] = routes  # a name of its own
+    assert_any_size(model, tmp_path / "model.onnx")
+
+
+def maps() -> Any:
+    return Features(micro(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
+
+
 @pytest.mark.slow
 def test_maps_of_heads(tmp_path: Path) -> None:
-    backbone = Features(micro(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
+    backbone = maps()
     segmenter = upernet(backbone, 3, channels=8, aux_channels=8).eval()
     detector = mask_rcnn(backbone, channels=8, hidden=8).eval()
     images = torch.randn(2, 3, 96, 70)
@@ -73,34 +99,62 @@ def test_maps_of_heads(tmp_path: Path) -> None:
         result = export.onnx(model, tmp_path / "model.onnx", check=False)
         with torch.inference_mode():
             output = expected(images)
-        maps = list(output.values()) if isinstance(output, dict) else [output]
-        for value, wanted in zip(runs(result.path, images), maps, strict=True):
+        tensors = list(output.values()) if isinstance(output, dict) else [output]
+        for value, wanted in zip(runs(result.path, images), tensors, strict=True):
             assert np.abs(value - wanted.numpy()).max() <= 1e-5 * wanted.abs().max()
 
 
-def test_preprocessing_metadata_and_float16(tmp_path: Path) -> None:
+def test_preprocessing_metadata_and_float16(photo_files: Any) -> None:
     """The check compares the pixels with the predictor's transform."""
     onnx = pytest.importorskip("onnx")
-    model = micro(dims=(32, 64))
-    full = export.onnx(model, tmp_path / "full.onnx", preprocess=True)
-    half = export.onnx(model, tmp_path / "half.onnx", preprocess=True, weights="float16")
-    assert full.outputs == ("probabilities",)
-    for result in (full, half):
-        assert result.check is not None
+    predictor = photo_files.predictor
+    for result in (photo_files.onnx, photo_files.openvino):
+        assert result.outputs == ("probabilities",)
         assert result.check.difference <= 1e-5
-    assert half.megabytes < 0.8 * full.megabytes
-    metadata = {entry.key: entry.value for entry in onnx.load(full.path).metadata_props}
-    assert json.loads(metadata["vmamba.classes"]) == list("abcde")
-    assert json.loads(metadata["vmamba.preprocessing"])["crop_pct"] == 0.9
-    assert metadata["vmamba.model"] == "micro"
+    parameters = sum(parameter.numel() for parameter in predictor.model.parameters())
+    assert 2 * parameters < 1e6 * photo_files.onnx.megabytes < 3 * parameters
+    metadata = {entry.key: entry.value for entry in onnx.load(photo_files.onnx.path).metadata_props}
+    assert json.loads(metadata["vmamba.classes"]) == list(predictor.classes)
+    assert json.loads(metadata["vmamba.preprocessing"]) == predictor.preprocessing.to_dict()
+    assert metadata["vmamba.model"] == "vmamba_pico_wide"
 
 
-def test_openvino(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
-    result = export.openvino(micro(), tmp_path / "model.xml")
-    assert result.check is not None
-    assert result.check.difference <= 1e-5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+class OfOneSize(nn.Module):
+    """Without a scan, for images of 64²."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(64, 64))
+        self.pretrained_cfg = CFG
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images + self.position).amax((2, 3))
+
+
+class OfPatches(OfOneSize):
+    """For images of whole patches of 64²."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = images.shape
+        return super().forward(images.view(b, c, h // 64, 64, w // 64, 64).mean((2, 4)))
+
+
+def test_a_model_of_one_size(tmp_path: Path) -> None:
+    model = OfOneSize()
+    model.pretrained_cfg = {**CFG, "architecture": "of one size"}
+    result = export.onnx(model, tmp_path / "model.onnx")
+    assert result.dynamic == ("batch",)
+    assert result.check.shapes == ((1, 3, 64, 64), (3, 3, 64, 64))
+
+
+def test_sizes_that_the_model_refuses_are_not_compared() -> None:
+    subject = Subject.of(OfPatches())
+
+    def run(images: Any) -> dict[str, Any]:
+        return {"logits": subject.outputs(torch.from_numpy(images))["logits"].numpy()}
+
+    result = compare(run, "a runtime", subject, any_size=True)
+    assert result.shapes == ((3, 3, 64, 64), (1, 3, 64, 64), (3, 3, 64, 64))
 
 
 def test_a_wrong_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +162,7 @@ def test_a_wrong_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_text("before")
     monkeypatch.setattr("vmamba.export.check.TOLERANCE", 1e-12)
     with pytest.raises(ExportError, match="gives other numbers than the model"):
-        export.onnx(micro(depths=(1,), dims=(8,)), path)
+        export.onnx(tiny(**VANILLA), path)
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
     assert path.read_text() == "before"
 
@@ -145,3 +199,38 @@ def test_a_missing_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("vmamba.export.packages.is_installed", lambda package: False)
     with pytest.raises(ExportError, match="pip install openvino"):
         export.openvino(micro(), tmp_path / "model.xml")
+
+
+@pytest.mark.parametrize(
+    ("model", "labelled", "installed", "error", "message"),
+    [
+        (
+            maps,
+            "none",
+            True,
+            ExportError,
+            "8 bits are for classifiers",
+        ),
+        (micro, "none", True, DataError, "none: no folder with images"),
+        (micro, "photos/val", True, DataError, "no class is named blue, green, red"),
+        (micro, None, False, ExportError, "nncf: not installed; to get it: pip install nncf"),
+    ],
+    ids=["maps", "no folder", "other classes", "no NNCF"],
+)
+def test_refused_in_8_bits(
+    model: Any,
+    labelled: str | None,
+    installed: bool,
+    error: Any,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the model is traced."""
+    monkeypatch.setattr("vmamba.export.graph._translated", None)
+    monkeypatch.setattr("vmamba.export.packages.is_installed", lambda name: installed or name != "nncf")
+    make_folder(tmp_path / "photos", each=1)
+    where = None if labelled is None else tmp_path / labelled
+    with pytest.raises(error, match=message):
+        export.openvino(model(), tmp_path / "a.xml", calibration=tmp_path / "photos", labelled=where)
+    assert [each.name for each in tmp_path.iterdir()] == ["photos"]

@@ -3,26 +3,24 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import vmamba
 from distributions import link_distributions, needed
 
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")
-export = pytest.importorskip("vmamba.export")
+pytestmark = pytest.mark.xdist_group("export")  # one process writes the files
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize(("runtime", "suffix"), [("onnxruntime", ".onnx"), ("openvino", ".xml")])
-def test_without_pytorch(runtime: str, suffix: str, tmp_path: Path) -> None:
-    pytest.importorskip(runtime, reason="needs the extra `export`")
-    predictor = vmamba.load("vmamba_pico_wide", device="cpu")
-    write = export.onnx if runtime == "onnxruntime" else export.openvino
-    file = write(predictor, tmp_path / f"model{suffix}", preprocess=True, check=False).path
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_without_pytorch(runtime: str, photo_files: Any, tmp_path: Path) -> None:
+    predictor = photo_files.predictor
+    file = (photo_files.onnx if runtime == "onnxruntime" else photo_files.openvino).path
     photos = [tmp_path / "wide.png", tmp_path / "high.png"]
     for photo, size in zip(photos, ((40, 61), (90, 57)), strict=True):
         pixels = np.random.default_rng(0).integers(256, size=(4, 4, 3), dtype=np.uint8)

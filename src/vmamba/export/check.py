@@ -117,10 +117,24 @@ def _answer(run: Runner, runtime: str, subject: Subject, images: Tensor) -> Mapp
 
 
 def _inputs(subject: Subject, any_size: bool) -> list[Tensor]:
+    own = [(batch, subject.preprocessing.size) for batch in (1, 3)]
     sizes: Sequence[tuple[int, tuple[int, int]]] = _PHOTOS if subject.preprocesses else _SIZES
     if not any_size:
-        sizes = [(batch, subject.preprocessing.size) for batch in (1, 3)]
-    return [subject.example(size, batch, seed) for seed, (batch, size) in enumerate(sizes)]
+        sizes = own
+    elif not subject.scans and not subject.preprocesses:
+        sizes = [*sizes, *own]
+    examples = [subject.example(size, batch, seed) for seed, (batch, size) in enumerate(sizes)]
+    # A model of others may take multiples of its patches alone.
+    return [each for each in examples if subject.scans or _takes(subject, each)]
+
+
+def _takes(subject: Subject, images: Tensor) -> bool:
+    """Whether the module takes images of this size; it does take its own."""
+    try:
+        subject.outputs(images)
+    except Exception:  # of its own kinds
+        return False
+    return True
 
 
 def _difference(outputs: Mapping[str, NDArray[Any]], subject: Subject, images: Tensor) -> float:

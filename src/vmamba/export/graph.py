@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from vmamba.errors import ExportError, UserError
@@ -38,6 +39,17 @@ def write_graph(subject: Subject, spelling: Spelling) -> tuple[ir.Model, tuple[s
     Raises:
         ExportError: PyTorch can't trace it, or ONNX has no such operation.
     """
+    model, sizes = _translated(subject)
+    lower(model, spelling)
+    _simplify(model)
+    _name_sizes(model, sizes)
+    model.producer_name = "vmamba"
+    model.metadata_props.update(subject.metadata())
+    return model, tuple(sizes.values())
+
+
+def _translated(subject: Subject) -> tuple[ir.Model, dict[int, str]]:
+    """The graph in which a scan is one node, and the names of the input's axes whose size may change."""
     exported, sizes = _traced(subject)
     names = list(subject.outputs(subject.example(subject.preprocessing.size, batch=1)))
     try:
@@ -56,20 +68,25 @@ def write_graph(subject: Subject, spelling: Spelling) -> tuple[ir.Model, tuple[s
         raise
     except Exception as error:  # of many kinds, which PyTorch keeps to itself
         raise ExportError(f"{subject.name}: ONNX can't express it: {_reason(error)}") from error
-    model: ir.Model = program.model
-    lower(model, spelling)
-    optimizer.optimize(
-        model,
-        num_iterations=1,
-        onnx_shape_inference=False,
-        input_size_limit=_MOST,
-        output_size_limit=_MOST,
-        inline=False,
+    return program.model, sizes
+
+
+def _simplify(model: ir.Model) -> None:
+    """Compute what is constant, and write what occurs twice once.
+
+    Without onnxscript's rewrite rules: they change nothing in what `lower` wrote, and take most of the time.
+    """
+    optimizer.fold_constants(
+        model, onnx_shape_inference=False, input_size_limit=_MOST, output_size_limit=_MOST
     )
-    _name_sizes(model, sizes)
-    model.producer_name = "vmamba"
-    model.metadata_props.update(subject.metadata())
-    return model, tuple(sizes.values())
+    for simplification in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.NameFixPass(),
+    ):
+        simplification(model)
 
 
 def _traced(subject: Subject) -> tuple[Any, dict[int, str]]:
@@ -125,11 +142,17 @@ def _name_sizes(model: ir.Model, sizes: dict[int, str]) -> None:
     shape: Any = model.graph.inputs[0].shape
     symbols = {str(shape[axis].value): name for axis, name in sizes.items()}
     pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
-    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
-    for value in values:
-        for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                value.shape[axis] = pattern.sub(lambda match: symbols[match[0]], str(size.value))  # type: ignore[index]
+
+    def named(size: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int):
+            return size
+        if size.value is None:
+            return None
+        return pattern.sub(lambda match: symbols[match[0]], str(size.value))
+
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([named(size) for size in value.shape])
 
 
 def halve_weights(model: ir.Model) -> None:

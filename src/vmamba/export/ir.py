@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,29 @@ def save_ir(model: Any, path: Path) -> int:
         return int(new_weights.stat().st_size + new_path.stat().st_size)
 
 
+def check_int8(
+    subject: Subject, calibration: str | os.PathLike[str], labelled: str | os.PathLike[str] | None
+) -> None:
+    """Refuse what can't be quantised: asked before the minute that an export takes.
+
+    Args:
+        subject: The model.
+        calibration: A folder of images.
+        labelled: A folder with a folder of images for each class.
+
+    Raises:
+        ExportError: The model is no classifier, or NNCF is not installed.
+        DataError: A folder has no images, or its folders are not named like the classes.
+    """
+    outputs = list(subject.outputs(subject.example(subject.preprocessing.size, batch=1)).values())
+    if len(outputs) != 1 or outputs[0].ndim != 2:
+        raise ExportError(f"{subject.name}: 8 bits are for classifiers, whose answers can be compared")
+    _images(calibration)
+    if labelled is not None:
+        _labelled(subject, labelled)
+    require("nncf")
+
+
 def quantised(
     model: Any,
     subject: Subject,
@@ -89,19 +112,15 @@ def quantised(
         model: An `openvino.Model`.
         subject: What it was made from: a classifier.
         any_size: Whether it takes any size of image.
-        calibration: A folder of images.
-        labelled: A folder with a folder of images for each class.
+        calibration: See `check_int8`, which is called before.
+        labelled: Likewise.
 
     Raises:
-        ExportError: NNCF is not installed, the model is no classifier, or 8 bits fail for a size of image.
-        DataError: A folder has no images, or its folders are not named like the classes.
+        ExportError: 8 bits fail for a size of image.
     """
-    require("nncf")
     import nncf
     from nncf.quantization.advanced_parameters import QuantizationParameters
 
-    if len(model.outputs) != 1 or len(model.output().get_partial_shape()) != 2:
-        raise ExportError(f"{subject.name}: 8 bits are for classifiers, whose answers can be compared")
     images = [_input(subject, path) for path in _images(calibration)[:CALIBRATION_IMAGES]]
     # One range for all channels of an activation: NNCF moves the ranges that it keeps for each channel of a
     # depthwise convolution's input past a transposition, and then takes the image's rows for channels.
@@ -120,7 +139,9 @@ def quantised(
         return narrow, Quantised(len(images), float(np.mean(same)))
     answers = [
         (wide_class(image) == number, narrow_class(image) == number)
-        for image, number in _labelled(subject, labelled)
+        for image, number in (
+            (_input(subject, path), number) for path, number in _labelled(subject, labelled)
+        )
     ]
     accuracy, accuracy_int8 = np.mean(answers, axis=0).tolist()
     return narrow, Quantised(len(images), float(np.mean(same)), len(answers), accuracy, accuracy_int8)
@@ -153,11 +174,11 @@ def _classifier(model: Any) -> Callable[[NDArray[Any]], int]:
     return most_probable
 
 
-def _labelled(subject: Subject, folder: str | os.PathLike[str]) -> Iterator[tuple[NDArray[Any], int]]:
+def _labelled(subject: Subject, folder: str | os.PathLike[str]) -> list[tuple[Path, int]]:
     """The images of a labelled folder, and the numbers of their classes."""
     root = Path(folder).expanduser()
-    paths = _images(root)
-    names = sorted({path.relative_to(root).parts[0] for path in paths if path.parent != root})
+    named = [(path, path.relative_to(root).parts[0]) for path in _images(root) if path.parent != root]
+    names = sorted({name for _, name in named})
     classes = list(subject.classes)
     if not names or not set(names) <= set(classes):
         unknown = [name for name in names if name not in classes]
@@ -165,6 +186,4 @@ def _labelled(subject: Subject, folder: str | os.PathLike[str]) -> Iterator[tupl
             f"{root}: expected a folder of images for each class, named like it; "
             + (f"no class is named {', '.join(unknown[:5])}" if unknown else "it has none")
         )
-    for path in paths:
-        if path.parent != root:
-            yield _input(subject, path), classes.index(path.relative_to(root).parts[0])
+    return [(path, classes.index(name)) for path, name in named]

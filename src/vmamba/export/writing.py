@@ -12,7 +12,7 @@ from torch import nn
 from vmamba.errors import OutputError
 from vmamba.export.check import PIXELS, Check, compare, onnxruntime_runner, openvino_runner
 from vmamba.export.graph import halve_weights, write_graph
-from vmamba.export.ir import Quantised, quantised, save_ir, to_openvino
+from vmamba.export.ir import Quantised, check_int8, quantised, save_ir, to_openvino
 from vmamba.export.packages import is_installed, require
 from vmamba.export.scan import Spelling
 from vmamba.export.subject import Subject, WeightType
@@ -118,6 +118,8 @@ def openvino(
     if path.suffix != ".xml":
         raise OutputError(f"{path}: expected a name that ends in .xml; its weights go to a .bin beside it")
     subject = _subject(model, preprocess, weights)
+    if calibration is not None:
+        check_int8(subject, calibration, labelled)
     graph, dynamic = _graph(subject, weights, "openvino")
     result = None
     if check:

@@ -8,15 +8,14 @@ import timm
 import torch
 
 from images import make_folder
-from vmamba.errors import DataError, ExportError
 
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
 openvino = pytest.importorskip("openvino", reason="needs the extra `export`")
 pytest.importorskip("nncf", reason="needs the extra `int8`")
 export = pytest.importorskip("vmamba.export")
+pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]
 
 
-@pytest.mark.filterwarnings("ignore")  # NNCF's dependencies
 def test_images_of_other_sizes_than_the_calibration(tmp_path: Path) -> None:
     """NNCF would tie the ranges of depthwise convolutions to rows of the calibration images."""
     photos = make_folder(tmp_path / "photos", each=4)
@@ -36,13 +35,3 @@ def test_images_of_other_sizes_than_the_calibration(tmp_path: Path) -> None:
         (values,) = compiled([images.numpy()]).values()
         assert values.shape == logits.shape
         assert np.abs(values - logits).max() <= 0.1 * np.abs(logits).max()
-
-
-def test_refused(tmp_path: Path) -> None:
-    model = timm.create_model("vmamba_pico", depths=(1,), dims=(8,), num_classes=3)
-    with pytest.raises(DataError, match="no folder with images"):
-        export.openvino(model, tmp_path / "a.xml", calibration=tmp_path / "none", check=False)
-    features = timm.create_model("vmamba_pico", depths=(1, 1), dims=(8, 8), features_only=True)
-    with pytest.raises(ExportError, match="8 bits are for classifiers"):
-        export.openvino(features, tmp_path / "a.xml", calibration=tmp_path, check=False)
-    assert list(tmp_path.iterdir()) == []
