@@ -173,7 +173,7 @@ class Unexportable(nn.Module):
 
 
 def lanczos() -> Any:
-    model = micro()
+    model = tiny()
     model.pretrained_cfg["interpolation"] = "lanczos"
     return model
 
@@ -181,9 +181,9 @@ def lanczos() -> Any:
 @pytest.mark.parametrize(
     ("model", "name", "options", "error", "message"),
     [
-        (micro, "file/model.onnx", {}, OutputError, "is not a folder"),
-        (micro, ".", {}, OutputError, "a folder; expected the name of a file"),
-        (lambda: micro().half(), "m.onnx", {}, ExportError, "expected a model in float32"),
+        (tiny, "file/model.onnx", {}, OutputError, "is not a folder"),
+        (tiny, ".", {}, OutputError, "a folder; expected the name of a file"),
+        (lambda: tiny().half(), "m.onnx", {}, ExportError, "expected a model in float32"),
         (Unexportable, "m.onnx", {}, ExportError, "Unexportable: PyTorch can't trace it"),
         (lanczos, "m.onnx", {"preprocess": True}, ModelError, "can't hold interpolation 'lanczos'"),
     ],
@@ -198,7 +198,13 @@ def test_refused(model: Any, name: str, options: Any, error: Any, message: str, 
 def test_a_missing_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmamba.export.packages.is_installed", lambda package: False)
     with pytest.raises(ExportError, match="pip install openvino"):
-        export.openvino(micro(), tmp_path / "model.xml")
+        export.openvino(tiny(), tmp_path / "model.xml")
+
+
+def test_openvino_wants_xml(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs the extra `export`")
+    with pytest.raises(OutputError, match="a.onnx: expected a name that ends in .xml"):
+        export.openvino(tiny(), tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize(
@@ -211,9 +217,9 @@ def test_a_missing_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pyt
             ExportError,
             "8 bits are for classifiers",
         ),
-        (micro, "none", True, DataError, "none: no folder with images"),
-        (micro, "photos/val", True, DataError, "no class is named blue, green, red"),
-        (micro, None, False, ExportError, "nncf: not installed; to get it: pip install nncf"),
+        (tiny, "none", True, DataError, "none: no folder with images"),
+        (tiny, "photos/val", True, DataError, "no class is named blue, green, red"),
+        (tiny, None, False, ExportError, "nncf: not installed; to get it: pip install nncf"),
     ],
     ids=["maps", "no folder", "other classes", "no NNCF"],
 )
