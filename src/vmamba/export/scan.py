@@ -25,6 +25,8 @@ Traps of runtimes:
 - ONNX Runtime turns operands of a Scan that does not run along their first axis; here only the small ones of
   `carry` are turned.
 - ONNX Runtime wants the rank of every output of a Scan's body declared.
+- OpenVINO reads along the second axis as fast as along the first, so columns are not turned; along the third
+  it is slow.
 - ONNX Runtime's `Softplus` takes three times as long as the logarithm written out; OpenVINO's is the faster.
 """
 
@@ -99,11 +101,12 @@ def write_scan(
 
 @dataclass
 class _Route:
-    """A route's operands in the state's type, with the steps along a line first.
+    """A route's operands in the state's type, with the t steps along a line first, or second if `axis` is 1.
 
     Attributes:
         k: Its place.
         backwards: Whether it goes from the last step to the first.
+        axis: Of the steps.
         delta: The step sizes, (t, b, lines, d).
         drive: delta · x, (t, b, lines, d).
         B: (t, b, lines, n).
@@ -113,6 +116,7 @@ class _Route:
 
     k: int
     backwards: bool
+    axis: int
     delta: ir.Value
     drive: ir.Value
     B: ir.Value
@@ -158,15 +162,16 @@ class _Writer:
         ]
         if not routes:
             return None
+        axis = 1 if columns and self.form.spelling == "openvino" else 0
         there, back = ([1, 0, 2, 3], [1, 0, 2, 3]) if columns else ([2, 0, 1, 3], [1, 2, 0, 3])
 
         def turned(operand: ir.Value) -> ir.Value:
-            return self.op.Transpose(operand, perm=there)
+            return operand if axis else self.op.Transpose(operand, perm=there)
 
         x = turned(self.operands["x"])
-        prepared = [self._prepare(k, backwards, x, turned) for k, backwards in routes]
-        ys = self._scanned(prepared, last_states, one_line=self.form.one_row and not columns)
-        return self.op.Transpose(self.op.sum(ys), perm=back)
+        prepared = [self._prepare(k, backwards, x, turned, axis) for k, backwards in routes]
+        y = self.op.sum(self._scanned(prepared, last_states, one_line=self.form.one_row and not columns))
+        return y if axis else self.op.Transpose(y, perm=back)
 
     def _along_order(self, k: int, last_states: dict[int, ir.Value]) -> ir.Value:
         """The route k, a permutation in `orders`, (b, h, w, d)."""
@@ -183,12 +188,12 @@ class _Writer:
             )
 
         x = self.operands["x"]
-        (y,) = self._scanned([self._prepare(k, False, visited(x), visited)], last_states, one_line=True)
+        (y,) = self._scanned([self._prepare(k, False, visited(x), visited, 0)], last_states, one_line=True)
         y = self.op.squeeze(y, 2)
         image = self.op.ScatterND(self.op.zeros(self.op.Shape(y), self.dtype), self.op.unsqueeze(order, 1), y)
         return self.op.Reshape(self.op.Transpose(image, perm=[1, 0, 2]), self.op.Shape(x))
 
-    def _prepare(self, k: int, backwards: bool, x: ir.Value, turned: Any) -> _Route:
+    def _prepare(self, k: int, backwards: bool, x: ir.Value, turned: Any, axis: int) -> _Route:
         z = turned(self._of_route("delta", k, axis=3))
         if "delta_weight" in self.operands:
             weight = self._of_route("delta_weight", k, axis=0)
@@ -198,15 +203,15 @@ class _Writer:
         delta = self._softplus(z) if self.form.delta_softplus else z
         B, C = (turned(self._of_route(name, k, axis=3)) for name in ("B", "C"))
         A = self.op.Transpose(self._of_route("A", k, axis=0), perm=[1, 0])
-        return _Route(k, backwards, delta, self._times(x, delta), B, C, A)
+        return _Route(k, backwards, axis, delta, self._times(x, delta), B, C, A)
 
     def _scanned(
         self, routes: Sequence[_Route], last_states: dict[int, ir.Value], one_line: bool
     ) -> list[ir.Value]:
-        """y of each route, (t, b, lines, d); its state after the last position goes to `last_states`."""
+        """y of each route, laid out as its operands; the state after its last position goes to `last_states`."""
         forwards = [not route.backwards for route in routes]
         steps = [self._steps(route) for route in routes]
-        shape = self.op.Shape(self.op.squeeze(self.op.Gather(routes[0].drive, self.op.vector(0), axis=0), 0))
+        shape = self.op.Shape(self.op.Gather(routes[0].drive, self.op.number(0), axis=routes[0].axis))
         starts = [self._initial_state(route.k, shape) for route in routes]  # (b, [n,] d)
         if one_line:
             begins = [self.op.unsqueeze(start, 1) for start in starts]
@@ -238,7 +243,7 @@ class _Writer:
 
     def _decay_of_line(self, route: _Route) -> ir.Value:
         """The product of a line's decays, (b, lines, [n,] d)."""
-        total = self.op.ReduceSum(route.delta, self.op.vector(0), keepdims=0)
+        total = self.op.ReduceSum(route.delta, self.op.vector(route.axis), keepdims=0)
         if self.form.n_state > 1:
             total = self.op.unsqueeze(total, 2)
         return self.op.Exp(self.op.Mul(total, route.A))
@@ -256,7 +261,7 @@ class _Writer:
         Args:
             kind: "ends", "carry" or "outputs".
             states: The first state of each route.
-            reads: What a step reads, of each route, along the first axis; a step of "carry" along the second.
+            reads: What a step reads, of each route, along its axis; a step of "carry" along the second.
             routes: The routes.
             forwards: Whether each reads from the first step on.
 
@@ -271,7 +276,7 @@ class _Writer:
         backwards = [int(not each) for each in forwards]
         given = [] if kind == "ends" else backwards
         ports = [read for of_route in reads for read in of_route]
-        axis = 1 if kind == "carry" else 0
+        axis = 1 if kind == "carry" else routes[0].axis
         outputs = self.op.of_many(
             "Scan",
             *states,
