@@ -24,6 +24,7 @@ LEFT_OUT = (
     "tests/train/test_distributed.py",
     "tests/train/test_launcher.py",
     "tests/explorer/test_browser.py",
+    "tests/export/test_web.py",
     "tests/report/test_report_browser.py",
 )
 

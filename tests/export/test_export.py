@@ -203,7 +203,7 @@ def test_a_missing_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 
 def test_openvino_wants_xml(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra `export`")
-    with pytest.raises(OutputError, match="a.onnx: expected a name that ends in .xml"):
+    with pytest.raises(OutputError, match=r"a\.onnx: expected a name that ends in \.xml"):
         export.openvino(tiny(), tmp_path / "a.onnx")
 
 

@@ -208,7 +208,7 @@ class _Writer:
     def _scanned(
         self, routes: Sequence[_Route], last_states: dict[int, ir.Value], one_line: bool
     ) -> list[ir.Value]:
-        """y of each route, laid out as its operands; the state after its last position goes to `last_states`."""
+        """y of each route, laid out as its operands; its state after the last step goes to `last_states`."""
         forwards = [not route.backwards for route in routes]
         steps = [self._steps(route) for route in routes]
         shape = self.op.Shape(self.op.Gather(routes[0].drive, self.op.number(0), axis=routes[0].axis))
