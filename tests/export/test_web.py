@@ -27,8 +27,6 @@ DIST = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threade
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    extensions_map = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript"}
-
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
