@@ -68,18 +68,13 @@ def classify(predictor: vmamba.Predictor, folder: Path, sheet: Path) -> str:
     """Classify the images of a folder and draw them; returns how many are right."""
     paths = sorted(folder.iterdir())
     answers = [prediction.classes[0] for prediction in predictor(paths)]
-    truths = [path.stem.partition("-")[2] for path in paths]
-    cells = [
-        Cell(
-            "right" if answer.label == truth else f"wrong, it is: {truth}",
-            picture(read_image(path)),
-            answer.label,
-            f"{answer.score:.0%}",
-        )
-        for path, answer, truth in zip(paths, answers, truths, strict=True)
-    ]
+    cells, right = [], 0
+    for path, answer in zip(paths, answers, strict=True):
+        truth = path.stem.partition("-")[2]
+        right += answer.label == truth
+        judged = "right" if answer.label == truth else f"wrong, it is: {truth}"
+        cells.append(Cell(judged, picture(read_image(path)), answer.label, f"{answer.score:.0%}"))
     draw_sheet(cells, sheet)
-    right = sum(answer.label == truth for answer, truth in zip(answers, truths, strict=True))
     return f"{right} of {len(paths)} images right"
 
 

@@ -1,26 +1,29 @@
-"""Settings of every test: fixed seed, two threads or processes, uninitialised memory filled with NaN."""
+"""Settings of every test: fixed seed, two threads or processes, uninitialised memory filled with NaN.
+
+PyTorch is imported where it is used: the process that deals tests out to others runs none.
+"""
 
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import settings
 
-from interpreter import speed_up
 from tiers import pytest_collection_modifyitems  # noqa: F401  (a hook)
-from vmamba.ops.triton import backend as triton
-from vmamba.ops.triton import interpreted
 
 pytest_plugins = ("pytester", "browsers")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # An interpreted kernel takes seconds: fewer examples there.
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if interpreted() else 25)
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if INTERPRETED else 25)
 settings.register_profile("quick", settings.get_profile("fixed"), max_examples=5)
 settings.load_profile("fixed")
 
-if interpreted():
+if INTERPRETED:
+    from interpreter import speed_up
+    from vmamba.ops.triton import backend as triton
+
     speed_up()
     # Fewer programs of more channels; those of tests are few, and there is a test of several blocks.
     triton.SETTINGS = dict.fromkeys(triton.SETTINGS, ((2**14, 8, 8),))
@@ -33,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed() -> Iterator[None]:
+    import torch
+
     torch.manual_seed(0)
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two processes share two cores
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, on by default: empty() is NaN

@@ -23,26 +23,25 @@ def test_every_value_stays(cases: list[str], chosen: set[int]) -> None:
 
 def test_names_that_are_no_test() -> None:
     nodes = ["a.py::test_one[x]", "a.py::test_two", "b.py::test_three"]
-    table = {
-        "a.py::test_one[x]": "a.py::test_two",
-        "a.py::test_gone": "b.py::test_three",
-        "b.py::test_three": "a.py::test_one[y]",
-        "elsewhere.py::test_four": "a.py::test_one",
-    }
-    assert tiers.unknown(nodes, table) == ["a.py::test_gone", "a.py::test_one[y]"]
+    names = [*nodes, "a.py::test_gone", "a.py::test_one", "a.py::test_one[y]", "elsewhere.py::test_four"]
+    assert tiers.unknown(nodes, names) == ["a.py::test_gone", "a.py::test_one[y]"]
 
 
-def test_files_of_the_table_exist() -> None:
-    names = {*tiers.COVERED, *tiers.COVERED.values()}
+def test_files_of_the_tables_exist() -> None:
+    names = {*tiers.COVERED, *tiers.COVERED.values(), *tiers.CASES, *tiers.LEFT_OUT}
     root = Path(__file__).parents[1]
-    assert not sorted(name for name in names if not (root / name.split("::")[0]).is_file())
+    assert not sorted(name for name in names if not (root / name.split("::")[0]).exists())
 
 
 def test_what_covers_is_quick_itself() -> None:
-    assert not tiers.COVERED.keys() & set(tiers.COVERED.values())
+    covering = set(tiers.COVERED.values())
+    assert not tiers.COVERED.keys() & covering
+    assert not [name for name in covering if name.startswith(tiers.LEFT_OUT)]
+    stay = {f"{test}[{name}]" for test, names in tiers.CASES.items() for name in names}
+    assert not [name for name in covering - stay if "[" in name and tiers.function_of(name) in tiers.CASES]
 
 
-def test_the_quick_tier_of_a_file(pytester: pytest.Pytester) -> None:
+def test_the_quick_tier_of_a_file(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     pytester.makeini("[pytest]\nmarkers =\n    full: left out")
     pytester.makeconftest("from tiers import pytest_collection_modifyitems")
     pytester.makepyfile(
@@ -57,7 +56,14 @@ def test_the_quick_tier_of_a_file(pytester: pytest.Pytester) -> None:
         def test_pairs(a, b): ...
 
         def test_plain(): ...
+
+        @pytest.mark.parametrize("a", [1, 2, 11])
+        def test_cases(a): ...
         """
     )
-    pytester.inline_run("-m", "not full").assertoutcome(passed=3 + 2 + 1)
-    pytester.inline_run().assertoutcome(passed=6 + 2 + 1)
+    file = "test_the_quick_tier_of_a_file.py"
+    monkeypatch.setattr(tiers, "CASES", {f"{file}::test_cases": ("1",)})
+    pytester.inline_run("-m", "not full").assertoutcome(passed=3 + 2 + 1 + 1)
+    pytester.inline_run().assertoutcome(passed=6 + 2 + 1 + 3)
+    monkeypatch.setattr(tiers, "CASES", {f"{file}::test_cases": ("3",)})
+    assert pytester.inline_run().ret == pytest.ExitCode.USAGE_ERROR

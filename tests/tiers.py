@@ -1,12 +1,15 @@
 """The quick tier: which cases `make test` leaves to `make test-all` and CI.
 
-Three rules mark a case `full`, and so leave it out of the quick tier:
+Four rules mark a case `full`, and so leave it out of the quick tier:
 
-- Tests of the documentation, of the developers' tools, of training by several processes, of processes that outlive
-  others and in a browser (`LEFT_OUT`) are left out.
+- Tests of the documentation, of the developers' tools, of an environment of its own, of training by several processes,
+  of processes that outlive others and in a browser (`LEFT_OUT`) are left out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
+- Of the tests in `CASES` the named cases stay.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
+
+What is in the tables was chosen by coverage: none of it runs a line or branch that the rest does not run.
 """
 # ruff: noqa: E501  (names of tests)
 
@@ -24,14 +27,64 @@ LEFT_OUT = (
     "tests/train/test_distributed.py",
     "tests/train/test_launcher.py",
     "tests/explorer/test_browser.py",
-    "tests/export/test_web.py",
+    "tests/export/test_serving.py",
     "tests/report/test_report_browser.py",
+    "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone",
+    "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending",
+    "tests/train/test_resume.py::test_one_run_at_a_time",
+    "tests/cli/test_bench.py::test_memory",
 )
+
+CASES = {
+    "tests/analysis/test_attention_figure.py::test_the_pictures": ("True",),
+    "tests/analysis/test_complexity.py::test_fvcore_gives_the_same": ("vmamba_pico",),
+    "tests/analysis/test_complexity.py::test_gmacs_of_tiny_at_larger_sizes": ("384", "1024"),
+    "tests/analysis/test_complexity.py::test_other_models_have_their_known_figures": ("resnet50-4.11",),
+    "tests/analysis/test_complexity.py::test_pytorchs_counter_gives_the_same": (
+        "vmamba_pico",
+        "convnext_atto",
+    ),
+    "tests/analysis/test_counted_heads.py::test_a_row_of_the_tables": (
+        "mask_rcnn-vmamba_tiny-50.212-270.19-0.005",
+        "upernet-vmamba_tiny-62.359-947.78-0.005",
+    ),
+    "tests/analysis/test_counted_heads.py::test_the_command": ("mask_rcnn",),
+    "tests/heads/test_features.py::test_gradient_checkpointing_changes_no_gradient": (
+        "resnet50",
+        "vmamba_tiny",
+    ),
+    "tests/data/test_huggingface.py::test_a_recipe_trains_on_it": ("0",),
+    "tests/data/test_section.py::test_a_run_on_other_channels": ("4",),
+    "tests/heads/test_features.py::test_maps_of_any_model_at_any_size": ("resnet50", "vmamba_tiny"),
+    "tests/models/test_model_transforms.py::test_forward_mode": ("cascade", "default"),
+    "tests/models/test_variants.py::test_scripted_as_eager": ("dtype0-{'routes': 'cascade'}", "dtype1-{}"),
+    "tests/ops/test_backends.py::test_chunked_keeps_within_its_memory": ("1-48", "16-48"),
+    "tests/ops/test_backends.py::test_float32_is_as_accurate_as_the_reference": ("cpu", "triton"),
+    "tests/ops/test_cpu.py::test_any_state_size": ("1", "17"),
+    "tests/report/test_report.py::test_evaluations_in_the_run_and_beside_it_are_of_it": (
+        "{run}",
+        "mine/checkpoints/best.ckpt",
+    ),
+    "tests/ops/test_operator.py::test_a_split_sequence_with_carried_state_is_the_whole": (
+        "chunked",
+        "cpu",
+        "triton",
+    ),
+    "tests/test_inference.py::test_a_runs_answers_are_evaluations": ("auto",),
+    "tests/test_dense_inference.py::test_detectors_of_mmdet": ("2-names1",),
+    "tests/test_dense_inference.py::test_other_precisions": ("dtype1",),
+    "tests/test_dense_inference.py::test_segmenters_of_mmseg": ("False-2-names1",),
+    "tests/test_private.py::test_workers_that_hang_are_ended_at_once": ("True",),
+    "tests/train/test_evaluation.py::test_scores_are_those_computed_by_hand": ("ema",),
+    "tests/train/test_imagenet.py::test_a_miniature": ("tar",),
+    "tests/train/test_transfer.py::test_which_weights_of_a_run": ("ema",),
+}
+"""A test → those of its cases that the quick tier runs."""
 
 COVERED = {
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
-    "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'d_state': 4, 'gate': True}]": (
-        "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager[{'routes': 'cascade'}]"
+    "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager": (
+        "tests/ops/test_operator.py::test_compiles_without_a_break"
     ),
     "tests/train/test_faults.py::test_killed_runs_end_with_the_same_weights": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
@@ -43,7 +96,7 @@ COVERED = {
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights"
     ),
     "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[6]": (
-        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[1]"
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
     ),
     "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[8]": (
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
@@ -79,7 +132,7 @@ COVERED = {
         "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"
     ),
     "tests/test_imports.py::test_the_library_touches_no_device": (
-        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+        "tests/test_imports.py::test_arrows_point_down"
     ),
     "tests/cli/test_train_eval_predict.py::test_no_warnings_of_other_libraries": (
         "tests/cli/test_train_eval_predict.py::test_train_eval_predict"
@@ -111,34 +164,78 @@ COVERED = {
         "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"
     ),
     "tests/ops/test_backends.py::test_long_and_steep[chunked]": (
-        "tests/ops/test_backends.py::test_float32_is_as_accurate_as_the_reference[chunked]"
+        "tests/ops/test_backends.py::test_half_precision_in_and_out"
     ),
     "tests/ops/test_routes.py::test_a_saved_model_finds_its_route_in_another_process": (
         "tests/ops/test_transforms.py::test_torchscript_fx_and_checkpointing"
     ),
     "tests/test_imports.py::test_the_library_imports_without_the_extras_packages": (
-        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+        "tests/test_imports.py::test_arrows_point_down"
     ),
     "tests/test_imports.py::test_the_library_imports_no_extras_package": (
-        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+        "tests/test_imports.py::test_arrows_point_down"
     ),
     "tests/test_inference.py::test_it_needs_nothing_of_training": (
-        "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone"
+        "tests/test_imports.py::test_arrows_point_down"
     ),
     "tests/train/test_resume.py::test_rows_of_a_run_without_checkpoint_go": (
         "tests/train/test_resume.py::test_an_extended_run_is_resumed_as_it_is"
     ),
     "tests/data/test_loading.py::test_a_worker_that_dies_with_a_lock": (
-        "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending"
+        "tests/data/test_loading.py::test_a_dead_worker_is_told"
     ),
-    "tests/export/test_export.py::test_preprocessing_metadata_and_float16": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    "tests/cli/test_analyze.py::test_attention": (
+        "tests/cli/test_analyze.py::test_attention_of_a_module_by_its_name"
+    ),
+    "tests/cli/test_analyze.py::test_receptive_fields_of_models_for_one_size": (
+        "tests/analysis/test_backbones.py::test_models_that_are_made_for_one_size"
+    ),
+    "tests/report/test_report.py::test_the_papers_numbers_are_marked": (
+        "tests/report/test_report.py::test_runs_side_by_side"
+    ),
+    "tests/train/test_dense_tasks.py::test_a_run_keeps_the_ids_of_its_annotation_file": (
+        "tests/train/test_dense_tasks.py::test_predicted_from_the_run_and_from_its_weights"
+    ),
+    "tests/train/test_dense_tasks.py::test_windows_that_cover_the_image_change_nothing": (
+        "tests/heads/test_sliding.py::test_one_window_is_the_whole"
+    ),
+    "tests/train/test_evaluation.py::test_the_average_is_taken_where_there_is_one": (
+        "tests/train/test_evaluation.py::test_a_recipe_names_the_weights"
+    ),
+    "tests/train/test_faults.py::test_a_corrupt_image_is_left_out_and_counted": (
+        "tests/train/test_run.py::test_a_corrupt_image_is_named"
+    ),
+    "tests/train/test_resume.py::test_images_a_second_after_a_resume_within_an_epoch": (
+        "tests/train/test_resume.py::test_an_extended_run_is_resumed_as_it_is"
+    ),
+    "tests/train/test_run.py::test_an_interrupt_of_the_last_step_lets_the_run_finish": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
+    ),
+    "tests/models/test_official.py::test_an_altered_file": "tests/models/test_official.py::test_a_truncated_file",
+    "tests/ops/test_backends.py::test_long_and_steep[cpu]": (
+        "tests/ops/test_backends.py::test_float32_is_as_accurate_as_the_reference[cpu]"
+    ),
+    "tests/ops/test_backends.py::test_gradcheck[2-True-reference]": (
+        "tests/ops/test_backends.py::test_second_derivatives_of_the_reference"
+    ),
+    "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[1]": (
+        "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
+    ),
+    "tests/train/test_resume.py::test_a_finished_run_is_extended": (
+        "tests/train/test_resume.py::test_an_extended_run_is_resumed_as_it_is"
+    ),
+    "tests/cli/test_bench.py::test_ops_of_one_backend": "tests/cli/test_bench.py::test_ops",
+    "tests/test_packaged_weights.py::test_commands": (
+        "tests/test_packaged_weights.py::test_a_predictor_knows_the_classes"
+    ),
+    "tests/models/test_variants.py::test_traced_and_pickled_as_eager": (
+        "tests/models/test_variants.py::test_scripted_as_eager[dtype1-{}]"
+    ),
+    "tests/train/test_transfer.py::test_other_classes_and_another_resolution": (
+        "tests/train/test_transfer.py::test_which_weights_of_a_run"
     ),
     "tests/export/test_scan.py::test_either_spelling_is_right": (
         "tests/export/test_scan.py::test_is_the_reference"
-    ),
-    "tests/export/test_serving.py::test_without_pytorch": (
-        "tests/export/test_export.py::test_any_number_and_size_of_images"
     ),
     "tests/cli/test_export_command.py::test_a_run": (
         "tests/export/test_export.py::test_any_number_and_size_of_images"
@@ -187,13 +284,22 @@ def function_of(node: str) -> str:
     return node.split("[", 1)[0]
 
 
-def unknown(nodes: Iterable[str], covered: dict[str, str]) -> list[str]:
-    """Names in the table that are no test; only files of which every test was collected are looked at."""
+def is_chosen(case: pytest.Item) -> bool:
+    """Whether its test is not in `CASES`, or the case is one that stays."""
+    chosen = CASES.get(function_of(case.nodeid))
+    return chosen is None or any(case.nodeid.endswith(f"[{name}]") for name in chosen)
+
+
+def unknown(nodes: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Names that are of no test; only files of which every test was collected are looked at."""
     cases = set(nodes)
     functions = {function_of(node) for node in cases}
     files = {node.split("::", 1)[0] for node in cases}
-    names = sorted({*covered, *covered.values()})
-    return [n for n in names if n.split("::", 1)[0] in files and n not in cases and n not in functions]
+    return [
+        n
+        for n in sorted(set(names))
+        if n.split("::", 1)[0] in files and n not in cases and n not in functions
+    ]
 
 
 def mark(items: Sequence[pytest.Item]) -> None:
@@ -205,6 +311,7 @@ def mark(items: Sequence[pytest.Item]) -> None:
             is_extra = bool(values_of(case)) and index not in chosen
             if (
                 is_extra
+                or not is_chosen(case)
                 or case.nodeid.startswith(LEFT_OUT)
                 or case.nodeid in COVERED
                 or function_of(case.nodeid) in COVERED
@@ -217,10 +324,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark, before `-m` chooses.
 
     Raises:
-        UsageError: The table names a test that does not exist (any more).
+        UsageError: A table names a test that does not exist (any more).
     """
     mark(items)
     if not any("::" in argument for argument in config.args):
-        missing = unknown((item.nodeid for item in items), COVERED)
+        chosen = [f"{test}[{name}]" for test, names in CASES.items() for name in names]
+        missing = unknown((item.nodeid for item in items), [*COVERED, *COVERED.values(), *chosen])
         if missing:
-            raise pytest.UsageError(f"tests/tiers.py: COVERED names no test: {', '.join(missing)}")
+            raise pytest.UsageError(f"tests/tiers.py: there is no test {', '.join(missing)}")

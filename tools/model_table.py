@@ -53,15 +53,21 @@ def page(rows: list[dict[str, Any]], text: str) -> str:
     Args:
         rows: Of the table.
         text: The page as it is.
+
+    Raises:
+        SystemExit: The page has no such table.
     """
     names = {row["model"]: [row["model"]] for row in rows if not row["same as"]}
     for row in rows:
         if row["same as"]:
             names[row["same as"]].insert(0, row["model"])
     lines = {_place(row["model"]): _line(row, names[row["model"]]) for row in rows if not row["same as"]}
-    text = _COUNTED.sub(lambda match: match[1] + "".join(lines[place] for place in sorted(lines)), text, 1)
+    counted, packaged = _COUNTED.search(text), _PACKAGED.search(text)
+    if not counted or not packaged:
+        raise SystemExit(f"{PAGE}: expected a table 'model | parameters', and a row of packaged weights")
     accuracies = [_accuracy(row["model"]) for row in rows if row["weights"] == "in the package"]
-    return _PACKAGED.sub(lambda match: "".join(accuracies), text, 1)
+    text = text.replace(packaged[0], "".join(accuracies), 1)
+    return text.replace(counted[2], "".join(lines[place] for place in sorted(lines)), 1)
 
 
 def _place(name: str) -> tuple[bool, str, int]:

@@ -162,8 +162,15 @@ def receptive_fields(
     return [fields[trained, name] for trained in kinds for name in dict.fromkeys(names)]
 
 
-def write_fields(fields: Sequence[Field], out: Path, columns: int) -> None:
-    """Write the picture, the areas as a table, and the maps themselves."""
+def write_fields(fields: Sequence[Field], out: Path, models: int) -> None:
+    """Write the picture, the areas as a table, and the maps themselves.
+
+    Args:
+        fields: The untrained of all models, then the trained: a row each; of one model they are one row.
+        out: The folder.
+        models: How many there are.
+    """
+    columns = models if models > 1 else None
     erf.draw({field.title: field.values for field in fields}, out / "erf.png", columns)
     write_table(out / "erf.csv", [row for field in fields for row in field.rows()])
     write_arrays(out / "erf.npz", {field.title: field.values for field in fields})

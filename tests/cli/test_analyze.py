@@ -124,7 +124,9 @@ def test_attention(place: Path) -> None:
     pictures = sorted(path.stem for path in (place / "attention" / "panels").iterdir())
     assert pictures == sorted(set(values) - {"orders"})
 
-    by_name = (
+
+def test_attention_of_a_module_by_its_name(place: Path) -> None:
+    options = (
         "--module",
         "stages.1.blocks.1.op",
         "--untrained",
@@ -134,7 +136,7 @@ def test_attention(place: Path) -> None:
         "--out",
         "rows",
     )
-    done = analyze(place, "attention", PHOTO, "--checkpoint", "trained", *by_name)
+    done = analyze(place, "attention", PHOTO, "--checkpoint", "trained", *options)
     assert_written(done, place, "rows/attention.png", "rows/attention.npz")
     names = list(np.load(place / "rows" / "attention.npz"))
     assert all(name.startswith(("query-CB", "progress-CB", "orders")) for name in names)

@@ -15,7 +15,6 @@ from predicting import Done, call
 
 pytest.importorskip("onnxscript", reason="needs the extra `export`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
-pytestmark = pytest.mark.xdist_group("vmamba export")  # one process trains and traces
 CLASSES = sorted(COLOURS)
 UNTRAINED = ("vmamba_pico", "--untrained")
 

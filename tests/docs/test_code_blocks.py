@@ -23,7 +23,6 @@ from docs.blocks import PAGES, ROOT, Block, blocks, commands
 from docs.workplace import prepare
 from vmamba_cli.__main__ import app
 
-pytestmark = pytest.mark.xdist_group("docs")  # one process prepares the stand-ins, see --dist loadgroup
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 

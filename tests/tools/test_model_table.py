@@ -64,3 +64,10 @@ def test_a_new_model_gets_a_line_of_the_page() -> None:
     )
     assert without != text
     assert model_table.page(list(ROWS.values()), without) == text
+
+
+@pytest.mark.parametrize("missing", ["| model | parameters |", "its packaged weights"])
+def test_a_page_without_the_tables_is_refused(missing: str) -> None:
+    text = model_table.PAGE.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"models\.md: expected a table"):
+        model_table.page(list(ROWS.values()), text.replace(missing, ""))

@@ -1,4 +1,4 @@
-"""The tests of a file run in one process, which trains the runs that they share."""
+"""What the tests of training share."""
 
 from pathlib import Path
 
@@ -17,10 +17,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only runs that a module shares draw their curves, which takes a fourth of a small run's time."""
     monkeypatch.setattr("vmamba.train.callbacks.draw_curves", lambda rows, path: path.write_bytes(b""))
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group(f"train/{item.path.stem}"))

@@ -207,7 +207,9 @@ def paper_table(records: Sequence[RunRecord]) -> Table | None:
         for row in rows
     ]
     note = (
-        "" if on_papers_data else "No accuracy is set beside: the paper's are of other data than these runs'."
+        "The paper's accuracies are of its own test images; compare a run's that was judged on the same."
+        if on_papers_data
+        else "No accuracy is set beside: the paper's are of other data than these runs'."
     )
     titles = ["model", "parameters", "GMACs", *(column.title for column in columns)]
     return Table(_paper_caption(table), titles, cells, note)
