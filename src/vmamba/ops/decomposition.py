@@ -5,6 +5,9 @@ Sizes: b batch, h height, w width, l = h·w positions, d channels, k routes, n s
 It serves symbolic sizes, so the number of operations may not depend on l. Within a block of `BLOCK`
 positions, a fixed number, pairs are combined up and down a tree; the carry from block to block is computed by
 doubling: step s combines each block with the one 2^s before it.
+
+Each operation is a node of an exported graph, so slices are by `narrow`, which leaves the other axes alone, and a type
+is changed only where it is another.
 """
 
 from collections.abc import Iterator
@@ -35,7 +38,7 @@ def recurrence(a: Tensor, b: Tensor) -> Tensor:
         F.pad(a, padding).unflatten(-2, (blocks, BLOCK)), F.pad(b, padding).unflatten(-2, (blocks, BLOCK))
     )
     # A contiguous copy: whether the slice is contiguous depends on l, and export would guard on it.
-    return h.flatten(-3, -2)[..., :length, :].clone(memory_format=torch.contiguous_format)
+    return h.flatten(-3, -2).narrow(-2, 0, length).clone(memory_format=torch.contiguous_format)
 
 
 def _recurrence_in_blocks(a: Tensor, b: Tensor) -> Tensor:
@@ -46,14 +49,14 @@ def _recurrence_in_blocks(a: Tensor, b: Tensor) -> Tensor:
             if isinstance(blocks, int) and 2**step >= blocks:
                 break  # the first block has reached the last
             shift = (0, 0, 0, 0, 2**step, 0)
-            b = b + a * F.pad(b, shift)[..., :blocks, :, :]
-            a = a * F.pad(a, shift)[..., :blocks, :, :]
+            b = b + a * F.pad(b, shift).narrow(-3, 0, blocks)
+            a = a * F.pad(a, shift).narrow(-3, 0, blocks)
         return b
-    a_first, a_second = a.unflatten(-2, (size // 2, 2)).unbind(-2)
-    b_first, b_second = b.unflatten(-2, (size // 2, 2)).unbind(-2)
+    a, b = a.unflatten(-2, (size // 2, 2)), b.unflatten(-2, (size // 2, 2))
+    a_first, a_second, b_first, b_second = a.select(-2, 0), a.select(-2, 1), b.select(-2, 0), b.select(-2, 1)
     second = _recurrence_in_blocks(a_second * a_first, a_second * b_first + b_second)
-    carry = F.pad(second[..., -1:, :], (0, 0, 0, 0, 1, 0))[..., :blocks, :, :]
-    before = torch.cat((carry, second[..., :-1, :]), -2)
+    carry = F.pad(second.narrow(-2, size // 2 - 1, 1), (0, 0, 0, 0, 1, 0)).narrow(-3, 0, blocks)
+    before = torch.cat((carry, second.narrow(-2, 0, size // 2 - 1)), -2)
     return torch.stack((a_first * before + b_first, second), -2).flatten(-3, -2)
 
 
@@ -75,45 +78,47 @@ def scan(call: Operands, out_dtype: torch.dtype | None = None) -> tuple[Tensor, 
     autocast = torch.is_autocast_enabled(device_type)
     with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         order = call.order()
-        x = call.x[:, :, :, None].expand(-1, -1, -1, call.n_routes, -1)
-        u = _visited(x, order).to(call.state_dtype)  # (b, k, l, d)
+        u = call.x.flatten(1, 2).index_select(1, order.flatten()).unflatten(1, order.shape)  # (b, k, l, d)
+        u = _typed(u, call.state_dtype)
         h, out = _along_routes(call, order, u)
         y = torch.zeros_like(u[:, 0])
         for k in range(call.n_routes):
             y = y.index_add(1, order[k], out[:, k])
-    y = y.unflatten(1, (call.x.shape[1], call.x.shape[2])).to(out_dtype or call.state_dtype)
+    y = _typed(y.unflatten(1, (call.x.shape[1], call.x.shape[2])), out_dtype or call.state_dtype)
     return y, h[..., -1, :].transpose(2, 3)
 
 
-def _visited(t: Tensor, order: Tensor) -> Tensor:
-    """(b, h, w, k, ·) in the order of each route, (b, k, l, ·).
-
-    By index_select: the gradient of indexing with a tensor writes in place, which vmap refuses.
-    """
-    t = t.flatten(1, 2)
-    return torch.stack([t[:, :, k].index_select(1, order[k]) for k in range(order.shape[0])], 1)
+def _typed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _along_routes(call: Operands, order: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The states (b, k, n, l, d) and the outputs (b, k, l, d) of every route, in its own order."""
-    dtype = call.state_dtype
-    z = _visited(call.delta, order).to(dtype)
+    dtype, routes = call.state_dtype, call.n_routes
+    # Rows of the k values of each position. By index_select: the gradient of indexing with a tensor writes in place,
+    # which vmap refuses.
+    rows = (order * routes + torch.arange(routes, device=order.device)[:, None]).flatten()
+
+    def visited(t: Tensor) -> Tensor:
+        """(b, h, w, k, ·) in the order of each route, (b, k, l, ·)."""
+        return _typed(t.flatten(1, 3).index_select(1, rows).unflatten(1, order.shape), dtype)
+
+    z = visited(call.delta)
     if call.delta_weight is not None:
-        z = z @ call.delta_weight.to(dtype).transpose(1, 2)
+        z = z @ _typed(call.delta_weight, dtype).transpose(1, 2)
     if call.delta_bias is not None:
-        z = z + call.delta_bias.to(dtype)[:, None]
+        z = z + _typed(call.delta_bias, dtype).unsqueeze(1)
     delta = softplus(z) if call.delta_softplus else z
-    B = _visited(call.B, order).to(dtype).transpose(2, 3)  # (b, k, n, l)
-    C = _visited(call.C, order).to(dtype).transpose(2, 3)
-    decay = torch.exp(delta[:, :, None] * call.A.to(dtype).transpose(1, 2)[:, :, None])  # (b, k, n, l, d)
-    drive = (delta * u)[:, :, None] * B[..., None]
+    B, C = visited(call.B).transpose(2, 3), visited(call.C).transpose(2, 3)  # (b, k, n, l)
+    decay = torch.exp(delta.unsqueeze(2) * _typed(call.A, dtype).transpose(1, 2).unsqueeze(2))  # (b, k, n, l, d)
+    drive = (delta * u).unsqueeze(2) * B.unsqueeze(-1)
     if call.initial_state is not None:
-        entering = decay[..., :1, :] * call.initial_state.to(dtype).transpose(2, 3)[..., None, :]
+        entering = decay.narrow(-2, 0, 1) * _typed(call.initial_state, dtype).transpose(2, 3).unsqueeze(-2)
         drive = drive + F.pad(entering, (0, 0, 0, call.length - 1))
     h = recurrence(decay, drive)
-    out = (h * C[..., None]).sum(2)
+    out = (h * C.unsqueeze(-1)).sum(2)
     if call.D is not None:
-        out = out + u * call.D.to(dtype)[:, None]
+        out = out + u * _typed(call.D, dtype).unsqueeze(1)
     return h, out
 
 
