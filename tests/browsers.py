@@ -1,13 +1,13 @@
 """A Chromium of the system's, driven by playwright, and axe-core, which judges a page's accessibility.
 
-Tests that use them are skipped where playwright or Chromium is missing. axe-core is fetched with npm, once,
-and kept in .cache.
+Tests that use them are skipped where playwright or Chromium is missing. What comes from
+npm is fetched once and kept in .cache.
 """
 
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ MARKS = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
 ]
 
-AXE = "axe-core-4.14.1.tgz"
+AXE = "axe-core@4.14.1"
 CACHE = Path(__file__).parents[1] / ".cache"
 
 
@@ -37,22 +37,26 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def axe() -> str:
-    """axe-core's script, from npm; it is kept."""
-    archive = CACHE / AXE
+    """axe-core's script, from npm."""
+    (script,) = npm_files(AXE, ["package/axe.min.js"]).values()
+    return script.decode()
+
+
+def npm_files(package: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Files of an npm package, name@version, which is fetched once and kept in .cache."""
+    archive = CACHE / f"{package.replace('@', '-')}.tgz"
     if not archive.is_file():
         if shutil.which("npm") is None:
-            pytest.skip("needs npm, which fetches axe-core")
+            pytest.skip(f"needs npm, which fetches {package}")
         CACHE.mkdir(exist_ok=True)
-        package = AXE.removesuffix(".tgz").replace("core-", "core@")
         done = subprocess.run(
             ["npm", "pack", package], cwd=CACHE, capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
             pytest.skip(f"npm cannot fetch {package}: {done.stderr.strip()[-200:]}")
     with tarfile.open(archive) as files:
-        script = files.extractfile("package/axe.min.js")
-        assert script is not None
-        return script.read().decode()
+        members = {name: files.extractfile(name) for name in names}
+        return {name: member.read() for name, member in members.items() if member is not None}
 
 
 def violations(page: Any, axe: str) -> list[Any]:

@@ -29,6 +29,7 @@ LEFT_OUT = (
     "tests/train/test_distributed.py",
     "tests/train/test_launcher.py",
     "tests/explorer/test_browser.py",
+    "tests/export/test_serving.py",
     "tests/report/test_report_browser.py",
     "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone",
     "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending",
@@ -263,6 +264,24 @@ COVERED = {
     ),
     "tests/train/test_transfer.py::test_other_classes_and_another_resolution": (
         "tests/train/test_transfer.py::test_which_weights_of_a_run"
+    ),
+    "tests/export/test_scan.py::test_either_spelling_is_right": (
+        "tests/export/test_scan.py::test_is_the_reference"
+    ),
+    "tests/cli/test_export_command.py::test_a_run": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/export/test_export.py::test_a_model_of_one_size": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_openvino_without_check": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_a_missing_runtime": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/cli/test_export_command.py::test_a_full_disk": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
     ),
 }
 """A test, or one case of it → the test of the quick tier that runs the same code."""

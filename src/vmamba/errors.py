@@ -40,6 +40,10 @@ class ModelError(UserError, ValueError):
     """A model's name, one of its arguments or an input size is unknown or does not fit."""
 
 
+class ExportError(UserError, RuntimeError):
+    """A model cannot be exported, or what was written computes something else."""
+
+
 class OutputError(UserError, OSError):
     """A result cannot be written to the given place."""
 

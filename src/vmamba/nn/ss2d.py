@@ -176,9 +176,9 @@ class SS2D(Layer):
     ) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
             if torch.compiler.is_exporting():
-                return decomposition.selective_scan_2d(
+                return decomposition.exported(
                     x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None
-                )[0]
+                )
         y, _, _ = torch.ops.vmamba.selective_scan_2d(
             x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None, None
         )

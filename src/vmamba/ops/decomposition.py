@@ -10,7 +10,9 @@ Each operation is a node of an exported graph, so slices are by `narrow`, which 
 is changed only where it is another.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from vmamba.ops.operands import Operands
 from vmamba.ops.reference import softplus
+from vmamba.ops.routes import CROSS, GIVEN, route_codes, scan_order
 
 BLOCK, DOUBLINGS = 64, 15
 MAX_LENGTH = (2**DOUBLINGS - 1) * BLOCK
@@ -123,3 +126,38 @@ def selective_scan_2d(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`scan` with the operator's arguments by position, up to `out_dtype`."""
     *operands, out_dtype = arguments
     return scan(Operands(*operands), out_dtype)
+
+
+_KEPT_WHOLE = ContextVar("vmamba_kept_whole", default=False)
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """Inside the block `torch.export.export(…, strict=False)` keeps SS2D's scan as a call of the operator.
+
+    It is then left to whoever translates the exported graph, such as `vmamba.export`.
+    """
+    token = _KEPT_WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _KEPT_WHOLE.reset(token)
+
+
+def exported(x: Tensor, *arguments: Any) -> Tensor:
+    """What SS2D's scan becomes in an exported graph, y (b, h, w, d): plain aten, or the operator itself.
+
+    Args:
+        x: (b, h, w, d).
+        arguments: The other arguments of the operator, up to `out_dtype`.
+    """
+    if not _KEPT_WHOLE.get():
+        return selective_scan_2d(x, *arguments)[0]
+    *operands, routes, initial_state, out_dtype = arguments
+    named = route_codes(CROSS)
+    # The order of a registered route is known in Python alone; in the graph it becomes a permutation.
+    other = [code for code in routes if code not in named]
+    orders = scan_order(other, x.shape[1], x.shape[2], x.device) if other else None
+    codes = [code if code in named else GIVEN for code in routes]
+    y, _, _ = torch.ops.vmamba.selective_scan_2d(x, *operands, codes, initial_state, out_dtype, None, orders)
+    return y
