@@ -6,8 +6,8 @@ It serves symbolic sizes, so the number of operations may not depend on l. Withi
 positions, a fixed number, pairs are combined up and down a tree; the carry from block to block is computed by
 doubling: step s combines each block with the one 2^s before it.
 
-Each operation is a node of an exported graph, so slices are by `narrow`, which leaves the other axes alone, and a type
-is changed only where it is another.
+Each operation is a node of an exported graph: hence slices by `narrow`, which leaves the other axes alone,
+and no change of a type to itself.
 """
 
 from collections.abc import Iterator
@@ -95,8 +95,8 @@ def _typed(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _along_routes(call: Operands, order: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The states (b, k, n, l, d) and the outputs (b, k, l, d) of every route, in its own order."""
     dtype, routes = call.state_dtype, call.n_routes
-    # Rows of the k values of each position. By index_select: the gradient of indexing with a tensor writes in place,
-    # which vmap refuses.
+    # Where each route finds its value of each position. (By index_select, as the gradient of indexing with a
+    # tensor writes in place, which vmap refuses.)
     rows = (order * routes + torch.arange(routes, device=order.device)[:, None]).flatten()
 
     def visited(t: Tensor) -> Tensor:
@@ -110,7 +110,8 @@ def _along_routes(call: Operands, order: Tensor, u: Tensor) -> tuple[Tensor, Ten
         z = z + _typed(call.delta_bias, dtype).unsqueeze(1)
     delta = softplus(z) if call.delta_softplus else z
     B, C = visited(call.B).transpose(2, 3), visited(call.C).transpose(2, 3)  # (b, k, n, l)
-    decay = torch.exp(delta.unsqueeze(2) * _typed(call.A, dtype).transpose(1, 2).unsqueeze(2))  # (b, k, n, l, d)
+    A = _typed(call.A, dtype).transpose(1, 2).unsqueeze(2)
+    decay = torch.exp(delta.unsqueeze(2) * A)  # (b, k, n, l, d)
     drive = (delta * u).unsqueeze(2) * B.unsqueeze(-1)
     if call.initial_state is not None:
         entering = decay.narrow(-2, 0, 1) * _typed(call.initial_state, dtype).transpose(2, 3).unsqueeze(-2)
