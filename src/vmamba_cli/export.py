@@ -64,7 +64,7 @@ def onnx(
     from vmamba_cli._extra import load
 
     export = load("vmamba.export", "export")
-    predictor = _load(source, model, weights, untrained)
+    predictor = _load(source, model, weights, untrained, out)
     result = export.onnx(predictor, out, preprocess=preprocess, weights=store.value, check=not no_check)
     _show(result, no_check)
 
@@ -97,7 +97,7 @@ def openvino(
     if labelled is not None and not int8:
         refuse("--labelled: goes with --int8")
     export = load("vmamba.export", "export")
-    predictor = _load(source, model, weights, untrained)
+    predictor = _load(source, model, weights, untrained, out)
     result = export.openvino(
         predictor,
         out,
@@ -110,17 +110,20 @@ def openvino(
     _show(result, no_check)
 
 
-def _load(source: str, model: str | None, weights: Weights, untrained: bool) -> Any:
+def _load(source: str, model: str | None, weights: Weights, untrained: bool, out: Path) -> Any:
     import vmamba
+    from vmamba.export.writing import writable
 
+    writable(out)  # before weights are fetched
     return vmamba.load(source, model=model, device="cpu", weights=weights.value, trained=not untrained)
 
 
 def _show(result: Any, no_check: bool) -> None:
-    sizes = " and ".join(result.dynamic) or "nothing"
+    from vmamba.words import counted
+
     typer.echo(
         f"{result.path}: {result.megabytes:.1f} MB, {result.nodes:,} nodes, outputs "
-        f"{', '.join(result.outputs)}; any {sizes}"
+        f"{', '.join(result.outputs)}; any {', '.join(result.dynamic)}"
     )
     check = result.check
     if check is not None:
@@ -130,8 +133,8 @@ def _show(result: Any, no_check: bool) -> None:
         )
         height, width = check.size
         typer.echo(
-            f"one image of {height}×{width}, {check.threads} threads: {check.seconds * 1e3:.1f} ms, PyTorch "
-            f"{check.torch_seconds * 1e3:.1f} ms"
+            f"one image of {height}×{width}, {counted(check.threads, 'thread')}: "
+            f"{check.seconds * 1e3:.1f} ms, PyTorch {check.torch_seconds * 1e3:.1f} ms"
         )
     elif not no_check:
         typer.echo("not checked: ONNX Runtime is not installed (pip install onnxruntime)")

@@ -70,7 +70,7 @@ def onnx(
         ModelError: The preprocessing can't be put into a graph.
         OutputError: The file can't be written.
     """
-    path = _checked(path)
+    path = writable(path)
     subject = _subject(model, preprocess, weights)
     graph, dynamic = _graph(subject, weights, "onnxruntime")
     result = None
@@ -114,7 +114,7 @@ def openvino(
         DataError: A folder has no images.
     """
     require("openvino")
-    path = _checked(path)
+    path = writable(path)
     if path.suffix != ".xml":
         raise OutputError(f"{path}: expected a name that ends in .xml; its weights go to a .bin beside it")
     subject = _subject(model, preprocess, weights)
@@ -150,7 +150,7 @@ def _names(graph: ir.Model) -> tuple[str, ...]:
     return tuple(str(output.name) for output in graph.graph.outputs)
 
 
-def _checked(path: str | os.PathLike[str]) -> Path:
+def writable(path: str | os.PathLike[str]) -> Path:
     """The path, if a file can be written there: asked before the minute that an export takes.
 
     Raises:
