@@ -17,7 +17,7 @@ INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --dist load -k triton tests/ops test
 
 help:
 	@echo "make demo         classify real images, draw what the model sees, train on digits (under 3 minutes)"
-	@echo "make test         the quick tier: what covers the library (about 4 minutes)"
+	@echo "make test         the quick tier: what covers the library (under 5 minutes)"
 	@echo "make test-all     every test but those minutes long; test-triton: the GPU kernels in Triton's interpreter"
 	@echo "make exhaustive   every test and kernel there is, the CPU kernel under all sanitizers (hours)"
 	@echo "make lint typecheck docs conformance compat wheel   what CI runs besides"
