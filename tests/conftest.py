@@ -14,7 +14,11 @@ from hypothesis import settings
 from tiers import pytest_collection_modifyitems  # noqa: F401  (a hook)
 
 pytest_plugins = ("pytester", "browsers")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = False
+if "TRITON_INTERPRET" in os.environ:
+    from vmamba.ops.triton import interpreted
+
+    INTERPRETED = interpreted()
 
 # An interpreted kernel takes seconds: fewer examples there.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if INTERPRETED else 25)
@@ -36,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 SINGLY = ("tests/test_processes.py", "tests/train/test_distributed.py")
-"""Files of long tests that share little: dealt one by one, at the end, they even the processes out."""
+"""Files of long tests that share little: they are dealt one by one, at the end."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,7 @@ Four rules mark a case `full`, and so leave it out of the quick tier:
 - Of the tests in `CASES` the named cases stay.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
 
-What is in these tables was chosen by coverage: none of it runs a line or branch that the rest does not run.
+For `CASES` and `COVERED`, what a case adds to the coverage decides: nothing, or a few branches.
 
 Of the tests in `SAMPLED`, where a case takes up to a minute, CI runs the named ones; the rest are marked `slow`.
 """

@@ -79,47 +79,47 @@ def scan(call: Operands, out_dtype: torch.dtype | None = None) -> tuple[Tensor, 
     with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         order = call.order()
         u = call.x.flatten(1, 2).index_select(1, order.flatten()).unflatten(1, order.shape)  # (b, k, l, d)
-        u = _typed(u, call.state_dtype)
+        u = _cast(u, call.state_dtype)
         h, out = _along_routes(call, order, u)
         y = torch.zeros_like(u[:, 0])
         for k in range(call.n_routes):
             y = y.index_add(1, order[k], out[:, k])
-    y = _typed(y.unflatten(1, (call.x.shape[1], call.x.shape[2])), out_dtype or call.state_dtype)
+    y = _cast(y.unflatten(1, (call.x.shape[1], call.x.shape[2])), out_dtype or call.state_dtype)
     return y, h[..., -1, :].transpose(2, 3)
 
 
-def _typed(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def _along_routes(call: Operands, order: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The states (b, k, n, l, d) and the outputs (b, k, l, d) of every route, in its own order."""
     dtype, routes = call.state_dtype, call.n_routes
-    # Where each route finds its value of each position. (By index_select, as the gradient of indexing with a
-    # tensor writes in place, which vmap refuses.)
+    # Each step's position and route as one index, for index_select: the gradient of indexing with a tensor
+    # writes in place, which vmap refuses.
     rows = (order * routes + torch.arange(routes, device=order.device)[:, None]).flatten()
 
     def visited(t: Tensor) -> Tensor:
         """(b, h, w, k, ·) in the order of each route, (b, k, l, ·)."""
-        return _typed(t.flatten(1, 3).index_select(1, rows).unflatten(1, order.shape), dtype)
+        return _cast(t.flatten(1, 3).index_select(1, rows).unflatten(1, order.shape), dtype)
 
     z = visited(call.delta)
     if call.delta_weight is not None:
-        z = z @ _typed(call.delta_weight, dtype).transpose(1, 2)
+        z = z @ _cast(call.delta_weight, dtype).transpose(1, 2)
     if call.delta_bias is not None:
-        z = z + _typed(call.delta_bias, dtype).unsqueeze(1)
+        z = z + _cast(call.delta_bias, dtype).unsqueeze(1)
     delta = softplus(z) if call.delta_softplus else z
     B, C = visited(call.B).transpose(2, 3), visited(call.C).transpose(2, 3)  # (b, k, n, l)
-    A = _typed(call.A, dtype).transpose(1, 2).unsqueeze(2)
+    A = _cast(call.A, dtype).transpose(1, 2).unsqueeze(2)
     decay = torch.exp(delta.unsqueeze(2) * A)  # (b, k, n, l, d)
     drive = (delta * u).unsqueeze(2) * B.unsqueeze(-1)
     if call.initial_state is not None:
-        entering = decay.narrow(-2, 0, 1) * _typed(call.initial_state, dtype).transpose(2, 3).unsqueeze(-2)
+        entering = decay.narrow(-2, 0, 1) * _cast(call.initial_state, dtype).transpose(2, 3).unsqueeze(-2)
         drive = drive + F.pad(entering, (0, 0, 0, call.length - 1))
     h = recurrence(decay, drive)
     out = (h * C.unsqueeze(-1)).sum(2)
     if call.D is not None:
-        out = out + u * _typed(call.D, dtype).unsqueeze(1)
+        out = out + u * _cast(call.D, dtype).unsqueeze(1)
     return h, out
 
 
