@@ -2,9 +2,10 @@
 
 import os
 import platform
-import signal
 import time
 import weakref
+from contextlib import nullcontext
+from multiprocessing import connection
 from typing import Any
 
 import pytest
@@ -131,22 +132,19 @@ def test_workers_that_hang_are_ended_at_once(persistent: bool) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGCHLD")
-def test_the_handler_of_a_workers_death_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch sets it once in a process, be it in another test.
-    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
-
-    def mine(number: int, frame: Any) -> None: ...
-
-    before = signal.signal(signal.SIGCHLD, mine)
-    try:
-        with _torch_private.no_worker_death_handler():
-            data = loader()
-            batches = iter(data)
-            assert signal.getsignal(signal.SIGCHLD) is not mine  # it is PyTorch's
-        assert signal.getsignal(signal.SIGCHLD) is mine
-        _torch_private.end_loader_workers(data, batches)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_death_of_a_worker_raises_anywhere_only_where_pytorch_watches(watched: bool) -> None:
+    data = loader()
+    batches = iter(data)
+    assert batches._worker_pids_set
+    if not watched:
+        _torch_private.unregister_workers(batches)
+    worker, *_ = _torch_private.loader_workers(batches)
+    with pytest.raises(RuntimeError, match="killed by signal") if watched else nullcontext():
+        worker.kill()
+        connection.wait([worker.sentinel])
+        time.sleep(0.1)  # the handler runs here
+    _torch_private.end_loader_workers(data, batches)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is on x86 everywhere")

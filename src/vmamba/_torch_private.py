@@ -4,10 +4,7 @@
 """
 
 import platform
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils import signal_handling
 
 # --- vmamba.ops: the operator's own autograd kernel -------------------------------------------------------
 # The public way would be `torch.library.register_autograd`. Its kernel silently drops the tangents of
@@ -96,21 +94,14 @@ class _KillInsteadOfEvent:
         return True
 
 
-@contextmanager
-def no_worker_death_handler() -> Iterator[None]:
-    """Keep PyTorch from installing its SIGCHLD handler when a `DataLoader` iterator is created in the block.
+def unregister_workers(batches: Any) -> None:
+    """Take the workers of a loader's iterator out of those that PyTorch watches by a SIGCHLD handler.
 
-    When a worker dies the handler raises wherever the process happens to be, even in the middle of a step.
+    When a worker dies that handler raises wherever the process happens to be, even in the middle of a step.
     """
-    # Windows has no such signal, and only the main thread can set a handler.
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    if getattr(batches, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
 
 
 # --- vmamba.nn.fused: does anything watch, record or transform what a layer calls? -------------------------

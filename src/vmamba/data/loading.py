@@ -14,7 +14,7 @@ from vmamba._torch_private import (
     end_loader_workers,
     kill,
     loader_workers,
-    no_worker_death_handler,
+    unregister_workers,
 )
 from vmamba.data.sampling import EpochSampler, SampleKey
 from vmamba.errors import CheckpointError, DataError
@@ -110,8 +110,8 @@ class ResumableLoader(DataLoader[Any]):
         self.skipped: dict[str, None] = {}
 
     def __iter__(self) -> Iterator[LoadedBatch]:  # type: ignore[override]
-        with no_worker_death_handler():
-            batches = super().__iter__()
+        batches = super().__iter__()
+        unregister_workers(batches)  # _next() notices their deaths
         workers = loader_workers(batches)
         _all_workers.update(workers)
         while (loaded := self._next(batches, workers)) is not None:
