@@ -4,7 +4,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vmamba.analysis.scans import record_scans
 from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
 from vmamba.models.factory import create_model
+from vmamba.nn import fused
 from vmamba.nn.modes import evaluating
 from vmamba.ops import use_backend
 from vmamba.processes import end_with_parent
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting in which models are timed.
+    """The setting in which a model is timed.
 
     Attributes:
         size: Side of the images in pixels.
@@ -37,6 +38,8 @@ class Setting:
         autocast: None, "bf16" or "fp16".
         device: As PyTorch names it.
         backend: Backend of the selective scan; None for the device's default.
+        fused: Whether layers may be computed in fused form, see `vmamba.nn.fused`.
+        args: Arguments of the model, as `vmamba.create_model` takes them.
     """
 
     size: int
@@ -45,6 +48,8 @@ class Setting:
     autocast: str | None = None
     device: str = "cpu"
     backend: str | None = None
+    fused: bool = True
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def create_for(name: str, setting: Setting) -> nn.Module:
     Raises:
         ModelError: No model has that name.
     """
-    model: nn.Module = create_model(name, image_size=(setting.size, setting.size))
+    model: nn.Module = create_model(name, image_size=(setting.size, setting.size), **setting.args)
     return model.to(setting.device).train(setting.train)
 
 
@@ -120,7 +125,7 @@ def check(model: nn.Module, name: str, setting: Setting) -> None:
     Args:
         model: From `create_for`; keeps its mode.
         name: For the message.
-        setting: How the model is to be timed, inside a block of that backend.
+        setting: How the model is to be timed, inside an `as_set` block.
 
     Raises:
         BenchError: The model computes something wrong.
@@ -156,6 +161,17 @@ def on_backend(name: str | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_set(setting: Setting) -> Iterator[None]:
+    """Run every scan and layer inside the `with` block as a setting says.
+
+    Raises:
+        BenchError: As `on_backend`.
+    """
+    with on_backend(setting.backend), fused(setting.fused):
+        yield
+
+
 def bench_models(
     names: Sequence[str],
     setting: Setting,
@@ -177,40 +193,79 @@ def bench_models(
             run at this setting or computes something wrong.
         ModelError: A model is unknown.
     """
-    for name, value in {"rounds": rounds, "batch": setting.batch, "size": setting.size}.items():
-        if value < 1:
-            raise BenchError(f"{name}: expected at least 1, got {value}")
     if not names or len(set(names)) < len(names):
         raise BenchError(f"models: expected different names, got {', '.join(names) or 'none'}")
-    synchronize = synchronizer(setting.device)
+    return bench_settings({name: (name, setting) for name in names}, rounds, memory, log)
+
+
+def bench_settings(
+    subjects: Mapping[str, tuple[str, Setting]],
+    rounds: int = 10,
+    memory: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[Measurement]:
+    """Time models in turns, each in a setting of its own and in the memory format that is faster for it.
+
+    Args:
+        subjects: What is measured → the model's name in timm's registry, and its setting, all on one device;
+            ratios of speed, in images, are relative to the first.
+        rounds: At least 1.
+        memory: Also measure the peak memory of each.
+        log: Called with a line of text at the start of each measurement.
+
+    Returns:
+        A measurement of each, in order; `model` is the subject's name.
+
+    Raises:
+        BenchError: As `bench_models`.
+        ModelError: A model is unknown.
+    """
+    for _, setting in subjects.values():
+        for name, value in {"rounds": rounds, "batch": setting.batch, "size": setting.size}.items():
+            if value < 1:
+                raise BenchError(f"{name}: expected at least 1, got {value}")
+    (device,) = {setting.device for _, setting in subjects.values()}
+    synchronize = synchronizer(device)
     calls, formats = {}, {}
-    with on_backend(setting.backend):
-        for name in names:
-            log(f"checking {name}")
+    for subject, (name, setting) in subjects.items():
+        log(f"checking {subject}")
+        with as_set(setting):
             model = create_for(name, setting)
             try:
-                check(model, name, setting)
-                calls[name], formats[name] = _in_faster_format(model, setting, synchronize)
+                check(model, subject, setting)
+                call, formats[subject] = _in_faster_format(model, setting, synchronize)
             except BenchError:
                 raise
             except (RuntimeError, AssertionError, ValueError) as error:
-                raise BenchError(f"{name} at {setting.batch} × {setting.size}²: {error}") from error
-        log(f"timing {rounds} rounds")
-        seconds = interleaved(calls, rounds, synchronize)
-    peaks = {name: peak_memory(name, setting, formats[name]) if memory else None for name in names}
-    return [
-        Measurement(
-            name,
-            setting.size,
-            setting.batch,
-            setting.batch / statistics.median(seconds[name]),
-            ratio(seconds[names[0]], seconds[name]),
-            seconds[name],
-            formats[name],
-            peaks[name],
+                raise BenchError(f"{subject} at {setting.batch} × {setting.size}²: {error}") from error
+        calls[subject] = _called_as_set(call, setting)
+    log(f"timing {rounds} rounds")
+    seconds = interleaved(calls, rounds, synchronize)
+    first, *_ = subjects
+    measurements = []
+    for subject, (name, setting) in subjects.items():
+        per_image = {each: [s / subjects[each][1].batch for s in seconds[each]] for each in (first, subject)}
+        measurements.append(
+            Measurement(
+                subject,
+                setting.size,
+                setting.batch,
+                setting.batch / statistics.median(seconds[subject]),
+                ratio(per_image[first], per_image[subject]),
+                seconds[subject],
+                formats[subject],
+                peak_memory(name, setting, formats[subject]) if memory else None,
+            )
         )
-        for name in names
-    ]
+    return measurements
+
+
+def _called_as_set(call: Callable[[], Tensor], setting: Setting) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with as_set(setting):
+            return call()
+
+    return run
 
 
 def _formatted(model: nn.Module, setting: Setting, memory_format: str) -> Callable[[], Tensor]:
@@ -241,7 +296,7 @@ def peak_memory(name: str, setting: Setting, memory_format: str) -> int | None:
         None where it cannot be measured: on devices other than CUDA and CPUs under Linux.
     """
     if setting.device.startswith("cuda"):
-        with on_backend(setting.backend):
+        with as_set(setting):
             call = _formatted(create_for(name, setting), setting, memory_format)
             torch.cuda.synchronize(setting.device)
             torch.cuda.reset_peak_memory_stats(setting.device)
@@ -263,10 +318,10 @@ def _peak_memory_here(name: str, setting: Setting, memory_format: str, threads: 
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
-    with on_backend(setting.backend):
+    with as_set(setting):
         call = _formatted(create_for(name, setting), setting, memory_format)
         # Call another model first: loading the libraries must not count.
-        small = replace(setting, size=32, batch=1)
+        small = replace(setting, size=32, batch=1, args={})
         _formatted(create_for("vmamba_pico", small), small, "contiguous")()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = kibibytes("VmRSS")
