@@ -24,6 +24,7 @@ VERBS = (
     "analyze",
     "explore",
     "bench",
+    "study",
     "export",
 )
 

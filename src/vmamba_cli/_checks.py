@@ -1,7 +1,9 @@
-"""Checks of a command's arguments that run before PyTorch is imported, which takes seconds."""
+"""Checks of a command's arguments; those of paths run before PyTorch is imported, which takes seconds."""
 
 import difflib
 from pathlib import Path
+
+import typer
 
 from vmamba_cli._messages import refuse
 
@@ -67,3 +69,19 @@ def require_recipe(path: Path) -> Path:
     if problem:
         refuse(f"{path}: {problem}")
     return expanded
+
+
+def prepare_device(device: str, threads: int | None) -> None:
+    """Set PyTorch's number of threads, and try the device.
+
+    Raises:
+        typer.BadParameter: PyTorch cannot use the device.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from error

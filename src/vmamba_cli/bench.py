@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vmamba_cli._checks import prepare_device
+
 app = typer.Typer(
     name="bench", no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory side by side."
 )
@@ -58,7 +60,7 @@ def models(
 
     from vmamba.bench import models as bench
 
-    _prepare(device, threads)
+    prepare_device(device, threads)
     names = names or ["vmamba_tiny", *bench.PEERS]
     rows: list[dict[str, Any]] = []
     console = Console()
@@ -124,7 +126,7 @@ def ops(
 
     from vmamba.bench import operator as bench
 
-    _prepare(device, threads)
+    prepare_device(device, threads)
     console = Console()
     shapes = bench.shapes(model, size)
     rows = []
@@ -230,15 +232,3 @@ def _table(title: str) -> Any:
 
     # A title wraps at the width of its table.
     return Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=len(title))
-
-
-def _prepare(device: str, threads: int | None) -> None:
-    """Set the number of threads, and try the device."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from error

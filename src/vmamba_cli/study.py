@@ -1,0 +1,238 @@
+"""`vmamba study`: the paper's studies, measured here.
+
+The parameters of a command are its options, so there may be many.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vmamba_cli._checks import prepare_device, require_recipe
+from vmamba_cli._messages import refuse
+
+app = typer.Typer(
+    name="study",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure what the paper's studies measure, and write tables and figures.",
+)
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Only this model, of the table or of timm; may be given several times."),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Images at once.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often all subjects run in turns.")]
+Training = Annotated[bool, typer.Option("--train/--no-train", help="Time training steps too.")]
+Autocast = Annotated[str | None, typer.Option(help="Of training: bf16 or fp16; default float32.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default PyTorch's own.")]
+Minutes = Annotated[
+    float | None,
+    typer.Option(min=0, help="Begin nothing that will not end within this time.", show_default=False),
+]
+Accuracy = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="MODEL=WHAT: judge weights of that model at each of its sizes; WHAT is a run, a checkpoint of a "
+        "run, or a recipe with model.weights. May be given several times.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(help="Folder for the results; what it holds already is not measured again.")
+]
+
+
+@app.command("throughput")
+def throughput(
+    models: Models = None,
+    batch: Batch = 8,
+    rounds: Rounds = 5,
+    train: Training = True,
+    autocast: Autocast = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    minutes: Minutes = None,
+    accuracy: Accuracy = None,
+    out: Out = Path("study"),
+) -> None:
+    """Every row of Table 1: parameters, multiply-adds, speed and memory."""
+    conditions = (batch, rounds, train, autocast, device, accuracy)
+    _run([_maker("throughput", models=models or ())], conditions, threads, minutes, out)
+
+
+@app.command("resolution")
+def resolution(
+    models: Models = None,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--input", min=1, help="Side of the images; may be given several times. Default: Table 4's."
+        ),
+    ] = None,
+    batch: Batch = 1,
+    rounds: Rounds = 5,
+    train: Training = False,
+    autocast: Autocast = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    minutes: Minutes = None,
+    accuracy: Accuracy = None,
+    out: Out = Path("study"),
+) -> None:
+    """Table 4 and Figure 11: how cost grows with the image, and with which exponent."""
+    conditions = (batch, rounds, train, autocast, device, accuracy)
+    chosen: dict[str, Any] = {"models": models or ()} | ({"sizes": sizes} if sizes else {})
+    _run([_maker("resolution", **chosen)], conditions, threads, minutes, out)
+
+
+@app.command("ladder")
+def ladder(
+    batch: Batch = 8,
+    rounds: Rounds = 5,
+    train: Training = True,
+    autocast: Autocast = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    minutes: Minutes = None,
+    accuracy: Accuracy = None,
+    out: Out = Path("study"),
+) -> None:
+    """Figure 9: the steps from the first VMamba to the fast one."""
+    conditions = (batch, rounds, train, autocast, device, accuracy)
+    _run([_maker("ladder")], conditions, threads, minutes, out)
+
+
+@app.command("patterns")
+def patterns(
+    model: Annotated[str, typer.Option(help="That reads images along the patterns.")] = "vmamba_tiny",
+    size: Annotated[
+        int | None, typer.Option("--input", min=1, help="Side of the images; default the model's.")
+    ] = None,
+    routes: Annotated[
+        list[str] | None, typer.Option(help="A pattern; may be given several times. Default: Table 5's.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also train every pattern by this recipe, and compare accuracies.", show_default=False
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="section.key=value, laid over the recipe.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each pattern.")] = 3,
+    batch: Batch = 8,
+    rounds: Rounds = 5,
+    train: Training = True,
+    autocast: Autocast = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    minutes: Minutes = None,
+    out: Out = Path("study"),
+) -> None:
+    """Table 5 and Figure 12: the same network reading images along other routes."""
+    if recipe is not None:
+        recipe = require_recipe(recipe)
+    conditions = (batch, rounds, train, autocast, device, None)
+    budget = _run(
+        [_maker("patterns", model=model, size=size, routes=routes or ())], conditions, threads, minutes, out
+    )
+    if recipe is not None:
+        from vmamba_cli._extra import load
+
+        training = load("vmamba.studies.training", "train")
+        names = routes or list(load("vmamba.studies.tables", "train").TABLE_5)
+        outcomes = training.train_patterns(
+            recipe, names, seeds, out.expanduser() / "patterns", overrides or [], budget, log=typer.echo
+        )
+        typer.echo(training.table(outcomes))
+
+
+@app.command("all")
+def all_studies(
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at once; default 8, and 1 for the resolutions.", show_default=False),
+    ] = None,
+    rounds: Rounds = 5,
+    train: Training = True,
+    autocast: Autocast = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    minutes: Minutes = None,
+    accuracy: Accuracy = None,
+    out: Out = Path("study"),
+) -> None:
+    """All studies within a time, and one report; called again, it goes on."""
+    conditions = (batch, rounds, train, autocast, device, accuracy)
+    names = ("ladder", "patterns", "throughput", "resolution")
+    _run([_maker(name) for name in names], conditions, threads, minutes, out)
+
+
+def _maker(name: str, **chosen: Any) -> Callable[[Any], Any]:
+    """A function that makes a study from `vmamba.studies.STUDIES`, which is imported later."""
+    return lambda studies: studies[name](**chosen)
+
+
+def _run(
+    makers: Sequence[Callable[[Any], Any]],
+    conditions: tuple[Any, ...],
+    threads: int | None,
+    minutes: float | None,
+    out: Path,
+) -> Any:
+    """Run studies and print their tables; returns the budget, with what is left of it."""
+    from vmamba_cli import _results
+    from vmamba_cli._extra import load
+
+    batch, rounds, train, autocast, device, accuracy = conditions
+    if autocast not in (None, "bf16", "fp16"):
+        raise typer.BadParameter(f"--autocast: expected bf16 or fp16, got {autocast!r}")
+    judged = {}
+    for text in accuracy or ():
+        model, _, what = text.partition("=")
+        if not (model and what):
+            refuse(f"--accuracy {text}: expected MODEL=WHAT, such as vmamba_tiny=runs/imagenet")
+        judged[model] = what
+    out = out.expanduser()
+    _results.check_folder(out, "report.md")
+
+    from rich.console import Console
+
+    prepare_device(device, threads)
+    studies = load("vmamba.studies", "train")
+    console = Console()
+    budget = studies.Budget(None if minutes is None else 60 * minutes)
+    done = []
+    for make in makers:
+        study = make(studies.STUDIES)
+        images = batch or (1 if study.name == "resolution" else 8)
+        how = studies.Conditions(device, images, rounds, autocast, train, judged)
+        with console.status(study.title) as status:
+            rows = studies.run_study(study, out / study.name, how, budget, status.update)
+        console.print(_table(study.title, studies.cells(rows)))
+        for line in [f"{row.subject.key}, {note}" for row in rows for note in row.notes] + study.summary(
+            rows
+        ):
+            console.print(line)
+        done.append(study)
+    report = studies.write_report(done, out)
+    typer.echo(f"{report}, and a folder with tables and a figure for each study")
+    return budget
+
+
+def _table(title: str, cells: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    titles, *body = cells
+    for number, column in enumerate(titles):
+        table.add_column(column, justify="right" if number else "left")
+    for row in body:
+        table.add_row(*row)
+    return table
