@@ -26,6 +26,7 @@ Models = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often all subjects run in turns.")]
 Training = Annotated[bool, typer.Option("--train/--no-train", help="Time training steps too.")]
+Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")]
 Autocast = Annotated[str | None, typer.Option(help="Of training: bf16 or fp16; default float32.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default PyTorch's own.")]
@@ -52,6 +53,7 @@ def throughput(
     batch: Batch = 8,
     rounds: Rounds = 5,
     train: Training = True,
+    memory: Memory = True,
     autocast: Autocast = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -60,7 +62,7 @@ def throughput(
     out: Out = Path("study"),
 ) -> None:
     """Every row of Table 1: parameters, multiply-adds, speed and memory."""
-    conditions = (batch, rounds, train, autocast, device, accuracy)
+    conditions = (batch, rounds, train, memory, autocast, device, accuracy)
     _run([_maker("throughput", models=models or ())], conditions, threads, minutes, out)
 
 
@@ -76,6 +78,7 @@ def resolution(
     batch: Batch = 1,
     rounds: Rounds = 5,
     train: Training = False,
+    memory: Memory = True,
     autocast: Autocast = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -84,7 +87,7 @@ def resolution(
     out: Out = Path("study"),
 ) -> None:
     """Table 4 and Figure 11: how cost grows with the image, and with which exponent."""
-    conditions = (batch, rounds, train, autocast, device, accuracy)
+    conditions = (batch, rounds, train, memory, autocast, device, accuracy)
     chosen: dict[str, Any] = {"models": models or ()} | ({"sizes": sizes} if sizes else {})
     _run([_maker("resolution", **chosen)], conditions, threads, minutes, out)
 
@@ -94,6 +97,7 @@ def ladder(
     batch: Batch = 8,
     rounds: Rounds = 5,
     train: Training = True,
+    memory: Memory = True,
     autocast: Autocast = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -102,7 +106,7 @@ def ladder(
     out: Out = Path("study"),
 ) -> None:
     """Figure 9: the steps from the first VMamba to the fast one."""
-    conditions = (batch, rounds, train, autocast, device, accuracy)
+    conditions = (batch, rounds, train, memory, autocast, device, accuracy)
     _run([_maker("ladder")], conditions, threads, minutes, out)
 
 
@@ -129,6 +133,7 @@ def patterns(
     batch: Batch = 8,
     rounds: Rounds = 5,
     train: Training = True,
+    memory: Memory = True,
     autocast: Autocast = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -138,7 +143,7 @@ def patterns(
     """Table 5 and Figure 12: the same network reading images along other routes."""
     if recipe is not None:
         recipe = require_recipe(recipe)
-    conditions = (batch, rounds, train, autocast, device, None)
+    conditions = (batch, rounds, train, memory, autocast, device, None)
     budget = _run(
         [_maker("patterns", model=model, size=size, routes=routes or ())], conditions, threads, minutes, out
     )
@@ -161,6 +166,7 @@ def all_studies(
     ] = None,
     rounds: Rounds = 5,
     train: Training = True,
+    memory: Memory = True,
     autocast: Autocast = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -169,7 +175,7 @@ def all_studies(
     out: Out = Path("study"),
 ) -> None:
     """All studies within a time, and one report; called again, it goes on."""
-    conditions = (batch, rounds, train, autocast, device, accuracy)
+    conditions = (batch, rounds, train, memory, autocast, device, accuracy)
     names = ("ladder", "patterns", "throughput", "resolution")
     _run([_maker(name) for name in names], conditions, threads, minutes, out)
 
@@ -190,7 +196,7 @@ def _run(
     from vmamba_cli import _results
     from vmamba_cli._extra import load
 
-    batch, rounds, train, autocast, device, accuracy = conditions
+    batch, rounds, train, memory, autocast, device, accuracy = conditions
     if autocast not in (None, "bf16", "fp16"):
         raise typer.BadParameter(f"--autocast: expected bf16 or fp16, got {autocast!r}")
     judged = {}
@@ -212,7 +218,7 @@ def _run(
     for make in makers:
         study = make(studies.STUDIES)
         images = batch or (1 if study.name == "resolution" else 8)
-        how = studies.Conditions(device, images, rounds, autocast, train, judged)
+        how = studies.Conditions(device, images, rounds, autocast, train, memory, judged)
         with console.status(study.title) as status:
             rows = studies.run_study(study, out / study.name, how, budget, status.update)
         console.print(_table(study.title, studies.cells(rows)))

@@ -19,6 +19,11 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:  # there is something to name
+        axes.legend(fontsize=8)
+
+
 def _save(figure: "Figure", path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
@@ -87,7 +92,7 @@ def draw_resolution(rows: Sequence[Row], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("relative to the smallest size (dotted: the paper's)")
-    panels[0].legend(fontsize=8)
+    _legend(panels[0])
     _save(figure, path)
 
 
@@ -112,7 +117,7 @@ def draw_patterns(rows: Sequence[Row], path: Path) -> None:
 
 
 def _bars(rows: Sequence[Row], path: Path, ylabel: str) -> None:
-    columns = [c for c in (INFERENCE, TRAINING) if any(c in row.measured for row in rows)]
+    columns = [c for c in (INFERENCE, TRAINING) if any(c in row.measured for row in rows)] or [INFERENCE]
     figure = _figure(10, 0.5 + 0.45 * len(rows))
     for axes, column in zip(
         figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True
@@ -125,8 +130,8 @@ def _bars(rows: Sequence[Row], path: Path, ylabel: str) -> None:
         axes.set_yticks(range(len(rows)), [row.subject.label for row in rows])
         axes.set_xlabel(f"{column}, {ylabel}")
         axes.grid(alpha=0.3, axis="x")
-    figure.axes[0].invert_yaxis()
-    figure.axes[0].legend(fontsize=8)
+        _legend(axes)
+    figure.axes[0].invert_yaxis()  # shared: the first row is at the top
     _save(figure, path)
 
 

@@ -184,7 +184,7 @@ class _Measured:
         start = time.monotonic()
         settings = {key: (s.model, self.conditions.setting(s, self.train)) for key, s in possible.items()}
         try:
-            speeds = _speeds(bench_settings(settings, self.conditions.rounds, memory=True, log=log))
+            speeds = _speeds(bench_settings(settings, self.conditions.rounds, self.conditions.memory, log))
         except BenchError as error:
             yield from ((key, str(error)) for key in possible)
             return

@@ -60,6 +60,7 @@ class Conditions:
         rounds: How often all subjects of a group run in turns.
         autocast: Of training, None, "bf16" or "fp16"; inference is in float32, as in the paper.
         train: Whether training steps are timed too.
+        memory: Whether peak memory is measured too, on a CPU in a process of its own.
         accuracy: Model's name → a run, checkpoint or recipe whose weights are judged on its data.
     """
 
@@ -68,6 +69,7 @@ class Conditions:
     rounds: int = 5
     autocast: str | None = None
     train: bool = True
+    memory: bool = True
     accuracy: Mapping[str, str] = field(default_factory=dict)
 
     def setting(self, subject: Subject, train: bool) -> Setting:

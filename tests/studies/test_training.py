@@ -1,0 +1,74 @@
+"""Patterns trained alike: the seeds, the table, and what happens to a training that was there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("lightning")
+
+from images import make_folder, tiny_values
+from vmamba.studies import Budget
+from vmamba.studies import training as studying
+from vmamba.studies.training import Trained, table, train_patterns
+from vmamba.train.guard import NonFiniteError
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    values = tiny_values(make_folder(tmp_path_factory.mktemp("data")))
+    values["model"] = {
+        "name": "vmamba_pico",
+        "args": {"dims": [4, 8], "depths": [1, 1], "stem_stride": 4},
+    }
+    values["schedule"] = {"epochs": 1, "warmup_epochs": 0}
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_patterns_are_trained_and_kept(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = train_patterns(recipe, ["cross", "bidirectional"], 1, tmp_path)
+    assert [outcome.routes for outcome in outcomes] == ["cross", "bidirectional"]
+    assert all(len(outcome.scores) == 1 and not outcome.problems for outcome in outcomes)
+    saved = [
+        yaml.safe_load((tmp_path / "runs" / f"{name}-0" / "recipe.yaml").read_text())
+        for name in ("cross", "bidirectional")
+    ]
+    assert [values["model"]["args"]["routes"] for values in saved] == ["cross", "bidirectional"]
+    assert saved[0]["train"]["seed"] == saved[1]["train"]["seed"] == 0
+    assert json.loads((tmp_path / "accuracy.json").read_text())["patterns"][0]["mean"] == outcomes[0].mean
+    monkeypatch.setattr("vmamba.train.run.train", lambda *_: pytest.fail("it was trained already"))
+    again = train_patterns(recipe, ["cross", "bidirectional"], 1, tmp_path, budget=Budget(0))
+    assert again == outcomes
+
+
+def test_a_training_that_is_not_finite_is_told(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*_: object) -> None:
+        raise NonFiniteError("step 7: the loss is nan")
+
+    monkeypatch.setattr(studying.run, "train", diverging)
+    (outcome,) = train_patterns(recipe, ["bidirectional"], 2, tmp_path)
+    assert outcome == Trained(
+        "bidirectional", (), ("seed 0: step 7: the loss is nan", "seed 1: step 7: the loss is nan"), 0
+    )
+    assert "seed 1: step 7" in table([outcome])
+
+
+def test_no_training_begins_when_time_is_over(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studying.run, "train", lambda *_: pytest.fail("time is over"))
+    (outcome,) = train_patterns(recipe, ["cross"], 3, tmp_path, budget=Budget(0))
+    assert outcome == Trained("cross", (), (), 3)
+
+
+def test_mean_and_spread() -> None:
+    outcome = Trained("cross", (0.5, 0.6, 0.7), (), 0)
+    assert outcome.mean == pytest.approx(0.6)
+    assert outcome.deviation == pytest.approx(0.1)
+    assert "| cross | 60.00 | 10.00 | 3 | none |" in table([outcome])
+    assert Trained("cross", (0.5,), (), 0).deviation is None
