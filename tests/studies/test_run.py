@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from vmamba.bench.models import Measurement
-from vmamba.bench.timing import BenchError, Ratio
+from vmamba.bench.models import Measurement, SubjectError
+from vmamba.bench.timing import Ratio
 from vmamba.studies import Budget, Conditions, run_study, write_report
 from vmamba.studies import run as studying
 from vmamba.studies.tables import resolution
@@ -107,17 +107,24 @@ def test_memory_that_is_lacking(
     assert needs[2] > needs[0] > 0  # the larger image needs more
 
 
-def test_a_model_that_computes_something_wrong_is_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_computes_something_wrong_is_left_out(
+    measured: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*_: Any) -> list[Measurement]:
-        raise BenchError("vmamba_pico: the logits are not finite")
+    measure = studying.bench_settings
 
-    monkeypatch.setattr(studying, "bench_settings", wrong)
+    def bench(subjects: Any, *arguments: Any) -> list[Measurement]:
+        if "vmamba_pico, 32²" in subjects:
+            raise SubjectError("vmamba_pico: the logits are not finite", "vmamba_pico, 32²")
+        return measure(subjects, *arguments)
+
+    monkeypatch.setattr(studying, "bench_settings", bench)
     rows = run_study(STUDY, tmp_path, CONDITIONS)
+    assert measured == [["test_resnet, 32²"], ["vmamba_pico, 64²", "test_resnet, 64²"]]
     assert rows[0].inference is None
     assert rows[0].notes == ("inference: vmamba_pico: the logits are not finite",)
-    assert not (tmp_path / "groups").exists()
+    assert all(row.inference and not row.notes for row in rows[1:])
+    assert run_study(STUDY, tmp_path, CONDITIONS) == rows  # also that it failed is known
+    assert len(measured) == 2
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ from vmamba.studies.run import _count
 from vmamba.studies.study import Subject
 from vmamba.studies.tables import SIZES, STUDIES, ladder, patterns, resolution, throughput
 
-SLIPS: dict[str, dict[str, float]] = {}
-"""Where what the paper states is not what its model has."""
+COUNTED_OTHERWISE = {
+    "EfficientNet-B4, 380²": {"GMACs": 4.41},
+    "EfficientNet-B5, 456²": {"GMACs": 10.31},
+}
+"""Where the paper took over a number that was counted in another way."""
 
 
 def quoted(subjects: list[Subject]) -> list[Subject]:
@@ -22,7 +25,7 @@ def quoted(subjects: list[Subject]) -> list[Subject]:
 )
 def test_counts_are_the_papers(subject: Subject) -> None:
     counts = _count(subject)
-    expected = {**subject.quoted, **SLIPS.get(subject.key, {})}
+    expected = {**subject.quoted, **COUNTED_OTHERWISE.get(subject.key, {})}
     if "parameters, M" in expected:
         assert counts.parameters / 1e6 == pytest.approx(expected["parameters, M"], rel=0.03, abs=0.5)
     if "GMACs" in expected:

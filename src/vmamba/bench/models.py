@@ -27,6 +27,19 @@ TOLERANCE = 1e-4
 """Largest difference between two backends' logits, over the largest logit."""
 
 
+class SubjectError(BenchError):
+    """One of several subjects cannot be timed.
+
+    Args:
+        message: Why.
+        subject: Which.
+    """
+
+    def __init__(self, message: str, subject: str) -> None:
+        super().__init__(message)
+        self.subject = subject
+
+
 @dataclass(frozen=True)
 class Setting:
     """The setting in which a model is timed.
@@ -217,7 +230,8 @@ def bench_settings(
         A measurement of each, in order; `model` is the subject's name.
 
     Raises:
-        BenchError: As `bench_models`.
+        SubjectError: A model cannot run at its setting, or computes something wrong.
+        BenchError: As `bench_models`, for another reason.
         ModelError: A model is unknown.
     """
     for _, setting in subjects.values():
@@ -234,10 +248,11 @@ def bench_settings(
             try:
                 check(model, subject, setting)
                 call, formats[subject] = _in_faster_format(model, setting, synchronize)
-            except BenchError:
-                raise
+            except BenchError as error:
+                raise SubjectError(str(error), subject) from error
             except (RuntimeError, AssertionError, ValueError) as error:
-                raise BenchError(f"{subject} at {setting.batch} × {setting.size}²: {error}") from error
+                message = f"{subject} at {setting.batch} × {setting.size}²: {error}"
+                raise SubjectError(message, subject) from error
         calls[subject] = _called_as_set(call, setting)
     log(f"timing {rounds} rounds")
     seconds = interleaved(calls, rounds, synchronize)

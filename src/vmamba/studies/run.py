@@ -8,17 +8,18 @@ missing.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vmamba.analysis.complexity import count
+from vmamba.analysis.complexity import Complexity, count
 from vmamba.analysis.memory import lacking_memory
-from vmamba.bench.models import Measurement, bench_settings
-from vmamba.bench.timing import BenchError, Ratio
+from vmamba.bench.models import SubjectError, bench_settings
+from vmamba.bench.timing import Ratio
 from vmamba.environment import environment
 from vmamba.files import write_atomically
+from vmamba.models.checkpoints import expand, resolve_checkpoint
 from vmamba.models.factory import create_on_meta
 from vmamba.studies.study import Conditions, Row, Speed, Study, Subject
 from vmamba.studies.writing import write_results
@@ -57,14 +58,6 @@ class Budget:
         self._rate = max(self._rate, seconds / work)
 
 
-@dataclass
-class _Counts:
-    parameters: int
-    macs: float
-    peak_memory: int
-    activations: int
-
-
 def run_study(
     study: Study,
     folder: Path,
@@ -87,37 +80,36 @@ def run_study(
     Raises:
         OSError: The folder cannot be written.
         ModelError: A model is unknown.
-        UserError: Weights cannot be judged; the message says why.
+        MissingCheckpointError: There are no weights to judge.
+        UserError: They cannot be judged; the message says why.
     """
     budget = budget or Budget()
-    rows = {}
+    judged = {model: _weights(what) for model, what in conditions.accuracy.items()}
+    counts, results = {}, {}
     for subject in study.subjects:
         log(f"counting {subject.key}")
-        counts = _count(subject)
-        rows[subject.key] = Row(subject, counts.parameters, counts.macs), counts
-    results = {key: row for key, (row, _) in rows.items()}
-    all_counts = {key: counts for key, (_, counts) in rows.items()}
+        counts[subject.key] = each = _count(subject)
+        results[subject.key] = Row(subject, each.parameters, each.macs)
     where = _fingerprint(conditions)
     for train in (False, True)[: 1 + conditions.train]:
         for number, group in enumerate(study.groups):
             file = folder / "groups" / f"{'training' if train else 'inference'}-{number}.json"
             measured = _Measured(file, group, replace(conditions, accuracy={}), train, where)
-            for key, outcome in measured.get(all_counts, budget, log):
+            for key, outcome in measured.get(counts, budget, log).items():
                 results[key] = _with(results[key], outcome, train)
             write_results(study, list(results.values()), conditions, folder)
     for key, row in results.items():
-        if (what := conditions.accuracy.get(row.subject.model)) is not None:
+        if row.subject.model in judged:
             log(f"judging {key}")
-            results[key] = replace(row, top1=_top1(what, row.subject, folder / "groups"))
+            top1 = _top1(judged[row.subject.model], row.subject.size, folder / "groups")
+            results[key] = replace(row, top1=top1)
             write_results(study, list(results.values()), conditions, folder)
     return list(results.values())
 
 
-def _count(subject: Subject) -> _Counts:
+def _count(subject: Subject) -> Complexity:
     size = (subject.size, subject.size)
-    model = create_on_meta(subject.model, image_size=size, **subject.args)
-    counts = count(model, (3, *size))
-    return _Counts(counts.parameters, counts.macs, counts.peak_memory, counts.activations)
+    return count(create_on_meta(subject.model, image_size=size, **subject.args), (3, *size))
 
 
 def _fingerprint(conditions: Conditions) -> dict[str, Any]:
@@ -155,59 +147,61 @@ class _Measured:
     train: bool
     where: Mapping[str, Any]
 
-    def get(
-        self, counts: Mapping[str, _Counts], budget: Budget, log: Log
-    ) -> Iterator[tuple[str, Speed | str]]:
-        """Each subject's key, and its speed or why it was not measured."""
-        possible = {}
-        for subject in self.group:
-            reason = self._lacking_memory(counts[subject.key])
-            if reason is None:
-                possible[subject.key] = subject
-            else:
-                yield subject.key, reason
-        if not possible:
-            return
-        identity = hashlib.sha256(
-            json.dumps([self.where, self.train, [asdict(s) for s in possible.values()]], default=str).encode()
-        ).hexdigest()
+    def get(self, counts: Mapping[str, Complexity], budget: Budget, log: Log) -> dict[str, Speed | str]:
+        """Each subject's speed, or why it was not measured, by its key."""
+        lacks = {s.key: self._lacking_memory(counts[s.key]) for s in self.group}
+        outcomes: dict[str, Speed | str] = {key: lack for key, lack in lacks.items() if lack is not None}
+        subjects = {s.key: s for s in self.group if s.key not in outcomes}
+        if not subjects:
+            return outcomes
+        described = [self.where, self.train, [asdict(subject) for subject in subjects.values()]]
+        identity = hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()
         kept = self._kept(identity)
         if kept is not None:
-            yield from kept.items()
-            return
-        passes = 3 if self.train else 1
-        work = passes * self.conditions.batch * sum(counts[key].macs for key in possible)
+            return outcomes | kept
+        passes = 3 if self.train else 1  # a backward pass is about two forward ones
+        work = passes * self.conditions.batch * sum(counts[key].macs for key in subjects)
         lack = budget.lacking(work)
         if lack is not None:
-            yield from ((key, lack) for key in possible)
-            return
+            return outcomes | dict.fromkeys(subjects, lack)
         start = time.monotonic()
-        settings = {key: (s.model, self.conditions.setting(s, self.train)) for key, s in possible.items()}
-        try:
-            speeds = _speeds(bench_settings(settings, self.conditions.rounds, self.conditions.memory, log))
-        except BenchError as error:
-            yield from ((key, str(error)) for key in possible)
-            return
+        measured = self._measure(subjects, log)
         budget.spent(work, time.monotonic() - start)
-        rows = {key: asdict(speed) for key, speed in speeds.items()}
-        contents = {"identity": identity, "environment": environment(), "speeds": rows}
+        plain = {key: each if isinstance(each, str) else asdict(each) for key, each in measured.items()}
+        contents = {"identity": identity, "environment": environment(), "outcomes": plain}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps(contents, indent=2) + "\n")
-        yield from speeds.items()
+        return outcomes | measured
 
-    def _kept(self, identity: str) -> dict[str, Speed] | None:
+    def _measure(self, subjects: Mapping[str, Subject], log: Log) -> dict[str, Speed | str]:
+        """Time subjects in turns, without those that cannot run or compute something wrong."""
+        settings = {key: (s.model, self.conditions.setting(s, self.train)) for key, s in subjects.items()}
+        outcomes: dict[str, Speed | str] = {}
+        while settings:
+            try:
+                timed = bench_settings(settings, self.conditions.rounds, self.conditions.memory, log)
+            except SubjectError as error:
+                outcomes[error.subject] = str(error)
+                del settings[error.subject]
+            else:
+                speeds = {m.model: Speed(m.images_per_second, m.ratio, m.peak_memory) for m in timed}
+                return outcomes | speeds
+        return outcomes
+
+    def _kept(self, identity: str) -> dict[str, Speed | str] | None:
+        """The outcomes in the file, if they are of the same subjects and conditions."""
         try:
             contents = json.loads(self.file.read_text(encoding="utf-8"))
             if contents["identity"] != identity:
                 return None
             return {
-                key: Speed(**{**speed, "ratio": Ratio(**speed["ratio"])})
-                for key, speed in contents["speeds"].items()
+                key: each if isinstance(each, str) else Speed(**{**each, "ratio": Ratio(**each["ratio"])})
+                for key, each in contents["outcomes"].items()
             }
         except (OSError, ValueError, KeyError, TypeError):  # missing, cut short, or of another version
             return None
 
-    def _lacking_memory(self, counts: _Counts) -> str | None:
+    def _lacking_memory(self, counts: Complexity) -> str | None:
         if self.conditions.device != "cpu":
             return None  # the device says so itself
         # Of training, what convolutions and products give is kept for backward, and about as much beside.
@@ -216,25 +210,23 @@ class _Measured:
         return None if lack is None else f"takes {lack}"
 
 
-def _speeds(measurements: Sequence[Measurement]) -> dict[str, Speed]:
-    return {m.model: Speed(m.images_per_second, m.ratio, m.peak_memory) for m in measurements}
+def _weights(what: str) -> Path:
+    """The file whose weights are judged: a recipe, or a run's or other checkpoint."""
+    path = expand(what)
+    return path if path.suffix in (".yaml", ".yml") and path.is_file() else resolve_checkpoint(what)
 
 
-def _top1(what: str, subject: Subject, folder: Path) -> float:
-    """Top-1 of the weights of a run, checkpoint or recipe at a subject's size; computed once."""
-    from vmamba.models.checkpoints import expand, resolve_checkpoint
+def _top1(weights: Path, size: int, folder: Path) -> float:
+    """Top-1 of weights at a size; computed once for the same file."""
     from vmamba.train.evaluation import evaluate
 
-    path = expand(what)
-    judged = path if path.suffix in (".yaml", ".yml") else resolve_checkpoint(path)
-    identity = f"{judged.absolute()} {judged.stat().st_mtime_ns} {subject.size}"
-    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    file = folder / f"top1-{name}.json"
+    identity = f"{weights.absolute()} {weights.stat().st_mtime_ns} {size}"
+    file = folder / f"top1-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["top1"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    top1 = evaluate(what, [f"data.image_size={subject.size}"]).scores["top1"]
+    top1 = evaluate(weights, [f"data.image_size={size}"]).scores["top1"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"weights": what, "size": subject.size, "top1": top1}) + "\n")
+    write_atomically(file, json.dumps({"weights": str(weights), "size": size, "top1": top1}) + "\n")
     return top1

@@ -56,8 +56,6 @@ def _table_1() -> dict[str, Subject]:
     """The rows of Table 1, each at the size that its name states."""
     subjects = {}
     for row in TABLES["classification"].rows:
-        if not row.models:
-            continue
         size = re.search(r", (\d+)²", row.name)
         inference, training = _SPEEDS.get(row.name, (None, None))
         quoted = _quoted(row.parameters, row.gmacs, inference, training, row.scores["top-1, %"])
@@ -88,7 +86,7 @@ def throughput(models: Sequence[str] = ()) -> Study:
     Args:
         models: Those to measure, of the table or others of timm's registry; none for the whole table.
     """
-    groups = [[_TINY, *(_TABLE_1[name] for name in names if name in _TABLE_1)] for names in _THROUGHPUT]
+    groups = [[_TINY, *(_TABLE_1[name] for name in names)] for names in _THROUGHPUT]
     if models:
         by_model = {s.model: s for s in reversed(_TABLE_1.values())}
         groups = [[by_model.get(name) or Subject(name, name, _own_size(name)) for name in models]]
