@@ -116,7 +116,7 @@ def _fingerprint(conditions: Conditions) -> dict[str, Any]:
     """What two measurements must share to stand in one table."""
     facts = environment()
     kept = {key: facts[key] for key in ("vmamba", "torch", "timm", "processor", "threads", "gpus")}
-    return {**kept, **asdict(replace(conditions, accuracy={}))}
+    return {**kept, **asdict(replace(conditions, accuracy={}, train=True))}
 
 
 def _with(row: Row, outcome: Speed | str, train: bool) -> Row:
