@@ -28,6 +28,39 @@ def at_least_float32(t: Tensor) -> Tensor:
 torch.fx.wrap("at_least_float32")
 
 
+def scan_along(
+    routes: list[int],
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_weight: Tensor,
+) -> Tensor:
+    """The operator with low-rank delta and softplus, in TorchScript and export too; y in the state's type.
+
+    Args:
+        routes: k codes.
+        x: (b, h, w, d).
+        delta: (b, h, w, k, r).
+        A: (k, d, n).
+        B: (b, h, w, k, n).
+        C: (b, h, w, k, n).
+        D: (k, d).
+        dt_bias: (k, d).
+        dt_weight: (k, d, r).
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+        if torch.compiler.is_exporting():
+            return decomposition.exported(x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None)
+    y, _, _ = torch.ops.vmamba.selective_scan_2d(
+        x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None, None
+    )
+    return y
+
+
 class SS2D(Layer):
     """Project, scan along k routes, finish; (b, h, w, c) → (b, h, w, c).
 
@@ -165,14 +198,15 @@ class SS2D(Layer):
         """Run the operator → (b, h, w, d) in float32 (float64 where x is float64), as the paper's V3 does."""
         if self.split_channels:
             return self._scan_parts(x, delta, B, C)
-        return self._operator(x, delta, self.A(), B, C, self.D, self.dt_bias, self.dt_weight, self.routes)
+        return scan_along(self.routes, x, delta, self.A(), B, C, self.D, self.dt_bias, self.dt_weight)
 
     def _scan_parts(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """A scan of one route for each part of the channels."""
         k, A = len(self.routes), self.A()
         parts: list[Tensor] = []
         for i, x_of_route in enumerate(x.chunk(k, dim=-1)):
-            y = self._operator(
+            y = scan_along(
+                self.routes[i : i + 1],
                 x_of_route,
                 delta[:, :, :, i : i + 1],
                 A[i : i + 1],
@@ -181,32 +215,9 @@ class SS2D(Layer):
                 self.D[i : i + 1],
                 self.dt_bias[i : i + 1],
                 self.dt_weight[i : i + 1],
-                self.routes[i : i + 1],
             )
             parts.append(y)
         return torch.cat(parts, dim=-1)
-
-    def _operator(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        dt_bias: Tensor,
-        dt_weight: Tensor,
-        routes: list[int],
-    ) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
-            if torch.compiler.is_exporting():
-                return decomposition.exported(
-                    x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None
-                )
-        y, _, _ = torch.ops.vmamba.selective_scan_2d(
-            x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None, None
-        )
-        return y
 
     def finish(self, y: Tensor, z: Tensor | None) -> Tensor:
         """Norm in y's type, gate, cast, project back → (b, h, w, c)."""
@@ -282,7 +293,8 @@ class CascadeSS2D(SS2D):
         """Routes `first` and `first + 1` along each line x[:, i], a row (or a column, where transposed)."""
         routes = slice(first, first + 2)
         batch, lines = x.shape[0], x.shape[1]
-        y = self._operator(
+        y = scan_along(
+            self.routes,
             x.flatten(0, 1).unsqueeze(1),
             delta.flatten(0, 1).unsqueeze(1),
             self.A()[routes],
@@ -291,6 +303,5 @@ class CascadeSS2D(SS2D):
             self.D[routes],
             self.dt_bias[routes],
             self.dt_weight[routes],
-            self.routes,
         )
         return y.squeeze(1).unflatten(0, (batch, lines))

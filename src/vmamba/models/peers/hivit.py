@@ -25,15 +25,16 @@ EPS = 1e-6
 class Attention(nn.Module):
     """Self-attention with a bias for each relative position; (b, h, w, c) → (b, h, w, c)."""
 
-    def __init__(self, dim: int, heads: int, size: tuple[int, int]) -> None:
+    def __init__(self, dim: int, heads: int, size: tuple[int, int], **dd: Any) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         height, width = size
-        self.bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), heads))
+        self.bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), heads, **dd))
         trunc_normal_(self.bias_table, std=0.02)
-        self.register_buffer("bias_index", relative_positions(height, width), persistent=False)
+        index = relative_positions(height, width).to(self.bias_table.device)
+        self.register_buffer("bias_index", index, persistent=False)
 
     def init_non_persistent_buffers(self, size: tuple[int, int]) -> None:
         """Compute the index again."""
@@ -63,10 +64,10 @@ def relative_positions(height: int, width: int) -> Tensor:
 class MlpBlock(nn.Module):
     """x + MLP(norm(x)), the block of the first two stages."""
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **dd: Any) -> None:
         super().__init__()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,11 +78,11 @@ class AttentionBlock(MlpBlock):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(
-        self, dim: int, heads: int, size: tuple[int, int], mlp_ratio: float, drop_path: float
+        self, dim: int, heads: int, size: tuple[int, int], mlp_ratio: float, drop_path: float, **dd: Any
     ) -> None:
-        super().__init__(dim, mlp_ratio, drop_path)
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads, size)
+        super().__init__(dim, mlp_ratio, drop_path, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = Attention(dim, heads, size, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -91,9 +92,9 @@ class AttentionBlock(MlpBlock):
 class Positions(nn.Module):
     """x + a learnt embedding of each position, (1, h, w, c)."""
 
-    def __init__(self, dim: int, size: tuple[int, int]) -> None:
+    def __init__(self, dim: int, size: tuple[int, int], **dd: Any) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.zeros(1, *size, dim))
+        self.embedding = nn.Parameter(torch.zeros(1, *size, dim, **dd))
         trunc_normal_(self.embedding, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,6 +116,8 @@ class HiViT(Staged):
         mlp_ratio: That of the last stage.
         drop_path_rate: Stochastic depth, rising linearly from 0 over the blocks.
         drop_rate: Dropout before the classifier.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Raises:
         ValueError: The size is not a multiple of 16.
@@ -135,8 +138,11 @@ class HiViT(Staged):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % REDUCTIONS[-1] or width % REDUCTIONS[-1] or min(height, width) < 1:
             raise ValueError(f"img_size: expected multiples of {REDUCTIONS[-1]}, got {height}x{width}")
@@ -145,19 +151,20 @@ class HiViT(Staged):
         self.size = height // REDUCTIONS[-1], width // REDUCTIONS[-1]
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
         self.patch_embed = PatchEmbed(
-            (height, width), PATCH, in_chans, dims[0], nn.LayerNorm, flatten=False, output_fmt="NHWC"
+            (height, width), PATCH, in_chans, dims[0], nn.LayerNorm, flatten=False, output_fmt="NHWC", **dd
         )
         counts = [2 * depths[0], 2 * depths[1], depths[2]]
         rates = torch.linspace(0, drop_path_rate, sum(counts), device="cpu").tolist()
         stages: list[nn.Module] = []
         for i in range(2):
-            blocks = [MlpBlock(dims[i], stem_mlp_ratio, rates.pop(0)) for _ in range(counts[i])]
-            merge = [MergeDownsample(dims[i - 1], dims[i])] if i else []
+            blocks = [MlpBlock(dims[i], stem_mlp_ratio, rates.pop(0), **dd) for _ in range(counts[i])]
+            merge = [MergeDownsample(dims[i - 1], dims[i], **dd)] if i else []
             stages.append(nn.Sequential(*merge, *blocks))
         attention = [
-            AttentionBlock(embed_dim, num_heads, self.size, mlp_ratio, rates.pop(0)) for _ in range(counts[2])
+            AttentionBlock(embed_dim, num_heads, self.size, mlp_ratio, rates.pop(0), **dd)
+            for _ in range(counts[2])
         ]
-        first = [MergeDownsample(dims[1], embed_dim), Positions(embed_dim, self.size)]
+        first = [MergeDownsample(dims[1], embed_dim, **dd), Positions(embed_dim, self.size, **dd)]
         self.stages = nn.Sequential(*stages, nn.Sequential(*first, *attention))
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
@@ -165,7 +172,7 @@ class HiViT(Staged):
         ]
         self.norm = nn.Identity()  # the head has it, after the pooling
         self.head = NormMlpClassifierHead(
-            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer="layernorm2d"
+            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer="layernorm2d", **dd
         )
         self.apply(_init_weights)
 

@@ -40,10 +40,11 @@ class Staged(nn.Module):
 
     def run_stages(self, x: Tensor) -> Tensor:
         """Through all stages."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            for stage in self.stages:
-                x = checkpoint(stage, x)
-            return x
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+            if self.grad_checkpointing:
+                for stage in self.stages:
+                    x = checkpoint(stage, x)
+                return x
         return self.stages(x)
 
     @torch.jit.ignore
