@@ -146,7 +146,7 @@ class HiViT(Staged):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % REDUCTIONS[-1] or width % REDUCTIONS[-1] or min(height, width) < 1:
             raise ValueError(f"img_size: expected multiples of {REDUCTIONS[-1]}, got {height}x{width}")
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = embed_dim
         self.size = height // REDUCTIONS[-1], width // REDUCTIONS[-1]
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)

@@ -3,7 +3,7 @@
 b batch, h height, w width, c channels.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint
@@ -21,10 +21,12 @@ class Staged(nn.Module):
         feature_info: A line for each stage.
     """
 
-    stages: nn.Sequential
-    norm: nn.Module
-    head: Any
-    feature_info: list[dict[str, Any]]
+    if TYPE_CHECKING:  # TorchScript would read the annotations
+        stages: nn.Sequential
+        norm: nn.Module
+        head: Any
+        feature_info: list[dict[str, Any]]
+        num_features: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +123,8 @@ class Staged(nn.Module):
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
+            if hasattr(self.head, "norm"):
+                self.head.norm = nn.Identity()
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -18,21 +18,9 @@ from vmamba.models.peers.staged import Staged
 from vmamba.nn.ss2d import at_least_float32, scan_along
 from vmamba.ops.routes import route_codes
 
-PATCH, KERNEL = 16, 4
+PATCH, KERNEL, EPS = 16, 4, 1e-5
 
-
-class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps) ⊙ weight, computed in float32 at least, in the type of x."""
-
-    def __init__(self, dim: int, eps: float = 1e-5, **dd: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, **dd))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
+torch.fx.wrap("at_least_float32")  # as in vmamba.nn.ss2d
 
 
 class Direction(nn.Module):
@@ -51,6 +39,7 @@ class Direction(nn.Module):
     def __init__(self, inner: int, n_state: int, rank: int, reverse: bool, **dd: Any) -> None:
         super().__init__()
         self.reverse = reverse
+        self.before = KERNEL - 1
         self.routes = route_codes(("row_reversed" if reverse else "row",))
         self.splits = [rank, n_state, n_state]
         self.conv1d = nn.Conv1d(inner, inner, KERNEL, groups=inner, **dd)
@@ -75,10 +64,10 @@ class Direction(nn.Module):
         u = x.transpose(1, 2)
         if self.reverse:
             u = F.conv1d(
-                F.pad(u, (0, KERNEL - 1)), self.conv1d.weight.flip(2), self.conv1d.bias, groups=u.shape[1]
+                F.pad(u, (0, self.before)), self.conv1d.weight.flip(2), self.conv1d.bias, groups=u.shape[1]
             )
         else:
-            u = self.conv1d(F.pad(u, (KERNEL - 1, 0)))
+            u = self.conv1d(F.pad(u, (self.before, 0)))
         u = F.silu(u).transpose(1, 2).unsqueeze(1)  # an image of height 1, (b, 1, l, d)
         delta, B, C = self.x_proj(u).unsqueeze(3).split(self.splits, dim=-1)
         A = -torch.exp(at_least_float32(self.A_log)).unsqueeze(0)
@@ -96,7 +85,7 @@ class VimBlock(nn.Module):
     def __init__(self, dim: int, n_state: int, drop_path: float, **dd: Any) -> None:
         super().__init__()
         inner, rank = 2 * dim, math.ceil(dim / 16)
-        self.norm = RMSNorm(dim, **dd)
+        self.norm = nn.RMSNorm(dim, EPS, **dd)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.forwards = Direction(inner, n_state, rank, reverse=False, **dd)
         self.backwards = Direction(inner, n_state, rank, reverse=True, **dd)
@@ -183,7 +172,7 @@ class Vim(Staged):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % PATCH or width % PATCH or min(height, width) < 1:
             raise ValueError(f"img_size: expected multiples of {PATCH}, got {height}x{width}")
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grid = height // PATCH, width // PATCH
         self.patch_embed = PatchEmbed((height, width), PATCH, in_chans, embed_dim, **dd)
@@ -194,7 +183,7 @@ class Vim(Staged):
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": PATCH, "module": f"stages.{i}"} for i in range(depth)
         ]
-        self.norm = RMSNorm(embed_dim, **dd)
+        self.norm = nn.RMSNorm(embed_dim, EPS, **dd)
         self.head = VimHead(embed_dim, num_classes, global_pool, drop_rate, **dd)
         self._init_weights()
 
