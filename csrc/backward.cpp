@@ -130,7 +130,7 @@ template <class F> struct Backward {
       for (int i = 0; i < run.count; ++i) to[run.first + i] = from + i * run.step(image) * size;
     };
     const vmamba_image of_dx = {g.x, type_of<F>, {length * s.channels, s.width * s.channels, s.channels, 0}};
-    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+    each_run(s, k, start, n, [&](const Run &run) {
       note(s.x, size_of(s.x.type), run, &next_rows[0]);
       note(g.y, size_of(g.y.type), run, &next_rows[span]);
       note(of_dx, sizeof(F), run, &next_rows[2 * span]);
@@ -149,7 +149,7 @@ template <class F> struct Backward {
   void segment(int64_t b, int64_t k, int64_t block, int64_t start, int n, const F *saved) {
     load_rows(s.x, b, k, start, n, x.get());
     load_rows(g.y, b, k, start, n, dy.get());
-    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+    each_run(s, k, start, n, [&](const Run &run) {
       delta_rows(p, b, k, run, delta_copies.get(), delta_row.get());
       copy_rows(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());
       copy_rows(s.C, b * s.C.stride[0] + k * s.C.stride[3], run, s.n_state, C.get());
@@ -196,7 +196,7 @@ template <class F> struct Backward {
 
   // The block's channels of n positions, vector by vector.
   void load_rows(const vmamba_image &image, int64_t b, int64_t k, int64_t start, int n, F *to) {
-    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+    each_run(s, k, start, n, [&](const Run &run) {
       rows_of(image, b * image.stride[0] + p.first, run, p.count, p.pitch, copies.get(), row_of.get());
     });
     std::fill_n(&row_of[n], ahead, row_of[n - 1]);

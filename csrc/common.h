@@ -80,7 +80,7 @@ VMAMBA_INLINE int64_t size_of(int64_t type) {
 
 template <class F> constexpr int64_t type_of = sizeof(F) == 4 ? VMAMBA_FLOAT32 : VMAMBA_FLOAT64;
 
-// Consecutive positions of a route within one row or column of the image: the first is number `first` of a
+// Consecutive positions of a route on one straight line through the image: the first is number `first` of a
 // tile and at (h, w); each next one is (dh, dw) further.
 struct Run {
   int first, count;
@@ -92,10 +92,32 @@ struct Run {
   int64_t flat_step(int64_t width) const { return dh * width + dw; }
 };
 
-// The n positions of a route from the `start`-th on, as runs.
+// The same of a route that is given position by position. Each step that stays in the image's rows joins a run:
+// along a row, a column or a diagonal.
+template <class Body> void each_run_of_order(int64_t width, const int64_t *order, int n, const Body &body) {
+  for (int first = 0, count; first < n; first += count) {
+    const int64_t h = order[first] / width, w = order[first] % width;
+    int64_t dh = 0, dw = 0;
+    count = 1;
+    if (first + 1 < n) {
+      const int64_t next = order[first + 1], step = next - order[first];
+      dh = next / width - h, dw = next % width - w;
+      int64_t in_row = w;
+      do {
+        in_row += dw;
+        ++count;
+      } while (first + count < n && order[first + count] - order[first + count - 1] == step && in_row + dw >= 0 &&
+               in_row + dw < width);
+    }
+    body(Run{first, count, h, w, dh, dw});
+  }
+}
+
+// The n positions of route k from the `start`-th on, as runs.
 template <class Body>
-VMAMBA_INLINE void each_run(const vmamba_scan &s, int64_t route, int64_t start, int n, const Body &body) {
-  const bool columns = route & 1, reversed = route & 2;
+VMAMBA_INLINE void each_run(const vmamba_scan &s, int64_t k, int64_t start, int n, const Body &body) {
+  if (s.orders[k]) return each_run_of_order(s.width, s.orders[k] + start, n, body);
+  const bool columns = s.routes[k] & 1, reversed = s.routes[k] & 2;
   const int64_t length = columns ? s.height : s.width, lines = columns ? s.width : s.height;
   const int64_t by = reversed ? -1 : 1;
   int64_t line = start / length, place = start % length;

@@ -54,7 +54,7 @@ template <class F> struct Forward {
   // n positions of a route, from the `start`-th on.
   void positions(int64_t b, int64_t k, int64_t start, int n) {
     const bool whole = p.pitch == p.count;
-    each_run(s, s.routes[k], start, n, [&](const Run &run) {
+    each_run(s, k, start, n, [&](const Run &run) {
       rows_of(s.x, b * s.x.stride[0] + p.first, run, p.count, p.pitch, x_copies, x_row);
       delta_rows(p, b, k, run, delta_copies.get(), delta_row);
       copy_rows(s.B, b * s.B.stride[0] + k * s.B.stride[3], run, s.n_state, B.get());

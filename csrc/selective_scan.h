@@ -37,7 +37,8 @@ typedef struct {
   int64_t state_stride; /* positions between saved states */
   int64_t state_type;   /* VMAMBA_FLOAT32 or VMAMBA_FLOAT64 */
   int64_t threads;
-  const int64_t *routes; /* (k): 0 row, 1 column, 2 row reversed, 3 column reversed */
+  const int64_t *routes; /* (k): 0 row, 1 column, 2 row reversed, 3 column reversed; unread where there is an order */
+  const int64_t *const *orders; /* (k): null, or the route's l flat positions row·width + column, each in 0 … l - 1 */
   vmamba_image x;        /* (b, h, w, d) */
   vmamba_image delta;    /* (b, h, w, k, r), or (b, h, w, k, d) if r is 0 */
   vmamba_image B, C;     /* (b, h, w, k, n) */

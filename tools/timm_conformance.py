@@ -19,6 +19,7 @@ import timm
 from vmamba.models import model_names
 
 MODELS = ["vmamba_pico", "vmamba_pico_wide", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
+MODELS += ["hivit_tiny", "vim_tiny", "s4nd_convnext_tiny", "s4nd_vit_base"]
 IDS = [  # {} is replaced by a model's name
     "test_model_forward[1-{}]",
     "test_model_backward[2-{}]",

@@ -28,7 +28,7 @@ from vmamba.errors import CheckpointError, DataError
 from vmamba.inference import Predictor
 from vmamba.models.checkpoints import Weights
 from vmamba.models.factory import create_on_meta
-from vmamba.ops.routes import ROUTES
+from vmamba.ops.routes import ROUTES, SIZED_ROUTES
 from vmamba.words import counted
 from vmamba_cli._inputs import find_images
 from vmamba_cli._messages import say
@@ -276,7 +276,7 @@ def named_routes(named: Sequence[str], order: Path | None, grid: str) -> dict[st
 
 def _one(text: str) -> str | list[str]:
     """A set's name, or the only route of a set."""
-    return [text] if text in ROUTES else text
+    return [text] if text.partition(":")[0] in (*ROUTES, *SIZED_ROUTES) else text
 
 
 def _permutations(path: Path) -> list[Tensor]:

@@ -176,8 +176,9 @@ def routes(
         list[str],
         typer.Option(
             "--routes",
-            help="cross, unidirectional, bidirectional, cascade, or routes with commas between, such as "
-            "row,column_reversed; several times for several rows of the figure.",
+            help="cross, unidirectional, bidirectional, cascade, snake, diagonal, window:7, atrous:2, or "
+            "routes with commas between, such as row,window_column:4; several times for several rows of the "
+            "figure.",
             show_default=False,
         ),
     ] = [],  # noqa: B006

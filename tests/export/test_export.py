@@ -47,7 +47,7 @@ def runs(path: Path, images: Any) -> list[Any]:
 
 
 VANILLA = {"stem": "patch", "downsample": "merge", "mlp_ratio": 0.0, "gate": True, "d_state": 2}
-OTHER = ["cascade", "unidirectional", "bidirectional"]
+OTHER = ["cascade", "unidirectional", "bidirectional", "snake", "window:3"]
 
 
 def tiny(**settings: Any) -> Any:

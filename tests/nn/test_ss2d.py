@@ -20,6 +20,8 @@ SETTINGS = [
     {"d_state": 3, "gate": True, "ssm_conv_bias": True},
     {"ssm_ratio": 1.0, "ssm_conv": 0, "dt_rank": 2},
     {"routes": ("column", "row_reversed")},
+    {"routes": "window:2"},
+    {"routes": ("snake_row", "atrous_column:2"), "split_channels": True},
     {"ssm_init": "rand"},
     {"ssm_init": "zero"},
 ]

@@ -190,23 +190,32 @@ def test_why_not_sees_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
     "routes", [("row", torch.arange(14, -1, -1)), ("row", "snake of the operator's test")]
 )
 def test_a_kernel_says_which_routes_it_serves(backend: str, routes: Any) -> None:
-    """Named it raises; unnamed `chunked` serves, with the one warning."""
+    """`triton` those of "cross", and raises for others; `cpu` any."""
     if routes[1] == "snake of the operator's test":
         register_route(routes[1], snake)
     status = {status.name: status for status in backends()}
     if not status[backend].available:
         pytest.skip(str(status[backend].reason))
     call = operands(routes=("row", "row"), requires_grad=False) | {"routes": routes}
-    with pytest.raises(BackendError, match=f"'{backend}' cannot serve this call: it reads along the routes"):
-        selective_scan_2d(**call, backend=backend)
     if backend == "cpu":
-        _registry._WARNED.clear()
-        with pytest.warns(BackendWarning, match="slower 'chunked', not on 'cpu': it reads along"):
-            y = selective_scan_2d(**call)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # told once
-            selective_scan_2d(**call)
-        torch.testing.assert_close(y, selective_scan_2d(**call, backend="reference"))
+        expected = selective_scan_2d(**call, backend="reference")
+        torch.testing.assert_close(selective_scan_2d(**call), expected)
+        return
+    with pytest.raises(BackendError, match="'triton' cannot serve this call: it reads along the routes"):
+        selective_scan_2d(**call, backend=backend)
+
+
+@pytest.mark.skipif(not backends()[0].available, reason=f"cpu: {backends()[0].reason}")
+def test_a_call_that_the_kernel_cannot_serve() -> None:
+    """Unnamed `chunked` serves it, with the one warning."""
+    call = operands(n_state=65, requires_grad=False)
+    _registry._WARNED.clear()
+    with pytest.warns(BackendWarning, match="slower 'chunked', not on 'cpu': it takes a state size"):
+        y = selective_scan_2d(**call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        selective_scan_2d(**call)
+    torch.testing.assert_close(y, selective_scan_2d(**call, backend="reference"))
 
 
 def snake(height: int, width: int) -> list[int]:

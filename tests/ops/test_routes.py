@@ -35,6 +35,14 @@ VISITS = {
     "column": [0, 3, 1, 4, 2, 5],
     "row_reversed": [5, 4, 3, 2, 1, 0],
     "column_reversed": [5, 2, 4, 1, 3, 0],
+    "snake_row": [0, 1, 2, 5, 4, 3],
+    "snake_column": [0, 3, 4, 1, 2, 5],
+    "snake_row_reversed": [3, 4, 5, 2, 1, 0],
+    "snake_column_reversed": [5, 2, 1, 4, 3, 0],
+    "diagonal_down": [0, 1, 3, 2, 4, 5],
+    "diagonal_up": [3, 4, 0, 5, 1, 2],
+    "diagonal_down_reversed": [5, 4, 2, 3, 1, 0],
+    "diagonal_up_reversed": [2, 1, 5, 0, 4, 3],
 }
 some_routes = st.lists(st.sampled_from(ROUTES), min_size=1, max_size=5).map(tuple)
 size = st.integers(1, 7)
@@ -92,7 +100,7 @@ def test_merge_puts_back_what_scan_took(height: int, width: int, routes: tuple[s
     ("call", "message"),
     [
         (lambda: cross_scan(torch.zeros(2, 3, 4)), r"x: expected \(b, h, w, d\)"),
-        (lambda: cross_scan(IMAGE, "diagonal"), "unknown name 'diagonal'"),
+        (lambda: cross_scan(IMAGE, "spiral"), "unknown name 'spiral'"),
         (lambda: cross_scan(IMAGE, ("row", "up")), "unknown route 'up'"),
         (lambda: cross_scan(IMAGE, ()), "at least one route"),
         (lambda: cross_merge(torch.zeros(1, 4, 5, 1), (2, 3)), r"ys: expected \(b, 4, 6, d\)"),

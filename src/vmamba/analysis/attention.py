@@ -320,8 +320,8 @@ def scan_attention(
     name = _by_index(names, stage, block) if module is None else _by_name(names, module)
     if len(scans) > 1 or len(scans[0].call.x) > 1:
         raise AttentionError(
-            f"{name}: there is no map over the whole image, since it scans more than once or line by line, "
-            "as the cascade does"
+            f"{name}: there is no map over the whole image, since it scans more than once (as it does with "
+            "split_channels) or line by line (as the cascade does)"
         )
     return ScanAttention.of(scans[0])
 

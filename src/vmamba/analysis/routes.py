@@ -96,11 +96,15 @@ def routes_in(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, l
 def _of_module(scans: Sequence[Scan]) -> list[Route]:
     """The routes of the scans that one module runs on one image."""
     call = scans[0].call
-    if len(scans) > 1 or len(call.x) > 1:  # the cascade: each row is an image of height 1, then each column
+    # The cascade scans each row as an image of height 1, along two routes, and then each column.
+    if len(call.x) > 1 or (len(scans) > 1 and call.n_routes > 1):
         return routes_of(CASCADE, (call.x.shape[0], call.x.shape[2]))
     size = call.x.shape[1], call.x.shape[2]
-    orders = call.order().cpu()
-    return [Route(name, [path], size) for name, path in zip(scans[0].route_names, orders, strict=True)]
+    return [  # more than one scan where each route reads a part of the channels
+        Route(name, [path], size)
+        for scan in scans
+        for name, path in zip(scan.route_names, scan.call.order().cpu(), strict=True)
+    ]
 
 
 def draw(sets: Mapping[str, Sequence[Route]], path: str | Path, image: Tensor | None = None) -> None:

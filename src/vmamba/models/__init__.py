@@ -1,7 +1,8 @@
-"""VMamba and its variants, registered with timm."""
+"""VMamba, its variants and its peers, registered with timm."""
 
 import timm
 
+from vmamba.models import peers  # noqa: F401  (registers the models)
 from vmamba.models.official import load_official
 from vmamba.models.vmamba import ALIASES, VMamba, VMambaConfig
 from vmamba.models.weights import LoadReport, load_weights

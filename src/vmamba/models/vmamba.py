@@ -126,7 +126,9 @@ class VMamba(nn.Module):
         ssm_conv_bias: Give that convolution a bias.
         ssm_init: "mamba", "rand" or "zero", see `vmamba.nn.SS2D`.
         gate: Gate SS2D's output by SiLU(z), as Mamba and the vanilla models do.
-        routes: "cross", "unidirectional", "bidirectional", "cascade", or a tuple of routes (Table 5).
+        routes: "cross", "unidirectional", "bidirectional", "cascade" (Table 5), "snake", "diagonal",
+            "window:7" or "atrous:2" of any size, or a tuple of routes, see `vmamba.ops.selective_scan_2d`.
+        split_channels: Read only a part of the channels along each route.
         mlp_ratio: Hidden width of the MLP over the channels; 0 for none, as in the vanilla models.
         stem: "conv" (two 3×3 convolutions) or "patch" (one over patches).
         stem_stride: Stride of the stem.
@@ -164,6 +166,7 @@ class VMamba(nn.Module):
         ssm_init: str = "mamba",
         gate: bool = False,
         routes: str | tuple[str, ...] = "cross",
+        split_channels: bool = False,
         mlp_ratio: float = 4.0,
         stem: str = "conv",
         stem_stride: int = 4,
@@ -185,6 +188,7 @@ class VMamba(nn.Module):
             ssm_init=ssm_init,
             gate=gate,
             routes=routes,
+            split_channels=split_channels,
         )
         self.config = VMambaConfig(
             depths=tuple(depths),

@@ -22,8 +22,9 @@ class SS2DConfig:
         ssm_init: "mamba": A = -(1 … n), and softplus(dt_bias) log-uniform in [1e-3, 0.1]; "rand": A_log
             normal; "zero": A_log zero (both with delta's weight and bias drawn small).
         gate: Multiply the normed output by SiLU(z), where z is the second half of the input projection.
-        routes: As for `vmamba.ops.selective_scan_2d`, or "cascade" (Table 5), which only `VSSBlock` and
-            `CascadeSS2D` take.
+        routes: Names as for `vmamba.ops.selective_scan_2d`, a permutation of your own by its name of
+            `vmamba.ops.register_route`; or "cascade" (Table 5), which only `VSSBlock` and `CascadeSS2D` take.
+        split_channels: Read only a part of the channels, d / k of them, along each of the k routes.
 
     Raises:
         ValueError: A value is out of range or unknown.
@@ -38,6 +39,7 @@ class SS2DConfig:
     ssm_init: str = "mamba"
     gate: bool = False
     routes: str | tuple[str, ...] = "cross"
+    split_channels: bool = False
 
     def __post_init__(self) -> None:
         if self.d_state < 1 or (self.dt_rank is not None and self.dt_rank < 1):
@@ -51,6 +53,8 @@ class SS2DConfig:
         if self.ssm_init not in INITIALISATIONS:
             expected = ", ".join(map(repr, INITIALISATIONS))
             raise ValueError(f"ssm_init: expected one of {expected}, got {self.ssm_init!r}")
+        if self.routes == "cascade" and self.split_channels:
+            raise ValueError("split_channels: the cascade reads all channels along each route")
 
     def inner(self, dim: int) -> int:
         """Channels d inside a layer of `dim` channels.
@@ -62,6 +66,22 @@ class SS2DConfig:
         if inner < 1:
             raise ValueError(f"expected ssm_ratio·dim of at least 1, got {self.ssm_ratio}·{dim}")
         return inner
+
+    def channels_of_route(self, dim: int, n_routes: int) -> int:
+        """Channels that each of the routes reads in a layer of `dim` channels.
+
+        Raises:
+            ValueError: The routes do not divide the channels.
+        """
+        inner = self.inner(dim)
+        if not self.split_channels:
+            return inner
+        if inner % n_routes:
+            raise ValueError(
+                f"split_channels: expected a multiple of the {n_routes} routes, got {inner} channels "
+                f"({self.ssm_ratio}·{dim})"
+            )
+        return inner // n_routes
 
     def rank(self, dim: int) -> int:
         """Rank r of delta in a layer of `dim` channels."""

@@ -28,6 +28,39 @@ def at_least_float32(t: Tensor) -> Tensor:
 torch.fx.wrap("at_least_float32")
 
 
+def scan_along(
+    routes: list[int],
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_weight: Tensor,
+) -> Tensor:
+    """The operator with low-rank delta and softplus, in TorchScript and export too; y in the state's type.
+
+    Args:
+        routes: k codes.
+        x: (b, h, w, d).
+        delta: (b, h, w, k, r).
+        A: (k, d, n).
+        B: (b, h, w, k, n).
+        C: (b, h, w, k, n).
+        D: (k, d).
+        dt_bias: (k, d).
+        dt_weight: (k, d, r).
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+        if torch.compiler.is_exporting():
+            return decomposition.exported(x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None)
+    y, _, _ = torch.ops.vmamba.selective_scan_2d(
+        x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None, None
+    )
+    return y
+
+
 class SS2D(Layer):
     """Project, scan along k routes, finish; (b, h, w, c) → (b, h, w, c).
 
@@ -68,16 +101,18 @@ class SS2D(Layer):
         self.routes = route_codes(self.config.routes)
         self.splits = [rank, n, n]
         k = len(self.routes)
+        of_route = self.config.channels_of_route(dim, k)
+        self.split_channels = self.config.split_channels
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.in_proj = nn.Linear(dim, 2 * inner if self.config.gate else inner, bias=False, **dd)
         self.conv = self._depthwise_conv(inner, **dd)
         self.act = nn.SiLU()
         self.x_proj_weight = nn.Parameter(torch.empty(k, sum(self.splits), inner, **dd))
-        self.dt_weight = nn.Parameter(torch.empty(k, inner, rank, **dd))
-        self.dt_bias = nn.Parameter(torch.empty(k, inner, **dd))
-        self.A_log = nn.Parameter(torch.empty(k, inner, n, **dd))
-        self.D = nn.Parameter(torch.empty(k, inner, **dd))
+        self.dt_weight = nn.Parameter(torch.empty(k, of_route, rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(k, of_route, **dd))
+        self.A_log = nn.Parameter(torch.empty(k, of_route, n, **dd))
+        self.D = nn.Parameter(torch.empty(k, of_route, **dd))
         self.out_norm = nn.LayerNorm(inner, **dd)
         self.gate_act = nn.SiLU() if self.config.gate else None
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -103,7 +138,7 @@ class SS2D(Layer):
         """Draw the parameters of the scan; the submodules draw their own."""
         if self.dt_weight.is_meta:  # no values to draw, and PyTorch's draws are slow even there
             return
-        _, inner, rank = self.dt_weight.shape
+        inner, rank = self.x_proj_weight.shape[2], self.dt_weight.shape[2]
         # The default of nn.Linear, for each route.
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         self.D.fill_(1.0)
@@ -161,28 +196,28 @@ class SS2D(Layer):
 
     def scan(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """Run the operator → (b, h, w, d) in float32 (float64 where x is float64), as the paper's V3 does."""
-        return self._operator(x, delta, self.A(), B, C, self.D, self.dt_bias, self.dt_weight)
+        if self.split_channels:
+            return self._scan_parts(x, delta, B, C)
+        return scan_along(self.routes, x, delta, self.A(), B, C, self.D, self.dt_bias, self.dt_weight)
 
-    def _operator(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        dt_bias: Tensor,
-        dt_weight: Tensor,
-    ) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
-            if torch.compiler.is_exporting():
-                return decomposition.exported(
-                    x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None
-                )
-        y, _, _ = torch.ops.vmamba.selective_scan_2d(
-            x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None, None
-        )
-        return y
+    def _scan_parts(self, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """A scan of one route for each part of the channels."""
+        k, A = len(self.routes), self.A()
+        parts: list[Tensor] = []
+        for i, x_of_route in enumerate(x.chunk(k, dim=-1)):
+            y = scan_along(
+                self.routes[i : i + 1],
+                x_of_route,
+                delta[:, :, :, i : i + 1],
+                A[i : i + 1],
+                B[:, :, :, i : i + 1],
+                C[:, :, :, i : i + 1],
+                self.D[i : i + 1],
+                self.dt_bias[i : i + 1],
+                self.dt_weight[i : i + 1],
+            )
+            parts.append(y)
+        return torch.cat(parts, dim=-1)
 
     def finish(self, y: Tensor, z: Tensor | None) -> Tensor:
         """Norm in y's type, gate, cast, project back → (b, h, w, c)."""
@@ -258,7 +293,8 @@ class CascadeSS2D(SS2D):
         """Routes `first` and `first + 1` along each line x[:, i], a row (or a column, where transposed)."""
         routes = slice(first, first + 2)
         batch, lines = x.shape[0], x.shape[1]
-        y = self._operator(
+        y = scan_along(
+            self.routes,
             x.flatten(0, 1).unsqueeze(1),
             delta.flatten(0, 1).unsqueeze(1),
             self.A()[routes],

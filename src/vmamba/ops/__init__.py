@@ -10,12 +10,13 @@ from vmamba.ops._registry import (
     register_backend,
     use_backend,
 )
-from vmamba.ops.routes import NAMED_ROUTES, ROUTES, cross_merge, cross_scan, register_route
+from vmamba.ops.routes import NAMED_ROUTES, ROUTES, SIZED_ROUTES, cross_merge, cross_scan, register_route
 from vmamba.ops.selective_scan import selective_scan, selective_scan_2d
 
 __all__ = [
     "NAMED_ROUTES",
     "ROUTES",
+    "SIZED_ROUTES",
     "BackendError",
     "BackendStatus",
     "BackendWarning",

@@ -61,13 +61,15 @@ class Backend:
     n_saved: Callable[[Operands], int] = saved_every_stride
 
 
-def why_not_kernel(call: Operands, device_types: tuple[str, ...], most_states: int) -> str | None:
-    """`why_not` of a kernel for some types of device, up to a state size, along the routes of "cross"."""
+def why_not_kernel(
+    call: Operands, device_types: tuple[str, ...], most_states: int, *, any_route: bool = False
+) -> str | None:
+    """`why_not` of a kernel: for these types of device, this state size, and routes of "cross" unless any."""
     if call.device.type not in device_types:
         return f"it runs on {' or '.join(device_types)}, the operands are on {call.device}"
     if call.n_state > most_states:
         return f"it takes a state size n of at most {most_states}, got {call.n_state}"
-    if not all(0 <= code < len(CROSS) for code in call.routes):
+    if not any_route and not all(0 <= code < len(CROSS) for code in call.routes):
         others = [name for name in names_of(call.routes) if name not in CROSS]
         return f"it reads along the routes {', '.join(CROSS)} only, got {', '.join(dict.fromkeys(others))}"
     return None

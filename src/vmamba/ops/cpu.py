@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vmamba.ops.backend import Backend, Gradients, saved_every_stride, state_stride, why_not_kernel
 from vmamba.ops.operands import Operands
+from vmamba.ops.routes import CROSS, GIVEN, check_orders, scan_order
 
 MOST_STATES = 64
 """The largest state size; beyond it `chunked` serves."""
@@ -45,7 +46,7 @@ class _Scan(ctypes.Structure):
     _fields_ = (
         *_fields("batch height width channels n_routes n_state", ctypes.c_int64),
         *_fields("rank softplus state_stride state_type threads", ctypes.c_int64),
-        ("routes", ctypes.c_void_p),
+        *_fields("routes orders", ctypes.c_void_p),
         *_fields("x delta B C", _Image),
         *_fields("A D bias weight initial", ctypes.c_void_p),
     )
@@ -135,6 +136,8 @@ def _scan(call: Operands) -> tuple[_Scan, list[object]]:
         for t in (call.A, call.D, call.delta_bias, call.delta_weight, call.initial_state)
     ]
     codes = (ctypes.c_int64 * k)(*call.routes)
+    orders = _orders(call)
+    pointers = (ctypes.c_void_p * k)(*(None if order is None else order.data_ptr() for order in orders))
     scan = _Scan(
         *call.x.shape,
         k,
@@ -146,10 +149,25 @@ def _scan(call: Operands) -> tuple[_Scan, list[object]]:
         # The number of threads does not change a bit of the result.
         max(1, min(torch.get_num_threads(), call.x.numel() * k * n // GRAIN)),
         ctypes.cast(codes, ctypes.c_void_p),
+        ctypes.cast(pointers, ctypes.c_void_p),
         *images,
         *(None if t is None else t.data_ptr() for t in arrays),
     )
-    return scan, [holders, arrays, codes]
+    return scan, [holders, arrays, codes, orders, pointers]
+
+
+def _orders(call: Operands) -> list[Tensor | None]:
+    """The positions of each route, (l,) int64; None for one that the kernel walks by its code."""
+    if all(0 <= code < len(CROSS) for code in call.routes):
+        return [None] * call.n_routes
+    given = iter(() if call.orders is None else call.orders)
+    _, height, width, _ = call.x.shape
+    return [
+        None
+        if 0 <= code < len(CROSS)
+        else (next(given) if code == GIVEN else scan_order((code,), height, width)[0]).contiguous()
+        for code in call.routes
+    ]
 
 
 def _check(status: int) -> None:
@@ -174,6 +192,9 @@ def forward(call: Operands) -> tuple[Tensor, Tensor, Tensor]:
 def backward(grad_y: Tensor, grad_last_state: Tensor | None, call: Operands, states: Tensor) -> Gradients:
     """As `Backend.backward`."""
     dtype = call.state_dtype
+    if call.orders is not None:
+        # The backward operator may be called by itself, and the kernel writes where the orders point.
+        check_orders(call.orders)
     scan, holders = _scan(call)
     image, grad_y = _image(grad_y)
     grad_last_state = None if grad_last_state is None else grad_last_state.to(dtype).contiguous()
@@ -196,6 +217,6 @@ BACKEND = Backend(
     forward,
     backward,
     why_not_here=_why_not_here,
-    why_not=lambda call: why_not_kernel(call, ("cpu",), MOST_STATES),
+    why_not=lambda call: why_not_kernel(call, ("cpu",), MOST_STATES, any_route=True),
     preferred_on=("cpu",),
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vmamba.ops._operator  # noqa: F401  (registers the operator)
-from vmamba.ops.routes import Routes, parse_routes, route_codes
+from vmamba.ops.operands import Operands
+from vmamba.ops.routes import GIVEN, Routes, parse_routes, route_codes
 
 
 def selective_scan_2d(
@@ -25,6 +26,7 @@ def selective_scan_2d(
     delta_weight: Tensor | None = None,
     delta_softplus: bool = True,
     routes: Routes = "cross",
+    split_channels: bool = False,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -56,10 +58,14 @@ def selective_scan_2d(
         delta_bias: (k, d).
         delta_weight: (k, d, r): delta is formed inside as delta @ delta_weightᵀ.
         delta_softplus: Apply softplus to delta; the default differs from that of `selective_scan`.
-        routes: "cross", "unidirectional", "bidirectional", or a sequence of k routes. Each is "row",
-            "column", "row_reversed", "column_reversed", a name of `register_route`, or a permutation: the
-            h·w positions row·w + column, each once, in the order of the route. A tensor (h·w,) or (k, h·w)
-            of permutations will do too. Checking permutations synchronises with the GPU.
+        routes: The name of a set ("cross", "unidirectional", "bidirectional", "snake", "diagonal"; "window:7"
+            and "atrous:2" of any size), or a sequence of k routes. Each is a name of `vmamba.ops.ROUTES`, one
+            of `vmamba.ops.SIZED_ROUTES` with its size ("window_row:7"), a name of `register_route`, or a
+            permutation: the h·w positions row·w + column, each once, in the order of the route. A tensor
+            (h·w,) or (k, h·w) of permutations will do too. Checking permutations synchronises with the GPU.
+        split_channels: Read only a part of the channels along each route: the first d / k along the first
+            route, the next along the second, and so on. Then d / k stands for d in the shapes of delta, A,
+            D, delta_bias and delta_weight, and nothing is summed over routes.
         out_dtype: Type of y, rounded to once; default x's.
         backend: Name of the backend; default the preferred one of the device, see `backends`.
 
@@ -73,23 +79,80 @@ def selective_scan_2d(
         BackendError: The backend named cannot serve the call (a RuntimeError).
     """
     codes, orders = parse_routes(routes, x.device)
+    call = Operands(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, codes, None, orders)
+    if not split_channels:
+        return _run(call, out_dtype, backend)
+    return torch.cat([_run(part, out_dtype, backend) for part in split_by_route(call)], dim=-1)
+
+
+def _run(call: Operands, out_dtype: torch.dtype | None, backend: str | None) -> Tensor:
     y, _, _ = torch.ops.vmamba.selective_scan_2d(
-        x,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        delta_weight,
-        delta_softplus,
-        codes,
-        None,
-        out_dtype or x.dtype,
+        call.x,
+        call.delta,
+        call.A,
+        call.B,
+        call.C,
+        call.D,
+        call.delta_bias,
+        call.delta_weight,
+        call.delta_softplus,
+        call.routes,
+        call.initial_state,
+        out_dtype or call.x.dtype,
         backend,
-        orders,
+        call.orders,
     )
     return y
+
+
+def split_by_route(call: Operands) -> list[Operands]:
+    """A call of one route for each route of a call in which each reads a part of the channels.
+
+    Args:
+        call: With (k, d / k, ·) for (k, d, ·) in the shapes of the parameters, and delta likewise.
+
+    Raises:
+        ValueError: The number of routes does not divide d, or an operand's routes are of another number.
+    """
+    k = call.n_routes
+    if call.x.ndim != 4 or call.x.shape[3] % k:
+        raise ValueError(
+            f"x: expected (b, h, w, d) with d a multiple of the {k} routes, as split_channels is set; "
+            f"got shape {tuple(call.x.shape)}"
+        )
+    for name, t, axis in (("delta", call.delta, 3), ("B", call.B, 3), ("C", call.C, 3), ("A", call.A, 0)):
+        if t.ndim <= axis or t.shape[axis] != k:
+            raise ValueError(f"{name}: expected {k} routes in dimension {axis}, got shape {tuple(t.shape)}")
+    for name, parameter in (
+        ("D", call.D),
+        ("delta_bias", call.delta_bias),
+        ("delta_weight", call.delta_weight),
+    ):
+        if parameter is not None and len(parameter) != k:
+            raise ValueError(
+                f"{name}: expected {k} routes in dimension 0, got shape {tuple(parameter.shape)}"
+            )
+    given = iter(() if call.orders is None else call.orders)
+
+    def of(t: Tensor | None, i: int) -> Tensor | None:
+        return None if t is None else t[i : i + 1]
+
+    return [
+        replace(
+            call,
+            x=x,
+            delta=call.delta[:, :, :, i : i + 1],
+            A=call.A[i : i + 1],
+            B=call.B[:, :, :, i : i + 1],
+            C=call.C[:, :, :, i : i + 1],
+            D=of(call.D, i),
+            delta_bias=of(call.delta_bias, i),
+            delta_weight=of(call.delta_weight, i),
+            routes=[code],
+            orders=next(given)[None] if code == GIVEN else None,
+        )
+        for i, (code, x) in enumerate(zip(call.routes, call.x.chunk(k, dim=-1), strict=True))
+    ]
 
 
 def selective_scan(

@@ -74,7 +74,7 @@ class FusedVSSBlock(Form, VSSBlock, of=VSSBlock):
     def forward(self, x: Tensor) -> Tensor:
         op: SS2D = view(self.op)
         if not torch.is_grad_enabled() and not self.training and not self._draws():
-            values = x.numel() // x.shape[-1] * self.op.D.shape[1]
+            values = x.numel() // x.shape[-1] * self.op.x_proj_weight.shape[2]
             return in_groups(self._by_rows, x, values)
         x = x + self.drop_path1(op.forward(self.norm1(x)))
         if self.mlp is not None:
@@ -87,7 +87,7 @@ class FusedVSSBlock(Form, VSSBlock, of=VSSBlock):
 
     def _by_rows(self, x: Tensor) -> Tensor:
         op: SS2D = view(self.op)
-        x = add_by_rows(x, op.finish, self._scanned(op, x), op.D.shape[1])
+        x = add_by_rows(x, op.finish, self._scanned(op, x), op.x_proj_weight.shape[2])
         if self.mlp is None:
             return x
         return add_by_rows(x, self._mlp_branch, (x,), self.mlp.fc1.out_features)
