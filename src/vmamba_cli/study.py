@@ -117,7 +117,8 @@ def patterns(
         int | None, typer.Option("--input", min=1, help="Side of the images; default the model's.")
     ] = None,
     routes: Annotated[
-        list[str] | None, typer.Option(help="A pattern; may be given several times. Default: Table 5's.")
+        list[str] | None,
+        typer.Option(help="A pattern; may be given several times. Default: Table 5's and others."),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -151,7 +152,7 @@ def patterns(
         from vmamba_cli._extra import load
 
         training = load("vmamba.studies.training", "train")
-        names = routes or list(load("vmamba.studies.tables", "train").TABLE_5)
+        names = routes or list(load("vmamba.studies.tables", "train").PATTERNS)
         outcomes = training.train_patterns(
             recipe, names, seeds, out.expanduser() / "patterns", overrides or [], budget, log=typer.echo
         )

@@ -226,20 +226,23 @@ TABLE_5 = {
 }
 """The scan patterns, as `routes` of a model."""
 
+PATTERNS = (*TABLE_5, "snake", "diagonal", "window:7", "atrous:2")
+"""Table 5's patterns, and this library's others."""
+
 
 def patterns(model: str = "vmamba_tiny", size: int | None = None, routes: Sequence[str] = ()) -> Study:
-    """The patterns of Table 5, or others.
+    """The patterns of Table 5 and others.
 
     Args:
         model: That reads images so; the paper's values stand beside "vmamba_tiny".
         size: Side of the images; None for the model's own.
-        routes: Names of patterns, as the model's argument `routes`; none for the table's.
+        routes: Names of patterns, as the model's argument `routes`; none for `PATTERNS`.
     """
     side = size or _own_size(model)
     quoted = TABLE_5 if model == "vmamba_tiny" and side == 224 else {}
     group = [
         Subject(name, model, side, {"routes": name}, quoted=quoted.get(name, {}))
-        for name in routes or TABLE_5
+        for name in routes or PATTERNS
     ]
     note = (
         "The paper's 74.8 % of bidirectional came with NaN after about 50 epochs; its later version states "

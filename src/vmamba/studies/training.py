@@ -78,7 +78,7 @@ def train_patterns(
     missing = dict.fromkeys(routes, 0)
     for seed in range(seeds):
         for name in routes:
-            place = folder / "runs" / f"{name}-{seed}"
+            place = folder / "runs" / f"{name.replace(':', '-')}-{seed}"
             if not holds_run(place) and budget.lacking(0) is not None:
                 missing[name] += 1
                 continue
