@@ -77,6 +77,7 @@ CASES = {
     "tests/test_dense_inference.py::test_other_precisions": ("dtype1",),
     "tests/test_dense_inference.py::test_segmenters_of_mmseg": ("False-2-names1",),
     "tests/test_private.py::test_workers_that_hang_are_ended_at_once": ("True",),
+    "tests/studies/test_tables.py::test_counts_are_the_papers": ("V8: no gate-224", "VMamba-T-224"),
     "tests/train/test_evaluation.py::test_scores_are_those_computed_by_hand": ("ema",),
     "tests/train/test_imagenet.py::test_a_miniature": ("tar",),
     "tests/train/test_transfer.py::test_which_weights_of_a_run": ("ema",),
@@ -95,6 +96,16 @@ SAMPLED = {
     "tests/report/test_report_browser.py::test_it_asks_for_nothing_and_axe_finds_nothing": (
         "1300-dark",
         "400-light",
+    ),
+    "tests/studies/test_tables.py::test_counts_are_the_papers": (
+        "V0: scan in plain operations-224",
+        "V8: no gate-224",
+        "state size 1-224",
+        "VMamba-T-224",
+        "HiViT-S-224",
+        "S4ND-ViT-B-224",
+        "EfficientNet-B4-380",
+        "cascade-224",
     ),
     "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": (
         "at the first-fork",

@@ -21,7 +21,7 @@ def quoted(subjects: list[Subject]) -> list[Subject]:
 @pytest.mark.parametrize(
     "subject",
     quoted(ladder().subjects) + quoted(throughput().subjects) + quoted(patterns().subjects),
-    ids=lambda subject: subject.key,
+    ids=lambda subject: f"{subject.label}-{subject.size}",
 )
 def test_counts_are_the_papers(subject: Subject) -> None:
     counts = _count(subject)
