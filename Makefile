@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip install -q --no-compile
 PROFILE ?= fixed
 # As many processes as cores: in each, one thread, which sleeps where it waits. A file is of one process, which makes
 # once what its tests share. (Groups of tests, --dist loadgroup, are nothing to pytest 9.2 with pytest-xdist 3.8.)
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile
+# In the order of their names, files that train by several processes do not run side by side, and hinder each other.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) --dist load -k triton tests/ops tests/models/test_official.py
 
 .PHONY: help demo test test-all test-triton exhaustive lint typecheck docs serve conformance compat wheel clean

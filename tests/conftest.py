@@ -39,24 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-SINGLY = ("tests/test_processes.py", "tests/train/test_distributed.py")
-"""Files of long tests that share little: they are dealt one by one, at the end."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As --dist loadfile, but for the files that are dealt out singly."""
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return nodeid if nodeid.startswith(SINGLY) else super()._split_scope(nodeid)
-
-    return Scheduling(config, log)
-
-
 @pytest.fixture(autouse=True)
 def _fixed() -> Iterator[None]:
     import torch
