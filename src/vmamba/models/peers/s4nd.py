@@ -251,7 +251,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "s4nd_convnext_tiny.untrained": _cfg(pool_size=(7, 7), first_conv=None, classifier="head.fc"),
+        "s4nd_convnext_tiny.untrained": _cfg(pool_size=(7, 7), first_conv=(), classifier="head.fc"),
         "s4nd_vit_base.untrained": _cfg(
             pool_size=None, fixed_input_size=True, first_conv="patch_embed.proj", classifier="head"
         ),

@@ -272,7 +272,7 @@ def _cfg() -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "fixed_input_size": True,
-        "pool_size": (14, 14),
+        "pool_size": None,
         "crop_pct": 0.9,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
