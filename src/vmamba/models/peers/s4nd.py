@@ -205,11 +205,11 @@ class S4NDConvNeXt(ConvNeXt):
 
     def __init__(self, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(in_chans, device=device, dtype=dtype, **kwargs)
-        dd = {"device": device, "dtype": dtype}
-        self.stem = S4NDStem(in_chans, self.feature_info[0]["num_chs"], **dd)
-        for stage in self.stages:
-            for block in stage.blocks:
-                block.conv_dw = S4ND(block.conv_dw.in_channels, **dd)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        feature_info: Any = self.feature_info
+        self.stem: nn.Module = S4NDStem(in_chans, feature_info[0]["num_chs"], **dd)  # type: ignore[assignment]
+        for block in (block for stage in self.stages for block in stage.blocks):  # type: ignore[union-attr]
+            block.conv_dw = S4ND(block.conv_dw.in_channels, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
