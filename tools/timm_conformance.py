@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree as ET
+from fnmatch import fnmatch
 from pathlib import Path
 
 import timm
@@ -20,6 +21,8 @@ from vmamba.models import model_names
 
 MODELS = ["vmamba_pico", "vmamba_pico_wide", "vmamba_nano", "vmamba_tiny", "vanilla_vmamba_tiny"]
 MODELS += ["hivit_tiny", "vim_tiny", "s4nd_convnext_tiny", "s4nd_vit_base"]
+SEQUENCE_MODELS = ("vim_*", "s4nd_vit_*")
+"""Those that give sequences and not maps; timm tests the configurations of such models by themselves."""
 IDS = [  # {} is replaced by a model's name
     "test_model_forward[1-{}]",
     "test_model_backward[2-{}]",
@@ -46,14 +49,15 @@ def fetch(cache: Path) -> Path:
         with tarfile.open(cache / f"timm-{timm.__version__}.tar.gz") as archive:
             archive.extractall(cache, filter="data")
     text = source.read_text(encoding="utf-8")
-    marker = "FEAT_INTER_FILTERS = [\n"
-    if text.count(marker) != 1:
-        raise SystemExit(f"{source}: {marker!r} is not in it once; this script must learn the new form")
-    target = source.with_name("test_models_vmamba.py")
-    # timm filters by the last name of the module that registers a model.
+    # timm filters by the last name of the module that registers a model, and sequence models by their names.
     modules = {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in model_names()}
-    lines = "".join(f"    {module!r},\n" for module in sorted(modules))
-    target.write_text(text.replace(marker, marker + lines), encoding="utf-8")
+    added = {"FEAT_INTER_FILTERS = [\n": sorted(modules), "NON_STD_FILTERS = [\n": SEQUENCE_MODELS}
+    for marker, names in added.items():
+        if text.count(marker) != 1:
+            raise SystemExit(f"{source}: {marker!r} is not in it once; this script must learn the new form")
+        text = text.replace(marker, marker + "".join(f"    {name!r},\n" for name in names))
+    target = source.with_name("test_models_vmamba.py")
+    target.write_text(text, encoding="utf-8")
     return target
 
 
@@ -84,7 +88,9 @@ def main() -> None:
     available = {line.partition("::")[2] for line in collected.stdout.splitlines() if "::" in line}
     wanted = [test.format(model) for model in args.models for test in IDS]
     for model in args.models:  # the ids of this test have the tags of the weights
-        wanted += [f"test_model_default_cfgs[1-{tagged}]" for tagged in tagged_names(model)]
+        sequence = any(fnmatch(model, names) for names in SEQUENCE_MODELS)
+        test = "test_model_default_cfgs_non_std" if sequence else "test_model_default_cfgs"
+        wanted += [f"{test}[1-{tagged}]" for tagged in tagged_names(model)]
     absent = [test for test in wanted if test not in available]
     if absent:
         print(collected.stdout[-2000:], collected.stderr[-2000:])

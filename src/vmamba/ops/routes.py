@@ -8,7 +8,7 @@ admits it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
 from zlib import crc32
 
@@ -209,7 +209,7 @@ class _SizedRoute(NamedTuple):
         by_rows = list(_SIZED.values())[self.place // len(CROSS)]
         route = CROSS[self.place % len(CROSS)]
         if route.startswith("column"):
-            order = _columns(partial(by_rows, high=self.wide, wide=self.high))(height, width)
+            order = _columns(lambda h, w: by_rows(h, w, self.wide, self.high))(height, width)
         else:
             order = by_rows(height, width, self.high, self.wide)
         return order.flip(0) if route.endswith("reversed") else order

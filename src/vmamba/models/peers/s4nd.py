@@ -205,11 +205,11 @@ class S4NDConvNeXt(ConvNeXt):
 
     def __init__(self, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(in_chans, device=device, dtype=dtype, **kwargs)
-        dd = {"device": device, "dtype": dtype}
-        self.stem = S4NDStem(in_chans, self.feature_info[0]["num_chs"], **dd)
-        for stage in self.stages:
-            for block in stage.blocks:
-                block.conv_dw = S4ND(block.conv_dw.in_channels, **dd)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        feature_info: Any = self.feature_info
+        self.stem: nn.Module = S4NDStem(in_chans, feature_info[0]["num_chs"], **dd)  # type: ignore[assignment]
+        for block in (block for stage in self.stages for block in stage.blocks):  # type: ignore[union-attr]
+            block.conv_dw = S4ND(block.conv_dw.in_channels, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -251,7 +251,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "s4nd_convnext_tiny.untrained": _cfg(pool_size=(7, 7), first_conv=None, classifier="head.fc"),
+        "s4nd_convnext_tiny.untrained": _cfg(pool_size=(7, 7), first_conv=(), classifier="head.fc"),
         "s4nd_vit_base.untrained": _cfg(
             pool_size=None, fixed_input_size=True, first_conv="patch_embed.proj", classifier="head"
         ),

@@ -118,10 +118,11 @@ class VimHead(nn.Module):
             if pool_type not in ("token", "avg", ""):
                 raise ValueError(f"global_pool: expected 'token', 'avg' or '', got {pool_type!r}")
             self.pool_type = pool_type
-        self.fc = nn.Linear(self.dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        if num_classes > 0 and not self.fc.weight.is_meta:
-            trunc_normal_(self.fc.weight, std=0.02)
-            nn.init.zeros_(self.fc.bias)
+        self.fc: nn.Module = nn.Identity()
+        if num_classes > 0:
+            self.fc = layer = nn.Linear(self.dim, num_classes, **dd)
+            trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         middle = x.shape[1] // 2
@@ -191,11 +192,11 @@ class Vim(Staged):
         for parameter in (self.cls_token, self.pos_embed):
             trunc_normal_(parameter, std=0.02)
         for block in self.stages:
-            for direction in (block.forwards, block.backwards):  # type: ignore[union-attr]
-                direction.reset_parameters()  # type: ignore[operator, union-attr]
-            if not block.out_proj.weight.is_meta:  # type: ignore[union-attr]
-                with torch.no_grad():  # so that the sum over the blocks stays of one size
-                    block.out_proj.weight.div_(math.sqrt(len(self.stages)))  # type: ignore[operator, union-attr]
+            assert isinstance(block, VimBlock)
+            for direction in (block.forwards, block.backwards):
+                direction.reset_parameters()
+            with torch.no_grad():  # so that the sum over the blocks stays of one size
+                block.out_proj.weight.div_(math.sqrt(len(self.stages)))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -272,7 +273,7 @@ def _cfg() -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "fixed_input_size": True,
-        "pool_size": (14, 14),
+        "pool_size": None,
         "crop_pct": 0.9,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
