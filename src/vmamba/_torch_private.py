@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor as _FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -50,6 +51,21 @@ def is_transformed(arguments: tuple[Any, ...]) -> bool:
         return False
     tensors = (t for t in arguments if isinstance(t, Tensor))
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# --- vmamba.ops: what torch.compile traces ------------------------------------------------------------------
+# While it makes a graph its tensors are of this class; `torch.compiler.is_compiling()` is not always true.
+
+FunctionalTensor = _FunctionalTensor
+
+# --- vmamba.ops.verdicts: what a verdict on a GPU depends on ------------------------------------------------
+# The driver's version is public for XPU alone; `torch.version.cuda` is what PyTorch was built with.
+
+
+def cuda_driver_version() -> int:
+    """The newest CUDA that the driver knows, such as 13000; 0 where PyTorch cannot tell."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if version is None else int(version())
 
 
 # --- vmamba.data.loading: the workers of a DataLoader ------------------------------------------------------

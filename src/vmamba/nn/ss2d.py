@@ -16,6 +16,7 @@ from vmamba.nn.config import SS2DConfig, configured
 from vmamba.nn.half import call_in_type_of, is_half
 from vmamba.nn.layer import Layer
 from vmamba.ops import decomposition
+from vmamba.ops._registry import backend_of_graph, is_compiled
 from vmamba.ops.routes import route_codes
 
 
@@ -174,13 +175,16 @@ class SS2D(Layer):
         dt_bias: Tensor,
         dt_weight: Tensor,
     ) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+        backend: str | None = None
+        if not torch.jit.is_scripting():  # TorchScript prunes this branch, not an `and`
             if torch.compiler.is_exporting():
                 return decomposition.exported(
                     x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None
                 )
+            if is_compiled():
+                backend = backend_of_graph(x.device)
         y, _, _ = torch.ops.vmamba.selective_scan_2d(
-            x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None, None
+            x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None, backend
         )
         return y
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vmamba.ops._operator  # noqa: F401  (registers the operator)
+from vmamba.ops._registry import backend_of_graph, is_compiled
 from vmamba.ops.routes import Routes, parse_routes, route_codes
 
 
@@ -73,6 +74,8 @@ def selective_scan_2d(
         BackendError: The backend named cannot serve the call (a RuntimeError).
     """
     codes, orders = parse_routes(routes, x.device)
+    if backend is None and is_compiled():
+        backend = backend_of_graph(x.device)
     y, _, _ = torch.ops.vmamba.selective_scan_2d(
         x,
         delta,
@@ -139,6 +142,8 @@ def selective_scan(
         As `selective_scan_2d`.
     """
     B, C = (t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
+    if backend is None and is_compiled():
+        backend = backend_of_graph(u.device)
     call = _Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, backend)
     call.validate()
     constant = B.ndim == 2 or C.ndim == 2

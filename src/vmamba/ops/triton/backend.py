@@ -404,11 +404,11 @@ _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "pytorc
 
 
 @cache
-def _version() -> tuple[int, ...] | None:
+def triton_version() -> tuple[int, ...] | None:
     """Triton's version, without importing it; None where it is not installed or does not say."""
     for name in _DISTRIBUTIONS:
         try:
-            return tuple(int(number) for number in re.findall(r"\d+", metadata.version(name))[:2])
+            return tuple(int(number) for number in re.findall(r"\d+", metadata.version(name))[:3])
         except metadata.PackageNotFoundError:
             continue
     return None
@@ -423,7 +423,7 @@ def _why_not_here() -> str | None:
     """Why no call at all can run on this machine; None if calls can."""
     if not _is_installed():
         return "Triton is not installed; it comes with PyTorch's builds for NVIDIA, AMD and Intel GPUs"
-    version = _version()
+    version = triton_version()
     if version is not None and version < OLDEST:
         return (
             f"it needs Triton {'.'.join(map(str, OLDEST))} (PyTorch 2.8), found {'.'.join(map(str, version))}"
@@ -454,10 +454,11 @@ def _why_not(call: Operands) -> str | None:
 
 BACKEND = Backend(
     "triton",
-    "Triton kernels for GPUs, fused over routes; served when named",
+    "Triton kernels for GPUs, fused over routes; preferred where it has proven itself",
     forward,
     backward,
     why_not_here=_why_not_here,
     why_not=_why_not,
+    proven_on=("cuda", "xpu"),  # ROCm's devices are "cuda" too
     n_saved=lambda call: max(segments(call.x.shape[1], call.x.shape[2], WHOLE)),
 )
