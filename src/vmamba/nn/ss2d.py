@@ -18,6 +18,7 @@ from vmamba.nn.layer import Layer
 from vmamba.ops import decomposition
 from vmamba.ops._registry import backend_of_graph, is_compiled
 from vmamba.ops.routes import route_codes
+from vmamba.ops.selective_scan import traced_scan
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -183,6 +184,10 @@ class SS2D(Layer):
                 )
             if is_compiled():
                 backend = backend_of_graph(x.device)
+            if torch.jit.is_tracing():
+                return traced_scan(
+                    x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None, None
+                )
         y, _, _ = torch.ops.vmamba.selective_scan_2d(
             x, delta, A, B, C, D, dt_bias, dt_weight, True, self.routes, None, None, backend
         )

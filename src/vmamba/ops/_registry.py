@@ -1,5 +1,7 @@
 """The registered backends, and the choice of the one that serves a call."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -7,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +18,10 @@ from vmamba.errors import BackendError, UnknownBackendError
 from vmamba.ops import verdicts
 from vmamba.ops.backend import Backend, no_data_call
 from vmamba.ops.operands import Operands
+from vmamba.ops.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from vmamba.ops.proof import Proof
 
 BY_PREFERENCE = ("cpu", "triton", "chunked", "reference")
 """Modules of this folder, each with a `BACKEND`, in order of preference. A call that names no backend gets
@@ -133,8 +140,16 @@ def no_proof() -> Iterator[None]:
 
 def _is_eager(device: torch.device) -> bool:
     """Whether a call just runs: no graph of it is captured, compiled, traced or transformed."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not (_NO_PROOF.get() or torch.compiler.is_compiling() or is_transformed_or_recorded() or capturing)
+    return not (
+        _NO_PROOF.get()
+        or torch.compiler.is_compiling()
+        or is_transformed_or_recorded()
+        or _is_capturing(device)
+    )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _why_unproven(backend: Backend, device: torch.device, may_prove: bool) -> str | None:
@@ -164,6 +179,51 @@ def _why_unproven(backend: Backend, device: torch.device, may_prove: bool) -> st
         f"--out report.json` and attach the file to an issue at {ISSUES}; `{VARIABLE}={backend.name}` uses "
         "it all the same"
     )
+
+
+def prove_backend(name: str, device: str | torch.device | None = None, *, thorough: bool = False) -> Proof:
+    """Prove a backend on a device, in another process, and keep the verdict in place of the one before.
+
+    Args:
+        name: The backend's name.
+        device: Default the machine's accelerator, or the CPU where it has none.
+        thorough: More shapes and all types.
+
+    Raises:
+        UnknownBackendError: There is no backend of that name.
+        BackendError: It cannot run on this machine, or not on this device, or has no need to prove itself
+            there; the message says why.
+    """
+    from vmamba.ops.proof import prove
+
+    backend = get_backend(name)
+    reason = backend.why_not_here()
+    if reason is not None:
+        raise BackendError(f"backend: {name!r} cannot run here: {reason}")
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    try:
+        call = no_data_call(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(f"device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+    reason = backend.why_not(call)
+    if reason is not None:
+        raise BackendError(f"backend: {name!r} cannot serve {call.device}: {reason}")
+    proof = prove(backend, call.device, thorough=thorough)
+    verdicts.keep(backend, call.device, proof.verdict)
+    return proof
+
+
+def verdict_on(name: str, device: str | torch.device) -> Verdict | None:
+    """The verdict that is kept on a backend that has to prove itself on a device; None if there is none.
+
+    Raises:
+        UnknownBackendError: There is no backend of that name.
+    """
+    backend, device = get_backend(name), torch.device(device)
+    if device.type not in backend.proven_on or backend.why_not_here():
+        return None
+    return verdicts.kept(backend, no_data_call(device).device)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ Sizes: b batch, h height, w width, l length, d channels, k routes, n state size,
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import vmamba.ops._operator  # noqa: F401  (registers the operator)
-from vmamba.ops._registry import backend_of_graph, is_compiled
+from vmamba.ops._registry import backend_of_graph, is_compiled, no_proof
 from vmamba.ops.routes import Routes, parse_routes, route_codes
 
 
@@ -76,7 +77,8 @@ def selective_scan_2d(
     codes, orders = parse_routes(routes, x.device)
     if backend is None and is_compiled():
         backend = backend_of_graph(x.device)
-    y, _, _ = torch.ops.vmamba.selective_scan_2d(
+    scan = traced_scan if torch.jit.is_tracing() else _scan
+    return scan(
         x,
         delta,
         A,
@@ -92,7 +94,18 @@ def selective_scan_2d(
         backend,
         orders,
     )
+
+
+def _scan(*arguments: Any) -> Tensor:
+    """y by the operator, with its arguments by position."""
+    y: Tensor = torch.ops.vmamba.selective_scan_2d(*arguments)[0]
     return y
+
+
+def traced_scan(*arguments: Any) -> Tensor:
+    """As the operator under torch.jit.trace, which its kernels cannot see: no proof of a backend starts."""
+    with no_proof():
+        return _scan(*arguments)
 
 
 def selective_scan(
