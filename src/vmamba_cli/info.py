@@ -81,8 +81,8 @@ def _machine() -> dict[str, Any]:
 
 
 _WITHOUT_A_GPU = (
-    "on one, the first eager call checks 'triton' in another process and keeps the verdict: right and faster, "
-    "it is the backend of choice, else 'chunked' (docs/gpu.md)"
+    "on one, the first eager call checks 'triton' in another process and keeps the verdict: right and "
+    "faster, it is the backend of choice, else 'chunked' (docs/gpu.md)"
 )
 
 

@@ -30,7 +30,7 @@ def _simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "_KNOWN", {})
     monkeypatch.setattr(_registry, "_BACKENDS", {**_registry._BACKENDS, **stand_ins.BACKENDS})
 
-    def here(backend, device, thorough: bool, limit: float) -> tuple[proof.Findings, str]:
+    def here(backend, device, thorough: bool, limit: float, calls) -> tuple[proof.Findings, str]:
         found = proof.check(backend.name, device, stand_ins.CASES, stand_ins.TIMED, thorough)
         return found, "the end of the log"
 

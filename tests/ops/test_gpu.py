@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scans import cast, operands, value_and_gradients
 from vmamba.nn import SS2D
-from vmamba.ops import selective_scan_2d, use_backend
+from vmamba.ops import backends, prove_backend, selective_scan_2d, use_backend
 from vmamba.ops.accuracy import deviations
 
 pytestmark = [
@@ -19,6 +19,9 @@ pytestmark = [
 
 SHAPES = [(2, 56, 56, 96, 1, 6), (2, 14, 14, 64, 1, 24), (3, 7, 7, 130, 1, 48), (1, 20, 33, 24, 16, 3)]
 """b, h, w, d, n, r: several tiles, one in forward, one in both, and channels that fill no block."""
+
+TRUTH = "cpu" if backends()[0].available else "chunked"
+"""In float64, on the CPU: the compiled kernel, but `chunked` in a plain checkout, which has none."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +40,17 @@ def test_as_accurate_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype
     true_call = cast(cast(exact, dtype), torch.float64)
     call = on_gpu(cast(exact, dtype))
     grad_y = torch.randn_like(true_call["x"]).to(dtype)
-    true = value_and_gradients(true_call, grad_y.double(), backend="cpu")
+    true = value_and_gradients(true_call, grad_y.double(), backend=TRUTH)
     same_types = value_and_gradients(call, grad_y.cuda(), backend="reference")
     actual = value_and_gradients(call, grad_y.cuda(), backend="triton")
     for deviation in deviations([true], [same_types], [actual]):
         assert deviation.within, str(deviation)
+
+
+def test_it_proves_itself() -> None:
+    """As at first use: right, and faster than `chunked`. The verdict replaces the user's."""
+    verdict = prove_backend("triton", "cuda").verdict
+    assert verdict.is_proven, verdict.reason
 
 
 def test_the_same_bits_each_time() -> None:

@@ -61,6 +61,16 @@ class Case:
         sizes = (self.batch, self.height, self.width, self.channels, self.n_state, self.rank)
         return f"(b, h, w, d, n, r) = {sizes} in {str(self.dtype).removeprefix('torch.')}"
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Case:
+        """From `fields`."""
+        return cls(**{**fields, "dtype": getattr(torch, fields["dtype"])})
+
     def operands(self) -> dict[str, Any]:
         """The same values each time."""
         from vmamba.ops.accuracy import operands
@@ -251,7 +261,12 @@ class Proof:
 
 
 def prove(
-    backend: Backend, device: torch.device, *, thorough: bool = False, limit: float | None = None
+    backend: Backend,
+    device: torch.device,
+    *,
+    thorough: bool = False,
+    limit: float | None = None,
+    calls: tuple[Iterable[Case], Iterable[Case]] | None = None,
 ) -> Proof:
     """Prove a backend on a device in another process.
 
@@ -261,10 +276,11 @@ def prove(
         thorough: More shapes and all types.
         limit: Seconds after which the process is killed with those that it started; default `LIMIT`, and
             `LIMIT_THOROUGH` for a thorough proof.
+        calls: What to judge and what to time instead of the usual.
     """
     limit = limit or (LIMIT_THOROUGH if thorough else LIMIT)
     start = time.monotonic()
-    findings, log = _in_another_process(backend, device, thorough, limit)
+    findings, log = _in_another_process(backend, device, thorough, limit, calls)
     verdict = Verdict(
         backend.name,
         machine(backend, device),
@@ -297,7 +313,11 @@ main(arguments)
 
 
 def _in_another_process(
-    backend: Backend, device: torch.device, thorough: bool, limit: float
+    backend: Backend,
+    device: torch.device,
+    thorough: bool,
+    limit: float,
+    calls: tuple[Iterable[Case], Iterable[Case]] | None,
 ) -> tuple[Findings, str]:
     """What the other process found, or how it ended without an answer; and the end of its errors."""
     arguments = {
@@ -308,6 +328,7 @@ def _in_another_process(
         "device": str(device),
         "thorough": thorough,
         "limit": limit,
+        "calls": calls and [[case.fields for case in cases] for cases in calls],
         "starter": os.getpid(),
     }
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROOF}
@@ -348,9 +369,11 @@ def main(arguments: dict[str, Any]) -> None:
     """What the other process does: prove, print the findings, and end whatever state the device is in."""
     end_within(arguments["limit"], arguments["starter"])
     import_module(arguments["module"])
-    cases = CASES_THOROUGH if arguments["thorough"] else CASES
+    cases, timed = CASES_THOROUGH if arguments["thorough"] else CASES, TIMED
+    if arguments["calls"] is not None:
+        cases, timed = (tuple(map(Case.of, each)) for each in arguments["calls"])
     device = torch.device(arguments["device"])
-    findings = check(arguments["backend"], device, cases, TIMED, arguments["thorough"])
+    findings = check(arguments["backend"], device, cases, timed, arguments["thorough"])
     print(f"\n{_MARK}{json.dumps(vars(findings))}", flush=True)
     sys.stderr.flush()
     os._exit(0)

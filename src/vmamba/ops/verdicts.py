@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -28,6 +27,7 @@ from vmamba._torch_private import cuda_driver_version
 from vmamba.files import try_lock, write_atomically
 from vmamba.ops.backend import Backend
 from vmamba.ops.triton.backend import triton_version
+from vmamba.ops.triton.plans import library_version
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def machine(backend: Backend, device: torch.device) -> dict[str, str]:
         "driver": driver,
         "torch": torch.__version__,
         "triton": ".".join(map(str, triton_version() or ())) or "none",
-        "vmamba": f"{_library_version()}, code {_digest_of_code(Path(inspect.getfile(backend.forward)))}",
+        "vmamba": f"{library_version()}, code {_digest_of_code(Path(inspect.getfile(backend.forward)))}",
     }
 
 
@@ -103,13 +103,6 @@ def _hardware(device: torch.device) -> tuple[str, str]:
         if match := re.search(r"\d+\.\d+(\.\d+)*", text):
             return name, match[0]
     return name, str(torch.version.hip or cuda_driver_version())
-
-
-def _library_version() -> str:
-    try:
-        return metadata.version("vmamba")
-    except metadata.PackageNotFoundError:  # a checkout on the path
-        return "not installed"
 
 
 @cache
