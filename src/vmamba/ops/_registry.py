@@ -194,7 +194,7 @@ def prove_backend(name: str, device: str | torch.device | None = None, *, thorou
         BackendError: It cannot run on this machine, or not on this device, or has no need to prove itself
             there; the message says why.
     """
-    from vmamba.ops.proof import prove
+    from vmamba.ops.proof import LIMIT_THOROUGH, prove
 
     backend = get_backend(name)
     reason = backend.why_not_here()
@@ -209,7 +209,7 @@ def prove_backend(name: str, device: str | torch.device | None = None, *, thorou
     reason = backend.why_not(call)
     if reason is not None:
         raise BackendError(f"backend: {name!r} cannot serve {call.device}: {reason}")
-    proof = prove(backend, call.device, thorough=thorough)
+    proof = prove(backend, call.device, thorough=thorough, limit=LIMIT_THOROUGH)
     verdicts.keep(backend, call.device, proof.verdict)
     return proof
 
