@@ -306,7 +306,7 @@ def is_compiled() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def backend_of_graph(device: torch.device) -> str:
     """What a graph that torch.compile makes now passes as `backend` where the call names none.
 

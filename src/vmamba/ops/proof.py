@@ -109,7 +109,11 @@ CASES_THOROUGH = (
     ),
 )
 
-TIMED = (Case(8, 56, 56, 96, 1, 6), Case(8, 14, 14, 384, 1, 24), Case(4, 28, 28, 96, 16, 12))
+TIMED: tuple[Case, ...] = (
+    Case(8, 56, 56, 96, 1, 6),
+    Case(8, 14, 14, 384, 1, 24),
+    Case(4, 28, 28, 96, 16, 12),
+)
 """What is timed, forward and with backward: layers of a model at a small batch."""
 
 
@@ -369,7 +373,8 @@ def main(arguments: dict[str, Any]) -> None:
     """What the other process does: prove, print the findings, and end whatever state the device is in."""
     end_within(arguments["limit"], arguments["starter"])
     import_module(arguments["module"])
-    cases, timed = CASES_THOROUGH if arguments["thorough"] else CASES, TIMED
+    cases: tuple[Case, ...] = CASES_THOROUGH if arguments["thorough"] else CASES
+    timed = TIMED
     if arguments["calls"] is not None:
         cases, timed = (tuple(map(Case.of, each)) for each in arguments["calls"])
     device = torch.device(arguments["device"])
