@@ -147,18 +147,26 @@ def has_global_hook() -> bool:
     return bool(forward or forward_pre or backward or backward_pre)
 
 
-def is_transformed_or_recorded() -> bool:
-    """Whether a torch.func transform, a dual level, a mode or torch.jit.trace is active in this thread.
+def is_in_transform() -> bool:
+    """Whether a torch.func transform, a dual level, a dispatch mode or torch.jit.trace is active here.
 
-    None of these can be asked through a public function.
+    None of these can be asked through a public function. An operator's kernel is called outside of a dispatch
+    mode and of torch.jit.trace, and so does not see those.
     """
     return bool(
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
     )
+
+
+def is_transformed_or_recorded() -> bool:
+    """Whether `is_in_transform`, or a mode is active that sees PyTorch's functions.
+
+    `torch.device` as a context and `torch.set_default_device` are such modes.
+    """
+    return bool(is_in_transform() or torch._C._len_torch_function_stack())
 
 
 def is_legacy_batch(t: Tensor) -> bool:

@@ -167,6 +167,16 @@ def test_the_first_eager_call_proves(monkeypatch: pytest.MonkeyPatch, layer: vma
     assert default_backend("cpu") == "right"
 
 
+def test_a_default_device_does_not_keep_it_from_proving(
+    monkeypatch: pytest.MonkeyPatch, layer: vmamba.SS2D
+) -> None:
+    """It is a mode of PyTorch's functions, and lasts as long as the process."""
+    proofs = provable(monkeypatch)
+    with torch.device("cpu"):
+        layer(X)
+    assert len(proofs) == 1
+
+
 def test_what_reports_a_run_proves_first(monkeypatch: pytest.MonkeyPatch) -> None:
     proofs = provable(monkeypatch)
     assert default_backend("cpu", prove=True) == "right"

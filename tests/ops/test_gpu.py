@@ -53,6 +53,19 @@ def test_it_proves_itself() -> None:
     assert verdict.is_proven, verdict.reason
 
 
+def test_on_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    call = operands(2, 20, 33, 24, 1, 3, dtype=torch.float32)
+    grad_y = torch.randn_like(call["x"])
+    first, second = (
+        value_and_gradients(cast(call, device=device), grad_y.to(device), backend="triton")
+        for device in ("cuda:0", "cuda:1")
+    )
+    for name, expected in first.items():
+        torch.testing.assert_close(second[name].cpu(), expected.cpu())
+
+
 def test_the_same_bits_each_time() -> None:
     call = on_gpu(operands(4, 56, 56, 96, 1, 6, dtype=torch.float32))
     grad_y = torch.randn_like(call["x"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vmamba._torch_private import is_transformed_or_recorded
+from vmamba._torch_private import is_in_transform
 from vmamba.errors import BackendError, UnknownBackendError
 from vmamba.ops import verdicts
 from vmamba.ops.backend import Backend, no_data_call
@@ -141,10 +141,7 @@ def no_proof() -> Iterator[None]:
 def _is_eager(device: torch.device) -> bool:
     """Whether a call just runs: no graph of it is captured, compiled, traced or transformed."""
     return not (
-        _NO_PROOF.get()
-        or torch.compiler.is_compiling()
-        or is_transformed_or_recorded()
-        or _is_capturing(device)
+        _NO_PROOF.get() or torch.compiler.is_compiling() or is_in_transform() or _is_capturing(device)
     )
 
 

@@ -160,7 +160,12 @@ def selective_scan(
     call = _Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, backend)
     call.validate()
     constant = B.ndim == 2 or C.ndim == 2
-    y, last_state = _scan_each_state(call) if constant else _scan_groups(call)
+    scan = _scan_each_state if constant else _scan_groups
+    if torch.jit.is_tracing():
+        with no_proof():
+            y, last_state = scan(call)
+    else:
+        y, last_state = scan(call)
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     y = y.to(u.dtype)

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -271,8 +272,21 @@ class _Call:
         return carry, last
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one: Triton launches there, wherever the operands are."""
+    if device.type in ("cuda", "xpu"):
+        context: AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+        return context
+    return nullcontext()
+
+
 def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.forward`; the states saved are those before the segments of the tiles."""
+    with _current(operands.device):
+        return _forward(operands)
+
+
+def _forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     from vmamba.ops.triton import kernels
 
     call = _Call(operands, WHOLE)
@@ -312,6 +326,13 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands, states: Tensor) -> Gradients:
     """As `Backend.backward`."""
+    with _current(operands.device):
+        return _backward(grad_y, grad_last_state, operands, states)
+
+
+def _backward(
+    grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands, states: Tensor
+) -> Gradients:
     call = _Call(operands, WHOLE_BACKWARD)
     grad_y = grad_y.contiguous()
     carry, adjoint = call.per_channel(operands.initial_state), call.per_channel(grad_last_state)
