@@ -61,13 +61,13 @@ class Scale:
 
 TOY = Scale(
     device="cpu",
-    batch=1,
+    batch=2,
     size=16,
     rounds=1,
     models=("gpu_day_toy",),
     larger=(),
     peers=("test_resnet",),
-    high=((20, 1),),
+    high=((20, 2),),
     copied=2**20,
     tests=("tests/ops/test_triton.py::test_neighbours_in_memory_are_packed_without_a_copy",),
     interpreted=True,
@@ -108,14 +108,12 @@ class Day:
 
     def attempt(self, name: str, work: Callable[[], None]) -> bool:
         """Do a part of the stage unless its time is over; what it raises is a result too."""
-        from vmamba.errors import UserError
-
         if self.is_over:
             self.add(f"{name}: left out, the time is over", name=name, error="the time is over")
             return False
         try:
             work()
-        except (RuntimeError, UserError) as error:
+        except Exception as error:  # whatever a model, a compiler or a driver raises is a result
             first = (str(error).splitlines() or [type(error).__name__])[0]
             self.add(f"{name}: FAILED: {first}", name=name, error=str(error))
             return False
