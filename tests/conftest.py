@@ -6,7 +6,6 @@ PyTorch is imported where it is used: the process that deals tests out to others
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import settings

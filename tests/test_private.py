@@ -83,6 +83,33 @@ def test_is_transformed_by_forward_mode() -> None:
     assert not _torch_private.is_transformed((x, None))
 
 
+# --- vmamba.ops: what torch.compile traces, and what a verdict on a GPU depends on
+
+
+def test_tensors_of_a_graph_that_is_made() -> None:
+    kinds = []
+
+    def above(keys: Any, x: torch.Tensor) -> torch.Tensor:
+        kinds.append(isinstance(x, _torch_private.FunctionalTensor))
+        return _torch_private.call_below_autograd(torch.ops.vmamba_test.kind.default, keys, (x,))
+
+    with torch.library._scoped_library("vmamba_test", "DEF") as library:
+        library.define("kind(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl("kind", above, "Autograd", with_keyset=True)
+        library.impl("kind", torch.clone, "CompositeExplicitAutograd")
+        torch.library.register_fake("vmamba_test::kind", torch.empty_like, lib=library)
+        x = torch.ones(2)
+        torch.ops.vmamba_test.kind(x)
+        assert kinds == [False]
+        torch.compiler.reset()
+        torch.compile(lambda x: torch.ops.vmamba_test.kind(x), backend="aot_eager", fullgraph=True)(x)
+    assert True in kinds[1:]
+
+
+def test_the_drivers_version() -> None:
+    assert (_torch_private.cuda_driver_version() > 0) == torch.cuda.is_available()
+
+
 # --- vmamba.data.loading: the workers of a DataLoader
 
 
@@ -217,8 +244,11 @@ def test_transforms_and_modes() -> None:
         look(x)
     with TorchDispatchMode():
         seen.append(_torch_private.is_transformed_or_recorded())
+    with TorchDispatchMode():
+        assert _torch_private.is_in_transform()
     with TorchFunctionMode():
         seen.append(_torch_private.is_transformed_or_recorded())
+        assert not _torch_private.is_in_transform()
     assert all(seen[1:])
     assert len(seen) == 7
     assert not _torch_private.is_transformed_or_recorded()

@@ -30,6 +30,7 @@ LEFT_OUT = (
     "tests/train/test_launcher.py",
     "tests/explorer/test_browser.py",
     "tests/export/test_serving.py",
+    "tests/ops/test_choice.py::test_two_processes_of_a_run_prove_once",
     "tests/report/test_report_browser.py",
     "tests/test_imports.py::test_all_below_train_needs_torch_and_timm_alone",
     "tests/data/test_loading.py::test_workers_do_not_keep_a_process_from_ending",
@@ -134,6 +135,15 @@ SAMPLED = {
 """A test → those of its cases that CI runs."""
 
 COVERED = {
+    "tests/ops/test_choice.py::test_compiled_by_inductor_for_one_backend_then_another": (
+        "tests/ops/test_choice.py::test_a_compiled_graph_keeps_its_backend"
+    ),
+    "tests/ops/test_proof.py::test_a_kernel_that_ends_its_process": (
+        "tests/ops/test_proof.py::test_proven_in_another_process"
+    ),
+    "tests/ops/test_proof.py::test_a_thorough_proof_goes_on_after_a_failure": (
+        "tests/cli/test_prove.py::test_a_report_of_what_is_wrong"
+    ),
     "tests/cli/test_bench.py::test_models": "tests/bench/test_bench_models.py::test_models",
     "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager": (
         "tests/ops/test_operator.py::test_compiles_without_a_break"

@@ -1,6 +1,6 @@
 """Compare models and heads with the numbers that their authors' code, or mmdet's and mmseg's, computed.
 
-    python tools/parity.py FILE…
+    python tools/parity.py [--device cuda] FILE…
 
 A file holds weights (`param.*`, under the other code's names), inputs, and what was computed from them:
 `tests/data/README.md` lists its keys. Sizes and classes are read from the weights. Printed is the largest
@@ -124,7 +124,8 @@ def check_vmamba(file: ParityFile) -> Iterator[Difference]:
     """Stages and logits within 1e-5 of the largest value, gradients within 1e-4."""
     weights = file.below("param.")
     settings = vmamba_settings(weights)
-    model = vmamba.load_official(vmamba.VMamba(**settings), weights)
+    device = file["input"].device
+    model = vmamba.load_official(vmamba.VMamba(**settings), weights).to(device)
     stages = model.forward_intermediates(file["input"], intermediates_only=True)
     for i, stage in enumerate(stages):
         yield Difference(f"stage.{i}", relative(stage, file[f"stage.{i}"]), 1e-5)
@@ -133,7 +134,8 @@ def check_vmamba(file: ParityFile) -> Iterator[Difference]:
     if theirs := file.below("grad."):
         logits.square().sum().backward()
         # A model that holds the gradients as its weights: loading turns their names and shapes into ours.
-        expected = dict(vmamba.load_official(vmamba.VMamba(**settings), theirs).named_parameters())
+        gradients = vmamba.load_official(vmamba.VMamba(**settings), theirs).to(device)
+        expected = dict(gradients.named_parameters())
         worst = {name: relative(p.grad, expected[name]) for name, p in model.named_parameters()}
         name = max(worst, key=lambda name: (worst[name] != worst[name], worst[name]))
         yield Difference("gradients", worst[name], 1e-4)
@@ -294,17 +296,17 @@ CHECKS: dict[str, tuple[set[str], Callable[[ParityFile], Iterator[Difference]]]]
 """Kinds of files: the keys by which one is recognised, and its check."""
 
 
-def read(path: Path) -> ParityFile:
-    """A file's tensors and metadata."""
-    with safe_open(path, framework="pt") as content:
+def read(path: Path, device: str = "cpu") -> ParityFile:
+    """A file's tensors, on a device, and metadata."""
+    with safe_open(path, framework="pt", device=device) as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  (not a dict)
         return ParityFile(tensors, content.metadata() or {}, set())
 
 
-def check(path: Path) -> bool:
+def check(path: Path, device: str = "cpu") -> bool:
     """Print the differences of a file; whether all are within their tolerances."""
     try:
-        file = read(path)
+        file = read(path, device)
     except (OSError, SafetensorError) as error:
         print(f"{path}: cannot be read ({error})", file=sys.stderr)
         return False
@@ -326,8 +328,9 @@ def check(path: Path) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    files = parser.parse_args(arguments).files
-    verdicts = [check(path) for path in files]
+    parser.add_argument("--device", default="cpu", help="where to compute; for files of VMamba alone")
+    options = parser.parse_args(arguments)
+    verdicts = [check(path, options.device) for path in options.files]
     return 0 if all(verdicts) else 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor as _FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -48,6 +49,21 @@ def is_transformed(arguments: tuple[Any, ...]) -> bool:
         return False
     tensors = (t for t in arguments if isinstance(t, Tensor))
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# --- vmamba.ops: what torch.compile traces ------------------------------------------------------------------
+# While it makes a graph its tensors are of this class; `torch.compiler.is_compiling()` is not always true.
+
+FunctionalTensor = _FunctionalTensor
+
+# --- vmamba.ops.verdicts: what a verdict on a GPU depends on ------------------------------------------------
+# The driver's version is public for XPU alone; `torch.version.cuda` is what PyTorch was built with.
+
+
+def cuda_driver_version() -> int:
+    """The newest CUDA that the driver knows, such as 13000; 0 where PyTorch cannot tell."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if version is None else int(version())
 
 
 # --- vmamba.data.loading: the workers of a DataLoader ------------------------------------------------------
@@ -122,18 +138,26 @@ def has_global_hook() -> bool:
     return bool(forward or forward_pre or backward or backward_pre)
 
 
-def is_transformed_or_recorded() -> bool:
-    """Whether a torch.func transform, a dual level, a mode or torch.jit.trace is active in this thread.
+def is_in_transform() -> bool:
+    """Whether a torch.func transform, a dual level, a dispatch mode or torch.jit.trace is active here.
 
-    None of these can be asked through a public function.
+    None of these can be asked through a public function. An operator's kernel is called outside of a dispatch
+    mode and of torch.jit.trace, and so does not see those.
     """
     return bool(
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
     )
+
+
+def is_transformed_or_recorded() -> bool:
+    """Whether `is_in_transform`, or a mode is active that sees PyTorch's functions.
+
+    `torch.device` as a context and `torch.set_default_device` are such modes.
+    """
+    return bool(is_in_transform() or torch._C._len_torch_function_stack())
 
 
 def is_legacy_batch(t: Tensor) -> bool:

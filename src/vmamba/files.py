@@ -1,12 +1,15 @@
-"""Write files atomically, and compute their SHA-256."""
+"""Write files atomically, lock them, and compute their SHA-256."""
 
+import errno
 import hashlib
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import IO
 
 
 def sha256(path: str | PathLike[str]) -> str:
@@ -54,6 +57,32 @@ def write_atomically(path: str | PathLike[str], text: str) -> None:
     """Write a text file, in UTF-8 and with its line ends as they are, through `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open, writable file against other processes; False if one of them has it.
+
+    The operating system releases the lock when the file is closed or the process ends, however it ends.
+
+    Raises:
+        OSError: The file system has no locks.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            # Not flock: processes forked from this one, such as data workers, would hold that too.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        raise
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

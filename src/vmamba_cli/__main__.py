@@ -20,6 +20,7 @@ VERBS = (
     "runs",
     "report",
     "info",
+    "prove",
     "list",
     "analyze",
     "explore",

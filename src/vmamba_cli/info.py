@@ -63,6 +63,7 @@ def _machine() -> dict[str, Any]:
     if torch.backends.mps.is_available():
         devices.append("mps")
     kinds = dict.fromkeys(re.split(r"[: ]", device)[0] for device in devices)
+    gpus = [name for device in devices if (name := device.split(" ")[0]).startswith(("cuda:", "xpu:"))]
     return {
         "vmamba": vmamba.__version__,
         "python": platform.python_version(),
@@ -74,8 +75,31 @@ def _machine() -> dict[str, Any]:
             for status in vmamba.ops.backends()
         },
         "backend of choice": {kind: vmamba.ops.default_backend(kind) for kind in kinds},
+        "proof on a GPU": {gpu: _proof(gpu) for gpu in gpus} or {"no GPU here": _WITHOUT_A_GPU},
         "cpu kernel": vmamba.ops.cpu.instruction_set(),
     }
+
+
+_WITHOUT_A_GPU = (
+    "on one, the first eager call checks 'triton' in another process and keeps the verdict: right and "
+    "faster, it is the backend of choice, else 'chunked' (docs/gpu.md)"
+)
+
+
+def _proof(device: str) -> str:
+    """What is known of `triton` on a GPU."""
+    from dataclasses import asdict
+
+    import vmamba
+    from vmamba_cli.prove import describe
+
+    reason = next(status.reason for status in vmamba.ops.backends() if status.name == "triton")
+    if reason is not None:
+        return f"none: {reason}"
+    verdict = vmamba.ops.verdict_on("triton", device)
+    if verdict is None:
+        return f"not yet: the first eager call on it, or `vmamba prove --device {device}`, checks 'triton'"
+    return describe(asdict(verdict))
 
 
 def _model(name: str, size: str | None) -> dict[str, Any]:

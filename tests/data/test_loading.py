@@ -178,7 +178,11 @@ builtins.held = data, batches
 def test_workers_do_not_keep_a_process_from_ending() -> None:
     """One of them hangs, and the loader is never closed."""
     done = subprocess.run(
-        [sys.executable, "-c", HOLDING], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", HOLDING],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0
     assert done.stderr == ""

@@ -124,7 +124,7 @@ def step(model: nn.Module, images: Tensor, setting: Setting) -> Callable[[], Ten
     return run
 
 
-def _images(setting: Setting) -> Tensor:
+def images(setting: Setting) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (setting.batch, 3, setting.size, setting.size)
     return torch.randn(shape, generator=generator).to(setting.device)
@@ -143,7 +143,7 @@ def check(model: nn.Module, name: str, setting: Setting) -> None:
     Raises:
         BenchError: The model computes something wrong.
     """
-    image = _images(setting)[:1]
+    image = images(setting)[:1]
     with evaluating(model):
         run = step(model, image, replace(setting, batch=1, train=False, autocast=None))
         logits = run()
@@ -285,7 +285,7 @@ def _called_as_set(call: Callable[[], Tensor], setting: Setting) -> Callable[[],
 
 def _formatted(model: nn.Module, setting: Setting, memory_format: str) -> Callable[[], Tensor]:
     layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-    return step(model.to(memory_format=layout), _images(setting).contiguous(memory_format=layout), setting)
+    return step(model.to(memory_format=layout), images(setting).contiguous(memory_format=layout), setting)
 
 
 def _in_faster_format(

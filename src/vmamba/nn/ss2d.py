@@ -16,7 +16,9 @@ from vmamba.nn.config import SS2DConfig, configured
 from vmamba.nn.half import call_in_type_of, is_half
 from vmamba.nn.layer import Layer
 from vmamba.ops import decomposition
+from vmamba.ops._registry import backend_of_graph, is_compiled
 from vmamba.ops.routes import route_codes
+from vmamba.ops.selective_scan import traced_scan
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -52,11 +54,16 @@ def scan_along(
         dt_bias: (k, d).
         dt_weight: (k, d, r).
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript prunes this branch, not an `and`)
+    backend: str | None = None
+    if not torch.jit.is_scripting():  # TorchScript prunes this branch, not an `and`
         if torch.compiler.is_exporting():
             return decomposition.exported(x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None)
+        if is_compiled():
+            backend = backend_of_graph(x.device)
+        if torch.jit.is_tracing():
+            return traced_scan(x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None, None)
     y, _, _ = torch.ops.vmamba.selective_scan_2d(
-        x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None, None
+        x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None, backend
     )
     return y
 

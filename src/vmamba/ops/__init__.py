@@ -7,8 +7,10 @@ from vmamba.ops._registry import (
     BackendWarning,
     backends,
     default_backend,
+    prove_backend,
     register_backend,
     use_backend,
+    verdict_on,
 )
 from vmamba.ops.routes import NAMED_ROUTES, ROUTES, SIZED_ROUTES, cross_merge, cross_scan, register_route
 from vmamba.ops.selective_scan import selective_scan, selective_scan_2d
@@ -25,9 +27,11 @@ __all__ = [
     "cross_merge",
     "cross_scan",
     "default_backend",
+    "prove_backend",
     "register_backend",
     "register_route",
     "selective_scan",
     "selective_scan_2d",
     "use_backend",
+    "verdict_on",
 ]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmamba._torch_private import call_below_autograd, is_transformed
+from vmamba._torch_private import FunctionalTensor, call_below_autograd, is_transformed
 from vmamba.ops import decomposition, reference
-from vmamba.ops._registry import resolve
+from vmamba.ops._registry import no_proof, resolve
 from vmamba.ops.backend import Gradients
 from vmamba.ops.operands import Operands
 from vmamba.ops.routes import check_orders
@@ -81,7 +81,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call.validate(out_dtype)
     x, dtype = call.x, call.state_dtype
     b, _, _, d = x.shape
-    n_saved = resolve(backend, call).n_saved(call)
+    n_saved = resolve(backend, call, may_prove=False).n_saved(call)
     return (
         x.new_empty(x.shape, dtype=out_dtype or dtype),
         x.new_empty((b, call.n_routes, d, call.n_state), dtype=dtype),
@@ -119,9 +119,24 @@ def _autograd(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel for the Autograd dispatch key."""
     if is_transformed(arguments):
         return _decomposed(*_unpack(arguments))
+    if isinstance(arguments[0], FunctionalTensor):
+        arguments = _with_backend(arguments)
     if _needs_gradient(arguments):
         return _Scan.apply(keys, *arguments)
     return call_below_autograd(_SCAN, keys, arguments)
+
+
+def _with_backend(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the backend that serves the call, for a graph that is being compiled.
+
+    So forward, backward and the number of saved states are one backend's, whatever is forced or proven when
+    the graph runs.
+    """
+    call, out_dtype, backend = _unpack(arguments)
+    if torch.compiler.is_exporting():
+        return arguments
+    call.validate(out_dtype)
+    return (*arguments[:12], resolve(backend, call, may_prove=False).name, *arguments[13:])
 
 
 def _decomposed(
@@ -129,7 +144,7 @@ def _decomposed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator as plain PyTorch; a backend that cannot serve the call raises here too."""
     if backend is not None:
-        resolve(backend, call)
+        resolve(backend, call, may_prove=False)
     if call.orders is not None:
         check_orders(call.orders)
     y, last_state = decomposition.scan(call, out_dtype)
@@ -230,7 +245,8 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, An
             t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             folded[place] = t.flatten(0, 1)
     images = (info.batch_size, folded[0].shape[0] // info.batch_size)
-    return tuple(t.unflatten(0, images) for t in _SCAN(*folded)), (0, 0, 0)
+    with no_proof():
+        return tuple(t.unflatten(0, images) for t in _SCAN(*folded)), (0, 0, 0)
 
 
 def _vmap_of_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -245,7 +261,8 @@ def _one_by_one(
         pairs = zip(arguments, in_dims, strict=True)
         return [a.select(dim, i) if isinstance(dim, int) else a for a, dim in pairs]
 
-    outputs = [operator(*of(i)) for i in range(size)]
+    with no_proof():
+        outputs = [operator(*of(i)) for i in range(size)]
     stacked = tuple(torch.stack(each) for each in zip(*outputs, strict=True))
     return stacked, (0,) * len(stacked)
 

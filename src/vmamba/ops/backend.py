@@ -48,6 +48,9 @@ class Backend:
         why_not: Why it cannot serve a call, or None if it can. It may use shapes, types, device and routes
             but not values: the tensors may be fake.
         preferred_on: Device types on which it serves the calls that name no backend.
+        proven_on: Device types on which it serves them once it has proven itself there, see
+            `vmamba.ops.proof`. The proof runs in another process, which imports `vmamba.ops` and the module
+            of `forward`; that module must register the backend.
         n_saved: How many states of a route forward saves.
     """
 
@@ -58,6 +61,7 @@ class Backend:
     why_not_here: Callable[[], str | None] = lambda: None
     why_not: Callable[[Operands], str | None] = lambda call: None
     preferred_on: tuple[str, ...] = ()
+    proven_on: tuple[str, ...] = ()
     n_saved: Callable[[Operands], int] = saved_every_stride
 
 

@@ -4,12 +4,14 @@ Sizes: b batch, h height, w width, l length, d channels, k routes, n state size,
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import vmamba.ops._operator  # noqa: F401  (registers the operator)
+from vmamba.ops._registry import backend_of_graph, is_compiled, no_proof
 from vmamba.ops.operands import Operands
 from vmamba.ops.routes import GIVEN, Routes, parse_routes, route_codes
 
@@ -86,7 +88,10 @@ def selective_scan_2d(
 
 
 def _run(call: Operands, out_dtype: torch.dtype | None, backend: str | None) -> Tensor:
-    y, _, _ = torch.ops.vmamba.selective_scan_2d(
+    if backend is None and is_compiled():
+        backend = backend_of_graph(call.x.device)
+    scan = traced_scan if torch.jit.is_tracing() else _scan
+    return scan(
         call.x,
         call.delta,
         call.A,
@@ -102,7 +107,18 @@ def _run(call: Operands, out_dtype: torch.dtype | None, backend: str | None) -> 
         backend,
         call.orders,
     )
+
+
+def _scan(*arguments: Any) -> Tensor:
+    """y by the operator, with its arguments by position."""
+    y: Tensor = torch.ops.vmamba.selective_scan_2d(*arguments)[0]
     return y
+
+
+def traced_scan(*arguments: Any) -> Tensor:
+    """As the operator under torch.jit.trace, which its kernels cannot see: no proof of a backend starts."""
+    with no_proof():
+        return _scan(*arguments)
 
 
 def split_by_route(call: Operands) -> list[Operands]:
@@ -202,10 +218,17 @@ def selective_scan(
         As `selective_scan_2d`.
     """
     B, C = (t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
+    if backend is None and is_compiled():
+        backend = backend_of_graph(u.device)
     call = _Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, backend)
     call.validate()
     constant = B.ndim == 2 or C.ndim == 2
-    y, last_state = _scan_each_state(call) if constant else _scan_groups(call)
+    scan = _scan_each_state if constant else _scan_groups
+    if torch.jit.is_tracing():
+        with no_proof():
+            y, last_state = scan(call)
+    else:
+        y, last_state = scan(call)
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     y = y.to(u.dtype)

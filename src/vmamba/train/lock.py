@@ -2,13 +2,12 @@
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from vmamba.errors import OutputError, RecipeError
+from vmamba.files import try_lock
 
 NAME = ".lock"
 
@@ -22,7 +21,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         RecipeError: Another process runs there.
-        OutputError: The folder cannot be made or written to.
+        OutputError: The folder cannot be made, written to or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +29,11 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"{folder}: cannot be the folder of a run ({error.strerror or error})") from error
     with file:
-        if not _lock(file):
+        try:
+            is_ours = try_lock(file)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be locked ({error.strerror or error})") from error
+        if not is_ours:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise RecipeError(
@@ -40,21 +43,3 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _lock(file: IO[str]) -> bool:
-    """Try to take the lock; False if another process has it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            # Not flock: processes forked from this one, such as data workers, would hold that too.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

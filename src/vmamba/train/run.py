@@ -368,7 +368,7 @@ def _introduce(
         counted(torch.get_num_threads(), "thread")
         if device.type == "cpu"
         else session.recipe.train.precision,
-        f", scans by the backend {default_backend(device, max(states))}" if states else "",
+        f", scans by the backend {default_backend(device, max(states), prove=True)}" if states else "",
     )
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -271,8 +272,21 @@ class _Call:
         return carry, last
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one: Triton launches there, wherever the operands are."""
+    if device.type in ("cuda", "xpu"):
+        context: AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+        return context
+    return nullcontext()
+
+
 def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.forward`; the states saved are those before the segments of the tiles."""
+    with _current(operands.device):
+        return _forward(operands)
+
+
+def _forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     from vmamba.ops.triton import kernels
 
     call = _Call(operands, WHOLE)
@@ -312,6 +326,13 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands, states: Tensor) -> Gradients:
     """As `Backend.backward`."""
+    with _current(operands.device):
+        return _backward(grad_y, grad_last_state, operands, states)
+
+
+def _backward(
+    grad_y: Tensor, grad_last_state: Tensor | None, operands: Operands, states: Tensor
+) -> Gradients:
     call = _Call(operands, WHOLE_BACKWARD)
     grad_y = grad_y.contiguous()
     carry, adjoint = call.per_channel(operands.initial_state), call.per_channel(grad_last_state)
@@ -404,11 +425,11 @@ _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "pytorc
 
 
 @cache
-def _version() -> tuple[int, ...] | None:
+def triton_version() -> tuple[int, ...] | None:
     """Triton's version, without importing it; None where it is not installed or does not say."""
     for name in _DISTRIBUTIONS:
         try:
-            return tuple(int(number) for number in re.findall(r"\d+", metadata.version(name))[:2])
+            return tuple(int(number) for number in re.findall(r"\d+", metadata.version(name))[:3])
         except metadata.PackageNotFoundError:
             continue
     return None
@@ -423,7 +444,7 @@ def _why_not_here() -> str | None:
     """Why no call at all can run on this machine; None if calls can."""
     if not _is_installed():
         return "Triton is not installed; it comes with PyTorch's builds for NVIDIA, AMD and Intel GPUs"
-    version = _version()
+    version = triton_version()
     if version is not None and version < OLDEST:
         return (
             f"it needs Triton {'.'.join(map(str, OLDEST))} (PyTorch 2.8), found {'.'.join(map(str, version))}"
@@ -454,10 +475,11 @@ def _why_not(call: Operands) -> str | None:
 
 BACKEND = Backend(
     "triton",
-    "Triton kernels for GPUs, fused over routes; served when named",
+    "Triton kernels for GPUs, fused over routes; preferred where it has proven itself",
     forward,
     backward,
     why_not_here=_why_not_here,
     why_not=_why_not,
+    proven_on=("cuda", "xpu"),  # ROCm's devices are "cuda" too
     n_saved=lambda call: max(segments(call.x.shape[1], call.x.shape[2], WHOLE)),
 )

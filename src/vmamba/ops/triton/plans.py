@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -149,12 +149,20 @@ def plan_for(call: str, plans: Sequence[Plan], launch: Callable[[Plan], Any], de
     )
 
 
+def library_version() -> str:
+    """The version of the installed library, for keys of what is kept."""
+    try:
+        return metadata.version("vmamba")
+    except metadata.PackageNotFoundError:  # a checkout on the path
+        return "not installed"
+
+
 @cache
 def _machine(device: torch.device) -> str:
     import triton
 
     name = "interpreter" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
-    return f"{name}, triton {triton.__version__}, vmamba {version('vmamba')}"
+    return f"{name}, triton {triton.__version__}, vmamba {library_version()}"
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
