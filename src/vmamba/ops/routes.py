@@ -8,7 +8,7 @@ admits it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeGuard
 from zlib import crc32
 
@@ -76,15 +76,18 @@ def _turned(positions: Tensor, height: int, width: int) -> Tensor:
     return positions % height * width + positions // height
 
 
-def _cached(order: Callable[[int, int], Tensor]) -> _OnDevice:
-    """An order that is computed once for a size, except where a tensor is valid in a trace alone."""
-    kept = lru_cache(maxsize=32)(order)
+def _kept_unless_traced(order: Callable[[int, int], Tensor], kept: Callable[[int, int], Tensor]) -> _OnDevice:
+    """An order that `kept` computes once for a size, except where a tensor is valid in a trace alone."""
 
     def on_device(height: int, width: int, device: torch.device | None) -> Tensor:
         traced = torch.compiler.is_compiling() or is_transformed(())
         return (order if traced else kept)(height, width).to(device)
 
     return on_device
+
+
+def _cached(order: Callable[[int, int], Tensor]) -> _OnDevice:
+    return _kept_unless_traced(order, lru_cache(maxsize=32)(order))
 
 
 def _reversed(order: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
@@ -223,11 +226,15 @@ def _sized_of(code: int) -> _SizedRoute | None:
     return _SizedRoute(place, sizes // LARGEST_SIZE + 1, sizes % LARGEST_SIZE + 1)
 
 
-@lru_cache(maxsize=128)
+_kept_order = lru_cache(maxsize=128)(_SizedRoute.order)
+
+
 def _order_on_device(code: int) -> _OnDevice:
     """The order of a route by its code, which `check_codes` knows."""
     sized = _sized_of(code)
-    return _TABLE[_NAME_OF[code]] if sized is None else _cached(sized.order)
+    if sized is None:
+        return _TABLE[_NAME_OF[code]]
+    return _kept_unless_traced(sized.order, partial(_kept_order, sized))
 
 
 def _parse_size(route: str, size: str) -> tuple[int, int]:
