@@ -35,8 +35,9 @@ def _column(height: int, width: int, device: torch.device | None) -> Tensor:
 
 def _coordinates(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Row and column of every position, (l,) each."""
-    positions = torch.arange(height * width)
-    return positions // width, positions % width
+    # By broadcasting: ONNX has no remainder by a symbolic size.
+    row, column = torch.arange(height)[:, None], torch.arange(width)
+    return row.expand(height, width).reshape(-1), column.expand(height, width).reshape(-1)
 
 
 def _snake_row(height: int, width: int) -> Tensor:
@@ -53,8 +54,8 @@ def _diagonal_down(height: int, width: int) -> Tensor:
 
 def _diagonal_up(height: int, width: int) -> Tensor:
     """`_diagonal_down` upside down: from the lower left corner."""
-    positions = _diagonal_down(height, width)
-    return (height - 1 - positions // width) * width + positions % width
+    upside_down = torch.arange(height * width).view(height, width).flip(0).reshape(-1)
+    return upside_down[_diagonal_down(height, width)]
 
 
 def _window_row(height: int, width: int, high: int, wide: int) -> Tensor:
@@ -73,7 +74,7 @@ def _atrous_row(height: int, width: int, high: int, wide: int) -> Tensor:
 
 def _turned(positions: Tensor, height: int, width: int) -> Tensor:
     """Positions of an image of width × height as those of its transpose."""
-    return positions % height * width + positions // height
+    return _column(height, width, positions.device)[positions]
 
 
 def _kept_unless_traced(order: Callable[[int, int], Tensor], kept: Callable[[int, int], Tensor]) -> _OnDevice:

@@ -64,7 +64,7 @@ class Staged(nn.Module):
         reference = next(self.stages.parameters())
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
-        self.head.to(device=reference.device, dtype=reference.dtype)
+        self.head.to(device=reference.device, dtype=reference.dtype).train(self.training)
 
     def forward_intermediates(
         self,
