@@ -422,7 +422,7 @@ def _make_toys() -> None:
         return model
 
     speed_up()
-    backend.SETTINGS = dict.fromkeys(backend.SETTINGS, ((2**14, 8, 8), (2**12, 8, 8)))
+    backend.SETTINGS = dict.fromkeys(backend.SETTINGS, ((2**14, 8, 8), (1, 8, 8)))
     timing.SHORTEST = 0.0
 
 

@@ -112,7 +112,9 @@ def test_cases_hold_what_models_use() -> None:
 
 
 @pytest.mark.skipif(not interpreted(), reason="the kernels are interpreted: TRITON_INTERPRET=1")
-@pytest.mark.parametrize("index", [0, 5, 13])
+@pytest.mark.parametrize(
+    "index", [0, *(pytest.param(i, marks=pytest.mark.full) for i in range(1, len(proof.CASES)))]
+)
 def test_triton_is_right_in_the_interpreter(index: int) -> None:
     assert proof.check("triton", CPU, [proof.CASES[index]], ()).failures == []
 
