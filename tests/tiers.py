@@ -38,6 +38,9 @@ LEFT_OUT = (
     "tests/cli/test_bench.py::test_memory",
 )
 
+LONGEST = "tests/train/test_distributed.py"
+"""The file that takes longest. Its tests train by several processes, and wait for each other."""
+
 CASES = {
     "tests/analysis/test_attention_figure.py::test_the_pictures": ("True",),
     "tests/analysis/test_complexity.py::test_fvcore_gives_the_same": ("vmamba_pico",),
@@ -382,12 +385,13 @@ def mark(items: Sequence[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark, before `-m` chooses.
+    """Mark, before `-m` chooses, and put the longest file first, so that no process works on it alone at the end.
 
     Raises:
         UsageError: A table names a test that does not exist (any more).
     """
     mark(items)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     if not any("::" in argument for argument in config.args):
         chosen = [f"{test}[{name}]" for test, names in (*CASES.items(), *SAMPLED.items()) for name in names]
         missing = unknown((item.nodeid for item in items), [*COVERED, *COVERED.values(), *chosen])
