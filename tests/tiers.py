@@ -82,7 +82,7 @@ CASES = {
     "tests/test_dense_inference.py::test_other_precisions": ("dtype1",),
     "tests/test_dense_inference.py::test_segmenters_of_mmseg": ("False-2-names1",),
     "tests/test_private.py::test_workers_that_hang_are_ended_at_once": ("True",),
-    "tests/studies/test_tables.py::test_counts_are_the_papers": ("V8: no gate-224", "VMamba-T-224"),
+    "tests/studies/test_study_tables.py::test_counts_are_the_papers": ("V8: no gate-224", "VMamba-T-224"),
     "tests/train/test_evaluation.py::test_scores_are_those_computed_by_hand": ("ema",),
     "tests/train/test_imagenet.py::test_a_miniature": ("tar",),
     "tests/train/test_transfer.py::test_which_weights_of_a_run": ("ema",),
@@ -109,7 +109,7 @@ SAMPLED = {
         "{'stem': 'patch', 'downsample': 'merge', 'mlp_ratio': 0.0, 'gate': True, 'd_state': 2}",
     ),
     "tests/ops/test_transforms.py::test_compiles_without_a_break": ("jvp",),
-    "tests/studies/test_tables.py::test_counts_are_the_papers": (
+    "tests/studies/test_study_tables.py::test_counts_are_the_papers": (
         "V0: scan in plain operations-224",
         "V8: no gate-224",
         "state size 1-224",
