@@ -110,6 +110,19 @@ def test_the_drivers_version() -> None:
     assert (_torch_private.cuda_driver_version() > 0) == torch.cuda.is_available()
 
 
+class Which(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _torch_private.is_exporting() else x - 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_whether_torch_export_is_at_work(strict: bool) -> None:
+    one = torch.ones(2)
+    assert torch.equal(torch.export.export(Which(), (one,), strict=strict).module()(one), one + 1)
+    assert torch.equal(torch.compile(Which(), backend="eager", fullgraph=True)(one), one - 1)
+    assert torch.equal(Which()(one), one - 1)
+
+
 # --- vmamba.data.loading: the workers of a DataLoader
 
 

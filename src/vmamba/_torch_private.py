@@ -37,6 +37,11 @@ def call_below_autograd(op: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
         return op.redispatch(keys & _KEYS_AFTER_AUTOGRAD, *arguments)
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is at work. In PyTorch 2.7 the public function says so in torch.compile too."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_transformed(arguments: tuple[Any, ...]) -> bool:
     """Whether an operator's autograd kernel runs for torch.func, or for a tensor with a tangent.
 

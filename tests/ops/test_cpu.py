@@ -67,7 +67,8 @@ def test_any_state_size(n_state: int) -> None:
     assert_accurate(operands(1, 20, 18, 8, n_state, 3, dtype=torch.float32), backend="cpu")
 
 
-def test_a_larger_state_goes_to_the_slower_backend() -> None:
+def test_a_larger_state_goes_to_the_slower_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmamba.ops._registry._WARNED", set())  # it warns once in a process
     call = operands(1, 2, 2, 2, 65, requires_grad=False)
     with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .* n of at most 64, got 65"):
         selective_scan_2d(**call, backend="cpu")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba._torch_private import is_exporting
 from vmamba.nn.config import SS2DConfig, configured
 from vmamba.nn.half import call_in_type_of, is_half
 from vmamba.nn.layer import Layer
@@ -56,7 +57,7 @@ def scan_along(
     """
     backend: str | None = None
     if not torch.jit.is_scripting():  # TorchScript prunes this branch, not an `and`
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return decomposition.exported(x, delta, A, B, C, D, dt_bias, dt_weight, True, routes, None, None)
         if is_compiled():
             backend = backend_of_graph(x.device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmamba._torch_private import FunctionalTensor, call_below_autograd, is_transformed
+from vmamba._torch_private import FunctionalTensor, call_below_autograd, is_exporting, is_transformed
 from vmamba.ops import decomposition, reference
 from vmamba.ops._registry import no_proof, resolve
 from vmamba.ops.backend import Gradients
@@ -133,7 +133,7 @@ def _with_backend(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     the graph runs.
     """
     call, out_dtype, backend = _unpack(arguments)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return arguments
     call.validate(out_dtype)
     return (*arguments[:12], resolve(backend, call, may_prove=False).name, *arguments[13:])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vmamba._torch_private import is_in_transform
+from vmamba._torch_private import is_exporting, is_in_transform
 from vmamba.errors import BackendError, UnknownBackendError
 from vmamba.ops import verdicts
 from vmamba.ops.backend import Backend, no_data_call
@@ -300,7 +300,7 @@ def _warn(backend: Backend, reason: str) -> None:
 
 def is_compiled() -> bool:
     """Whether torch.compile is tracing, and not torch.export, whose graphs name no backend."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_dynamo_compiling() and not is_exporting()
 
 
 @torch.compiler.assume_constant_result

@@ -254,7 +254,8 @@ class _Sequence:
     @property
     def groups(self) -> int:
         """g; 1 where both B and C are constant."""
-        return next((t.shape[1] for t in (self.B, self.C) if t.ndim == 4), 1)
+        given = [t.shape[1] for t in (self.B, self.C) if t.ndim == 4]
+        return given[0] if given else 1
 
     def validate(self) -> None:
         """Raise ValueError if a shape does not fit."""
