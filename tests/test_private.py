@@ -118,7 +118,9 @@ class Which(nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 def test_whether_torch_export_is_at_work(strict: bool) -> None:
     one = torch.ones(2)
-    assert torch.equal(torch.export.export(Which(), (one,), strict=strict).module()(one), one + 1)
+    exported = torch.export.export(Which(), (one,), strict=strict).module()
+    if not strict or torch.__version__ >= (2, 8):
+        assert torch.equal(exported(one), one + 1)
     assert torch.equal(torch.compile(Which(), backend="eager", fullgraph=True)(one), one - 1)
     assert torch.equal(Which()(one), one - 1)
 

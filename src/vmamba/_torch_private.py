@@ -38,7 +38,10 @@ def call_below_autograd(op: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is at work. In PyTorch 2.7 the public function says so in torch.compile too."""
+    """Whether torch.export is at work. In PyTorch 2.7 the public function says so in torch.compile too.
+
+    In 2.7 nothing says so of an export with strict=True; there it is as in torch.compile.
+    """
     return torch.compiler._is_exporting_flag
 
 
