@@ -56,44 +56,41 @@ def draw_resolution(rows: Sequence[Row], path: Path) -> None:
         rows: Of the study.
         path: Of the PNG.
     """
-    figure = _figure(12, 4.4)
-    panels = figure.subplots(1, 3)
-    labels = list(dict.fromkeys(row.subject.label for row in rows))
-    for axes, column, title in zip(
-        panels,
-        (INFERENCE, INFERENCE_MEMORY, "GMACs"),
-        ("time of an image", "peak memory of an image", "multiply-adds"),
-        strict=True,
-    ):
-        for number, label in enumerate(labels):
+    titles = {
+        INFERENCE: "time of an image",
+        INFERENCE_MEMORY: "peak memory of an image",
+        "GMACs": "multiply-adds",
+    }
+    columns = [column for column in titles if any(column in row.measured for row in rows)]
+    figure = _figure(4 * len(columns), 4.4)
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    sizes = sorted({row.subject.size for row in rows})
+    for axes, column in zip(panels, columns, strict=True):
+        for number, label in enumerate(dict.fromkeys(row.subject.label for row in rows)):
             of_model = [row for row in rows if row.subject.label == label]
-            lines = [("-", "o", [(row.subject.size, row.measured.get(column)) for row in of_model])]
+            measured = [(row.subject.size, row.measured.get(column)) for row in of_model]
+            _grown(axes, column, measured, color=f"C{number}", marker="o", label=label)
             if column == INFERENCE:
-                lines.append(
-                    (":", "", [(row.subject.size, row.subject.quoted.get(column)) for row in of_model])
-                )
-            for style, marker, points in lines:
-                known = [(size, value) for size, value in points if value]
-                if not known:
-                    continue
-                first = known[0][1]
-                ys = [first / value if column == INFERENCE else value / first for _, value in known]
-                axes.plot(
-                    [size for size, _ in known],
-                    ys,
-                    linestyle=style,
-                    marker=marker,
-                    color=f"C{number}",
-                    label=label if style == "-" else None,
-                )
-        axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", title=title)
-        sizes = sorted({row.subject.size for row in rows})
+                quoted = [(row.subject.size, row.subject.quoted.get(column)) for row in of_model]
+                _grown(axes, column, quoted, color=f"C{number}", linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", title=titles[column])
         axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("relative to the smallest size (dotted: the paper's)")
+    dotted = " (dotted: the paper's)" if INFERENCE in columns else ""
+    panels[0].set_ylabel(f"relative to the smallest size{dotted}")
     _legend(panels[0])
     _save(figure, path)
+
+
+def _grown(axes: Any, column: str, points: Sequence[tuple[int, float | None]], **style: Any) -> None:
+    """A line through the known values over the first of them; of a speed, its inverse, which is time."""
+    known = [(size, value) for size, value in points if value]
+    if known:
+        first = known[0][1]
+        ys = [first / value if column == INFERENCE else value / first for _, value in known]
+        axes.plot([size for size, _ in known], ys, **style)
 
 
 def draw_ladder(rows: Sequence[Row], path: Path) -> None:
