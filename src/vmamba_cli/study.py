@@ -142,15 +142,16 @@ def patterns(
     out: Out = Path("study"),
 ) -> None:
     """Table 5 and Figure 12: the same network reading images along other routes."""
-    if recipe is not None:
+    from vmamba_cli._extra import load
+
+    if recipe is not None:  # found wrong before the speeds are measured, which takes long
         recipe = require_recipe(recipe)
+        load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
     conditions = (batch, rounds, train, memory, autocast, device, None)
     budget = _run(
         [_maker("patterns", model=model, size=size, routes=routes or ())], conditions, threads, minutes, out
     )
     if recipe is not None:
-        from vmamba_cli._extra import load
-
         training = load("vmamba.studies.training", "train")
         names = routes or list(load("vmamba.studies.tables", "train").PATTERNS)
         outcomes = training.train_patterns(

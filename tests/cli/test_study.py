@@ -65,3 +65,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     done = call(*SMALL, "--out", str(tmp_path / "file"))
     assert done.exit_code == 2
     assert "cannot write to" in " ".join(done.output.split())
+
+
+def test_a_recipe_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmamba.studies.run.bench_settings", lambda *_: pytest.fail("the work began"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: classification\nschedule: {epochs: none}\n")
+    done = call("study", "patterns", "--recipe", str(recipe), "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert "schedule.epochs" in done.output
