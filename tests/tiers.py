@@ -55,7 +55,6 @@ CASES = {
         "upernet-vmamba_tiny-62.359-947.78-0.005",
     ),
     "tests/analysis/test_counted_heads.py::test_the_command": ("mask_rcnn",),
-    "tests/models/test_routes_of_models.py::test_exported_for_any_size": ("two",),
     "tests/heads/test_features.py::test_gradient_checkpointing_changes_no_gradient": (
         "resnet50",
         "vmamba_tiny",
@@ -108,6 +107,7 @@ SAMPLED = {
     "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width": (
         "{'stem': 'patch', 'downsample': 'merge', 'mlp_ratio': 0.0, 'gate': True, 'd_state': 2}",
     ),
+    "tests/ops/test_choice.py::test_two_processes_of_a_run_prove_once": ("right",),
     "tests/ops/test_transforms.py::test_compiles_without_a_break": ("jvp",),
     "tests/studies/test_study_tables.py::test_counts_are_the_papers": (
         "V0: scan in plain operations-224",
@@ -125,10 +125,8 @@ SAMPLED = {
     ),
     "tests/train/test_dense_tasks.py::test_a_killed_run_ends_with_the_same_bits": ("segmentation",),
     "tests/train/test_distributed.py::test_two_processes_go_on_with_a_run": ("shards",),
-    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing": (
-        "two processes",
-        "two shards",
-    ),
+    "tests/train/test_distributed.py::test_the_second_process_gets_a_signal": ("killed",),
+    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing": ("two shards",),
     "tests/train/test_faults.py::test_a_signal_of_the_scheduler": (
         "whole steps-SIGUSR1",
         "steps of two passes-SIGTERM",
@@ -138,6 +136,18 @@ SAMPLED = {
 """A test → those of its cases that CI runs."""
 
 COVERED = {
+    "tests/models/test_routes_of_models.py::test_exported_for_any_size": (
+        "tests/export/test_export.py::test_any_number_and_size_of_images"
+    ),
+    "tests/ops/test_choice.py::test_found_wrong[compiled_checkpoint]": (
+        "tests/ops/test_choice.py::test_found_wrong[compiled]"
+    ),
+    "tests/ops/test_choice.py::test_no_proof_unless_eager[exported strictly]": (
+        "tests/ops/test_choice.py::test_no_proof_unless_eager[exported]"
+    ),
+    "tests/ops/test_choice.py::test_proven[compiled_checkpoint]": (
+        "tests/ops/test_choice.py::test_proven[compiled]"
+    ),
     "tests/ops/test_choice.py::test_compiled_by_inductor_for_one_backend_then_another": (
         "tests/ops/test_choice.py::test_a_compiled_graph_keeps_its_backend"
     ),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from vmamba.analysis.complexity import Complexity
 from vmamba.bench.models import Measurement, SubjectError
 from vmamba.bench.timing import Ratio
 from vmamba.studies import Budget, Conditions, run_study, write_report
@@ -16,12 +18,18 @@ from vmamba.studies import run as studying
 from vmamba.studies.tables import resolution
 from vmamba.studies.writing import FILES
 
-STUDY = resolution(["vmamba_pico", "test_resnet"], [32, 64])
+DRAWN = resolution(["vmamba_pico", "test_resnet"], [32, 64])
+STUDY = replace(DRAWN, draw=lambda rows, path: path.touch())  # a figure takes half a second
 CONDITIONS = Conditions(rounds=1, train=False, memory=False)
 
 
+@pytest.fixture(scope="module")
+def counts() -> dict[str, Complexity]:
+    return {subject.key: studying._count(subject) for subject in STUDY.subjects}
+
+
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def measured(counts: dict[str, Complexity], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The groups that were timed; an image takes as many seconds as it has thousands of pixels."""
     groups: list[list[str]] = []
 
@@ -33,6 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         ]
 
     monkeypatch.setattr(studying, "bench_settings", bench)
+    monkeypatch.setattr(studying, "_count", lambda subject: counts[subject.key])
     return groups
 
 
@@ -53,8 +62,8 @@ def test_what_is_there_is_not_measured_again(measured: list[list[str]], tmp_path
 
 
 def test_what_is_written(measured: list[list[str]], tmp_path: Path) -> None:
-    rows = run_study(STUDY, tmp_path / STUDY.name, CONDITIONS)
-    folder = tmp_path / STUDY.name
+    rows = run_study(DRAWN, tmp_path / DRAWN.name, CONDITIONS)
+    folder = tmp_path / DRAWN.name
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "groups"])
     contents = json.loads((folder / "results.json").read_text())
     assert contents["environment"]["processor"]
@@ -68,7 +77,7 @@ def test_what_is_written(measured: list[list[str]], tmp_path: Path) -> None:
     text = (folder / "table.md").read_text()
     assert "time of an image ∝ pixels^(1.00)" in text
     assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
-    page = write_report([STUDY], tmp_path).read_text()
+    page = write_report([DRAWN], tmp_path).read_text()
     assert text.splitlines()[0].removeprefix("# ") in page
     assert "(resolution/figure.png)" in page
 
