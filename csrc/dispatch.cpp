@@ -11,11 +11,15 @@ struct Kernel {
 };
 
 Kernel choose() {
-#ifdef VMAMBA_X86
+#if defined(VMAMBA_AVX2) || defined(VMAMBA_AVX512)
   __builtin_cpu_init();
+#endif
+#ifdef VMAMBA_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     return {"avx512", vmamba_avx512::forward, vmamba_avx512::backward, vmamba_avx512::bare_loop};
+#endif
+#ifdef VMAMBA_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {"avx2", vmamba_avx2::forward, vmamba_avx2::backward, vmamba_avx2::bare_loop};
 #endif

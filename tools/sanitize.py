@@ -3,6 +3,7 @@
     python tools/sanitize.py address,undefined
     python tools/sanitize.py thread
 
+Of the instruction sets only the one that this machine's installation uses is built, as no other would run.
 Further options go to pytest. Needs GCC, whose runtime is loaded before Python. A report ends the run with an
 error.
 """
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from vmamba.ops import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
@@ -60,7 +63,9 @@ def main() -> int:
                 "--target",
                 folder,
                 ROOT,
+                f"--config-settings=build-dir={folder}/build",  # not the one of the usual build
                 f"--config-settings=cmake.define.VMAMBA_SANITIZE={sanitizers}",
+                f"--config-settings=cmake.define.VMAMBA_ONLY={cpu.instruction_set()}",
             ],
             check=True,
         )
