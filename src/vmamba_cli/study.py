@@ -223,10 +223,9 @@ def _run(
         how = studies.Conditions(device, images, rounds, autocast, train, memory, judged)
         with console.status(study.title) as status:
             rows = studies.run_study(study, out / study.name, how, budget, status.update)
-        console.print(_table(study.title, studies.cells(rows)))
-        for line in [f"{row.subject.key}, {note}" for row in rows for note in row.notes] + study.summary(
-            rows
-        ):
+        _print_table(console, study.title, studies.cells(rows), out / study.name / "table.md")
+        notes = [f"{row.subject.key}, {note}" for row in rows for note in row.notes]
+        for line in [*notes, *study.summary(rows)]:
             console.print(line)
         done.append(study)
     report = studies.write_report(done, out)
@@ -234,13 +233,30 @@ def _run(
     return budget
 
 
-def _table(title: str, cells: Sequence[Sequence[str]]) -> Any:
+NARROWER = ("quoted", "peak MB", "relative", "size", "GMACs", "parameters")
+"""Columns that a narrow terminal leaves out, by a word of their titles; the first go first."""
+
+
+def _print_table(console: Any, title: str, cells: Sequence[Sequence[str]], file: Path) -> None:
+    """Print as many of a table's columns as fit into a terminal, and where the others are."""
     from rich.table import Table
 
+    left_out: set[str] = set()
+    for word in ("", *NARROWER):
+        if word:
+            left_out |= {title for title in cells[0] if word in title}
+        columns = [c for c in zip(*cells, strict=True) if c[0] not in left_out and any(c[1:])]
+        # A title may be broken between words, a value may not.
+        widths = [max(map(len, (*column[0].split(), *column[1:], ""))) for column in columns]
+        width = sum(widths) + 2 * len(widths)
+        if not console.is_terminal or width <= console.width:
+            break
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    titles, *body = cells
-    for number, column in enumerate(titles):
-        table.add_column(column, justify="right" if number else "left")
-    for row in body:
+    for number, (column, least) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(column[0], justify="right" if number else "left", width=least)
+    for row in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*row)
-    return table
+    console.width = max(console.width, width)  # rich would cut values otherwise
+    console.print(table)
+    if left_out:
+        console.print(f"More columns: {file}")

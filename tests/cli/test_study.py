@@ -1,16 +1,19 @@
 """`vmamba study`: what it writes, and what it refuses before the work."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("lightning")
 
 from vmamba.bench import timing
 from vmamba_cli.__main__ import app
+from vmamba_cli.study import _print_table
 
 SMALL = ("study", "resolution", "--model", "vmamba_pico", "--model", "test_resnet", "--input", "32")
 
@@ -34,6 +37,35 @@ def test_a_study(tmp_path: Path) -> None:
     assert all(row["inference"]["images_per_second"] > 0 for row in rows)
     assert all(row["training"]["images_per_second"] > 0 for row in rows)
     assert "# Models at larger images" in (tmp_path / "new" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "width", "titles", "values"),
+    [
+        (True, 40, ["images/s"], ["1,234"]),
+        (True, 50, ["GMACs", "images/s"], ["4.86", "1,234"]),
+        (False, 40, ["GMACs", "images/s", "quoted"], ["4.86", "1,234", "1,343"]),
+    ],
+    ids=["narrow", "wider", "no terminal"],
+)
+def test_a_table_fits_into_the_terminal(
+    terminal: bool, width: int, titles: list[str], values: list[str]
+) -> None:
+    """No value is broken; what is left out is in the file, and nothing is where there is no terminal."""
+    cells = [
+        ["", "GMACs", "inference, images/s", "quoted", "top-1, %"],
+        ["a model with a long name", "4.86", "1,234", "1,343", ""],
+    ]
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=terminal, color_system=None)
+    _print_table(console, "A study", cells, Path("study/table.md"))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width or not terminal
+    assert [title for title in cells[0][1:] if any(title.split()[-1] in line for line in lines)] == [
+        title for title in cells[0] if any(title.endswith(each) for each in titles)
+    ]
+    assert any(line.split() == ["a", "model", "with", "a", "long", "name", *values] for line in lines)
+    assert ("More columns: study/table.md" in lines) == (len(titles) < 3)
 
 
 @pytest.mark.parametrize(

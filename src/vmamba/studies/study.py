@@ -124,6 +124,12 @@ class Row:
     notes: tuple[str, ...] = ()
 
     @property
+    def speeds(self) -> dict[str, Speed]:
+        """What was timed, by column."""
+        timed = {INFERENCE: self.inference, TRAINING: self.training}
+        return {column: speed for column, speed in timed.items() if speed is not None}
+
+    @property
     def measured(self) -> dict[str, float]:
         """The values by column."""
         values: dict[str, float | None] = {

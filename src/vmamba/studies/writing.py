@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vmamba.environment import environment
 from vmamba.files import replacing, write_atomically
-from vmamba.studies.study import COLUMNS, INFERENCE, Conditions, Row, Speed, Study
+from vmamba.studies.study import COLUMNS, INFERENCE, TRAINING, Conditions, Row, Speed, Study
 
 FILES = ("results.json", "table.md", "table.csv", "figure.png")
 """What is written into a study's folder."""
@@ -86,8 +86,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         _add(lines, column, [number(row.measured.get(column)) for row in rows])
         if any(column in row.subject.quoted for row in rows):
             _add(lines, "quoted", [number(row.subject.quoted.get(column)) for row in rows])
-        if column == INFERENCE:
-            _add(lines, "relative", [ratio_text(row.inference) for row in rows])
+        if column in (INFERENCE, TRAINING):
+            _add(lines, "relative", [ratio_text(row.speeds.get(column)) for row in rows])
     return lines
 
 
