@@ -146,7 +146,8 @@ def patterns(
 
     if recipe is not None:  # found wrong before the speeds are measured, which takes long
         recipe = require_recipe(recipe)
-        load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
+        read = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
+        load("vmamba.studies.training", "train").one_process(read)
     conditions = (batch, rounds, train, memory, autocast, device, None)
     budget = _run(
         [_maker("patterns", model=model, size=size, routes=routes or ())], conditions, threads, minutes, out

@@ -9,6 +9,7 @@ import yaml
 pytest.importorskip("lightning")
 
 from images import make_folder, tiny_values
+from vmamba.errors import RecipeError
 from vmamba.studies import Budget
 from vmamba.studies import training as studying
 from vmamba.studies.training import Trained, table, train_patterns
@@ -72,3 +73,15 @@ def test_mean_and_spread() -> None:
     assert outcome.deviation == pytest.approx(0.1)
     assert "| cross | 60.00 | 10.00 | 3 | none |" in table([outcome])
     assert Trained("cross", (0.5,), (), 0).deviation is None
+
+
+@pytest.mark.parametrize("asked", ["train.devices=2", "train.nodes=2", "torchrun"])
+def test_several_processes_are_refused(
+    asked: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them would run the whole study, and then train beside the others in the same folders."""
+    monkeypatch.setattr(studying.run, "train", lambda *_: pytest.fail("a training began"))
+    if asked == "torchrun":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="a study trains in one process, and here are 2"):
+        train_patterns(recipe, ["cross"], 1, tmp_path, [asked] if "=" in asked else [])

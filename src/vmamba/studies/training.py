@@ -1,12 +1,14 @@
 """The study of scan patterns with accuracy: every pattern trained alike, with several seeds."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vmamba.environment import environment
+from vmamba.errors import RecipeError
 from vmamba.files import write_atomically
 from vmamba.studies.run import Budget
 from vmamba.train import run
@@ -69,9 +71,11 @@ def train_patterns(
         log: Called with a line before each training.
 
     Raises:
-        RecipeError: Something in the recipe is wrong, or a run in the folder is of another one.
+        RecipeError: Something in the recipe is wrong, or a run in the folder is of another one; or it asks
+            for several processes.
         DataError: The data are missing or damaged.
     """
+    one_process(load_recipe(recipe, overrides))
     budget = budget or Budget()
     scores: dict[str, list[float]] = {name: [] for name in routes}
     problems: dict[str, list[str]] = {name: [] for name in routes}
@@ -99,9 +103,25 @@ def train_patterns(
     return outcomes
 
 
+def one_process(recipe: Recipe) -> None:
+    """Check that a study can train by a recipe: its other processes would run the whole study.
+
+    Raises:
+        RecipeError: The recipe asks for several processes, or torchrun started them.
+    """
+    asked = (recipe.train.devices or 1) * (recipe.train.nodes or 1)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if max(asked, started) > 1:
+        raise RecipeError(
+            f"train.devices: a study trains in one process, and here are {max(asked, started)}; for several, "
+            "train each pattern by itself: vmamba train RECIPE 'model.args={routes: …}' train.seed=…"
+        )
+
+
 def _with(recipe: str | Path, overrides: Sequence[str], routes: str, seed: int) -> Recipe:
     args = {**load_recipe(recipe, overrides).model.args, "routes": routes}
-    return load_recipe(recipe, [*overrides, f"model.args={json.dumps(args)}", f"train.seed={seed}"])
+    fixed = [f"model.args={json.dumps(args)}", f"train.seed={seed}", "train.devices=1", "train.nodes=1"]
+    return load_recipe(recipe, [*overrides, *fixed])
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
