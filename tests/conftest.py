@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tiers import pytest_collection_modifyitems  # noqa: F401  (a hook)
+from tiers import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401  (hooks)
 
 pytest_plugins = ("pytester", "browsers")
 INTERPRETED = False

@@ -17,6 +17,7 @@ Of the tests in `SAMPLED`, where a case takes up to a minute, CI runs the named 
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ CASES = {
     "tests/test_dense_inference.py::test_segmenters_of_mmseg": ("False-2-names1",),
     "tests/test_private.py::test_workers_that_hang_are_ended_at_once": ("True",),
     "tests/studies/test_study_tables.py::test_counts_are_the_papers": ("V8: no gate-224", "VMamba-T-224"),
+    "tests/train/test_dense_tasks.py::test_evaluated_and_reported": ("segmentation",),
     "tests/train/test_evaluation.py::test_scores_are_those_computed_by_hand": ("ema",),
     "tests/train/test_imagenet.py::test_a_miniature": ("tar",),
     "tests/train/test_transfer.py::test_which_weights_of_a_run": ("ema",),
@@ -391,6 +393,14 @@ def mark(items: Sequence[pytest.Item]) -> None:
                 case.add_marker("full")
             if not is_chosen(case, SAMPLED):
                 case.add_marker("slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether a file need not be imported, since the quick tier leaves out all that is in it."""
+    if "not full" not in config.option.markexpr or not collection_path.is_relative_to(config.rootpath):
+        return None
+    path = collection_path.relative_to(config.rootpath).as_posix()
+    return True if path.startswith(LEFT_OUT) else None
 
 
 @pytest.hookimpl(tryfirst=True)
