@@ -126,7 +126,10 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
         facts["GMACs, scan as a for-loop"] = round(counts.macs_for_loop / 1e9, 3)
     facts["feature maps"] = {name: " x ".join(map(str, shape)) for name, shape in shapes.items()}
     if scans:
-        facts["scans"] = {_times(scan): _scan(scan) for scan in scans}
+        kinds: dict[str, list[str]] = {}
+        for scan in scans:
+            kinds.setdefault(_times(scan), []).append(_scan(scan))
+        facts["scans"] = {times: "; ".join(each) for times, each in kinds.items()}
     config: Any = getattr(model, "config", None)
     if hasattr(config, "arguments"):
         facts["settings"] = config.arguments()

@@ -3,7 +3,8 @@
 The parameters of a command are its options, so there may be many.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,9 +113,16 @@ def ladder(
 
 @app.command("patterns")
 def patterns(
-    model: Annotated[str, typer.Option(help="That reads images along the patterns.")] = "vmamba_tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="That reads images along the patterns. Default: the recipe's, or vmamba_tiny.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
-        int | None, typer.Option("--input", min=1, help="Side of the images; default the model's.")
+        int | None,
+        typer.Option("--input", min=1, help="Side of the images. Default: the recipe's, or the model's."),
     ] = None,
     routes: Annotated[
         list[str] | None,
@@ -130,7 +138,7 @@ def patterns(
         list[str] | None,
         typer.Option("--set", help="section.key=value, laid over the recipe.", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each pattern.")] = 3,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Trainings of each pattern. Default: 3.")] = None,
     batch: Batch = 8,
     rounds: Rounds = 5,
     train: Training = True,
@@ -144,21 +152,34 @@ def patterns(
     """Table 5 and Figure 12: the same network reading images along other routes."""
     from vmamba_cli._extra import load
 
-    if recipe is not None:  # found wrong before the speeds are measured, which takes long
+    args: dict[str, Any] = {}
+    if recipe is None:
+        if overrides or seeds:
+            refuse("--set and --seeds are of a training: name its recipe by --recipe")
+    else:  # found wrong before the speeds are measured, which takes long
         recipe = require_recipe(recipe)
         read = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
         load("vmamba.studies.training", "train").one_process(read)
+        if model is None:
+            model, args = read.model.name, read.model.args
+        elif model != read.model.name:
+            refuse(f"--model {model}: the recipe trains {read.model.name}; leave one of the two out")
+        side = getattr(read.data, "image_size", None)
+        size = size or (side if isinstance(side, int) else None)
+    names = list(dict.fromkeys(routes or ()))
+    chosen = {"model": model or "vmamba_tiny", "size": size, "routes": names, "args": args}
     conditions = (batch, rounds, train, memory, autocast, device, None)
-    budget = _run(
-        [_maker("patterns", model=model, size=size, routes=routes or ())], conditions, threads, minutes, out
-    )
+    budget = _run([_maker("patterns", **chosen)], conditions, threads, minutes, out)
     if recipe is not None:
-        training = load("vmamba.studies.training", "train")
-        names = routes or list(load("vmamba.studies.tables", "train").PATTERNS)
-        outcomes = training.train_patterns(
-            recipe, names, seeds, out.expanduser() / "patterns", overrides or [], budget, log=typer.echo
-        )
+        studies, training = load("vmamba.studies", "train"), load("vmamba.studies.training", "train")
+        out = out.expanduser()
+        patterns = names or list(studies.PATTERNS)
+        with _told_how_to_go_on(out):
+            outcomes = training.train_patterns(
+                recipe, patterns, seeds or 3, out / "patterns", overrides or [], budget, log=typer.echo
+            )
         typer.echo(training.table(outcomes))
+        typer.echo(f"{studies.write_report(out, studies.STUDIES)}")
 
 
 @app.command("all")
@@ -217,21 +238,32 @@ def _run(
     studies = load("vmamba.studies", "train")
     console = Console()
     budget = studies.Budget(None if minutes is None else 60 * minutes)
-    done = []
-    for make in makers:
-        study = make(studies.STUDIES)
+    wanted = [make(studies.STUDIES) for make in makers]
+    models = {subject.model for study in wanted for subject in study.subjects}
+    if unknown := sorted(judged.keys() - models):
+        refuse(f"--accuracy {unknown[0]}: not a model of this study, which has {', '.join(sorted(models))}")
+    for study in wanted:
         images = batch or (1 if study.name == "resolution" else 8)
         how = studies.Conditions(device, images, rounds, autocast, train, memory, judged)
-        with console.status(study.title) as status:
+        with console.status(study.title) as status, _told_how_to_go_on(out):
             rows = studies.run_study(study, out / study.name, how, budget, status.update)
         _print_table(console, study.title, studies.cells(rows), out / study.name / "table.md")
         notes = [f"{row.subject.key}, {note}" for row in rows for note in row.notes]
         for line in [*notes, *study.summary(rows)]:
             console.print(line)
-        done.append(study)
-    report = studies.write_report(done, out)
+    report = studies.write_report(out, studies.STUDIES)
     typer.echo(f"{report}, and a folder with tables and a figure for each study")
     return budget
+
+
+@contextmanager
+def _told_how_to_go_on(out: Path) -> Iterator[None]:
+    """Say on Ctrl-C that nothing that was finished is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {out} holds what is finished, and the same command goes on", err=True)
+        raise
 
 
 NARROWER = ("quoted", "peak MB", "relative", "size", "GMACs", "parameters")
@@ -246,7 +278,12 @@ def _print_table(console: Any, title: str, cells: Sequence[Sequence[str]], file:
     for word in ("", *NARROWER):
         if word:
             left_out |= {title for title in cells[0] if word in title}
-        columns = [c for c in zip(*cells, strict=True) if c[0] not in left_out and any(c[1:])]
+        columns, is_known = [], True
+        for column in zip(*cells, strict=True):
+            # What the paper states stands beside what was measured, or not at all.
+            is_known = any(column[1:]) and (is_known or column[0] != "quoted")
+            if is_known and column[0] not in left_out:
+                columns.append(column)
         # A title may be broken between words, a value may not.
         widths = [max(map(len, (*column[0].split(), *column[1:], ""))) for column in columns]
         width = sum(widths) + 2 * len(widths)

@@ -48,6 +48,13 @@ def test_info_of_a_model() -> None:
     assert facts["preprocessing"]["interpolation"] == "bicubic"
 
 
+def test_info_of_a_model_with_several_scans_of_one_size() -> None:
+    done = call("info", "vim_tiny", "--json")
+    assert done.exit_code == 0, done.output
+    (scans,) = json.loads(done.stdout)["scans"].values()
+    assert [scan.partition("routes ")[2] for scan in scans.split("; ")] == ["row", "row_reversed"]
+
+
 def test_info_shows_the_settings_of_a_model_that_keeps_them() -> None:
     facts = json.loads(call("info", "vmamba_pico", "--json").stdout)
     assert facts["settings"]["depths"] == [1, 2, 4, 1]

@@ -75,6 +75,10 @@ def test_a_table_fits_into_the_terminal(
         (("--device", "nowhere"), "--device nowhere"),
         (("--accuracy", "vmamba_pico"), "expected MODEL=WHAT"),
         (("--accuracy", "vmamba_pico=no/such/run"), "no such checkpoint"),
+        (
+            ("--accuracy", "vmamba_pica=runs/one"),
+            "not a model of this study, which has test_resnet, vmamba_pico",
+        ),
         (("--model", "vmamba_huge"), "unknown model"),
         (("--rounds", "0"), "--rounds"),
         (("--minutes", "-1"), "--minutes"),
@@ -106,3 +110,33 @@ def test_a_recipe_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     done = call("study", "patterns", "--recipe", str(recipe), "--out", str(tmp_path))
     assert done.exit_code == 2
     assert "schedule.epochs" in done.output
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmamba.studies.run.bench_settings", stopped)
+    done = call(*SMALL, "--out", str(tmp_path / "new"))
+    assert done.exit_code == 130
+    assert "holds what is finished, and the same command goes on" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--set", "optim.lr=1"), "name its recipe by --recipe"),
+        (("--seeds", "2"), "name its recipe by --recipe"),
+        (("--recipe", "recipes/mnist_pico.yaml", "--model", "vmamba_tiny"), "the recipe trains vmamba_pico"),
+        (("--recipe", "recipes/mnist_pico.yaml", "--set", "train.devices=2"), "trains in one process"),
+        (("--routes", "spiral"), "models and VSSBlock also take 'cascade'"),
+    ],
+    ids=["overrides", "seeds", "another model", "two processes", "unknown pattern"],
+)
+def test_patterns_that_are_refused(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmamba.studies.run.bench_settings", lambda *_: pytest.fail("the work began"))
+    done = call("study", "patterns", "--out", str(tmp_path / "new"), *options)
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.output.split())

@@ -78,6 +78,14 @@ def states(kernel: Kernel, u: Tensor) -> Tensor:
     return torch.stack(ys, 2)
 
 
+def test_an_image_of_other_channels_is_refused() -> None:
+    """Gray ones would broadcast."""
+    model = timm.create_model("s4nd_convnext_tiny", num_classes=3, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    for channels in (1, 2):
+        with pytest.raises(ValueError, match=f"expected 3 channels, got {channels}"):
+            model(torch.zeros(1, channels, 32, 32))
+
+
 def test_the_discrete_system_is_the_continuous_one() -> None:
     """exp(ΔA), and B's integral over a step, by solving for a constant input in small steps."""
     kernel = Kernel(2, 1, (0.1, 1.0)).double()

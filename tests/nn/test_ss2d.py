@@ -247,3 +247,9 @@ def test_backends_agree_through_a_layer() -> None:
     with use_backend("reference"):
         expected = layer(x)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("routes", [(torch.arange(25),), ([0, 1, 2],), torch.arange(25), 5, None, ("row", 3)])
+def test_routes_that_are_no_names_are_refused(routes: object) -> None:
+    with pytest.raises(ValueError, match=r"a permutation gets a name by vmamba\.ops\.register_route"):
+        SS2D(8, routes=routes)

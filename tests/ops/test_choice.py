@@ -310,6 +310,13 @@ def test_the_environment_names_no_backend(monkeypatch: pytest.MonkeyPatch) -> No
         selective_scan_2d(**operands())
     with pytest.raises(UnknownBackendError, match="VMAMBA_ENGINE=warp"):
         default_backend("cpu")
+    monkeypatch.setenv("VMAMBA_ENGINE", "")  # as in `VMAMBA_ENGINE=$UNSET`
+    with use_backend("chunked"):
+        selective_scan_2d(**operands())
+    keep("too slow")
+    with pytest.warns(BackendWarning):
+        assert compiled(vmamba.SS2D(8), X).shape == X.shape
+    assert default_backend("cpu") == "chunked"
 
 
 def test_the_environment_names_one_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:

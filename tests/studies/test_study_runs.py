@@ -53,12 +53,15 @@ def test_what_is_there_is_not_measured_again(measured: list[list[str]], tmp_path
     ]
     assert run_study(STUDY, tmp_path, CONDITIONS) == first
     assert len(measured) == 2
-    (tmp_path / "groups" / "inference-1.json").write_text("{")  # cut short
+    (file,) = (tmp_path / "groups").glob("inference-1-*.json")
+    file.write_text("{")  # cut short
     assert run_study(STUDY, tmp_path, CONDITIONS) == first
     assert len(measured) == 3
     run_study(STUDY, tmp_path, Conditions(rounds=2, train=False, memory=False))  # under other conditions
     assert len(measured) == 5
     assert measured[-1] == ["vmamba_pico, 64²", "test_resnet, 64²"]
+    assert run_study(STUDY, tmp_path, CONDITIONS) == first  # the first conditions again: all is still there
+    assert len(measured) == 5
 
 
 def test_what_is_written(measured: list[list[str]], tmp_path: Path) -> None:
@@ -77,7 +80,10 @@ def test_what_is_written(measured: list[list[str]], tmp_path: Path) -> None:
     text = (folder / "table.md").read_text()
     assert "time of an image ∝ pixels^(1.00)" in text
     assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
-    page = write_report([DRAWN], tmp_path).read_text()
+    assert float(table[3]["inference, images/s (relative)"]) == 1
+    (folder / "accuracy.md").write_text("| cross | 60.00 |\n")
+    page = write_report(tmp_path, ["ladder", "resolution"]).read_text()
+    assert "### Trained alike\n\n| cross | 60.00 |" in page
     assert text.splitlines()[0].removeprefix("# ") in page
     assert "(resolution/figure.png)" in page
 

@@ -65,14 +65,30 @@ def test_no_training_begins_when_time_is_over(
     monkeypatch.setattr(studying.run, "train", lambda *_: pytest.fail("time is over"))
     (outcome,) = train_patterns(recipe, ["cross"], 3, tmp_path, budget=Budget(0))
     assert outcome == Trained("cross", (), (), 3)
+    assert "| cross |  |  | 0 | 3 | none |" in table([outcome])
 
 
 def test_mean_and_spread() -> None:
     outcome = Trained("cross", (0.5, 0.6, 0.7), (), 0)
     assert outcome.mean == pytest.approx(0.6)
     assert outcome.deviation == pytest.approx(0.1)
-    assert "| cross | 60.00 | 10.00 | 3 | none |" in table([outcome])
+    assert "| cross | 60.00 | 10.00 | 3 |  | none |" in table([outcome])
     assert Trained("cross", (0.5,), (), 0).deviation is None
+
+
+@pytest.mark.parametrize("change", ["data", "rate"])
+def test_trainings_of_another_recipe_are_refused(
+    change: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the folder of the data changed: a run may go on with moved data, a study compares."""
+    train_patterns(recipe, ["cross", "cross"], 1, tmp_path)
+    monkeypatch.setattr(studying.run, "train", lambda *_: pytest.fail("a training began"))
+    monkeypatch.setattr(studying.run, "resume", lambda *_: pytest.fail("a training went on"))
+    other = f"data.root={make_folder(tmp_path / 'other')}" if change == "data" else "optim.lr=0.5"
+    with pytest.raises(RecipeError, match=f"cross-0: .* it differs in {other.partition('=')[0]};"):
+        train_patterns(recipe, ["cross"], 1, tmp_path, [other])
+    (outcome,) = train_patterns(recipe, ["cross"], 1, tmp_path, ["train.log_every=7"])
+    assert len(outcome.scores) == 1
 
 
 @pytest.mark.parametrize("asked", ["train.devices=2", "train.nodes=2", "torchrun"])

@@ -106,7 +106,7 @@ def default_backend(device: str | torch.device, n_state: int = 1, *, prove: bool
         UnknownBackendError: `VMAMBA_ENGINE` names no backend.
     """
     device = torch.device(device)
-    if (name := os.environ.get(VARIABLE)) is not None:
+    if name := os.environ.get(VARIABLE):
         return _named_by_environment(name).name
     # The device itself is touched only where a backend can run on its type.
     candidates = [b for b in _BACKENDS.values() if _is_for(b, device) and not b.why_not_here()]
@@ -260,7 +260,7 @@ def resolve(name: str | None, call: Operands, may_prove: bool = True) -> Backend
         return _preferred([get_backend(name.removesuffix(OF_CHOICE))], call, may_prove=None)
     if name is not None:
         backend, named_by = get_backend(name), "backend: "
-    elif (forced := os.environ.get(VARIABLE)) is not None:
+    elif forced := os.environ.get(VARIABLE):
         backend, named_by = _named_by_environment(forced), f"{VARIABLE}: "
     else:
         return _preferred(_BACKENDS.values(), call, may_prove)
@@ -315,7 +315,7 @@ def backend_of_graph(device: torch.device) -> str:
         for which `chunked` serves the calls that it cannot.
     """
     forced = _FORCED.get() or os.environ.get(VARIABLE)
-    if forced is not None:
+    if forced:
         return forced
     for backend in _BACKENDS.values():
         if _is_for(backend, device) and not backend.why_not_here():

@@ -279,7 +279,7 @@ def routes_of_set(name: str) -> tuple[str, ...]:
     expected = (*map(repr, NAMED_ROUTES), *(f"'{pattern}:7'" for pattern in _SIZED))
     raise ValueError(
         f"routes: unknown name {name!r}; expected one of {', '.join(expected)}, "
-        f"or a tuple of {', '.join(map(repr, _TABLE))}"
+        f"or a tuple of {', '.join(map(repr, _TABLE))}; models and VSSBlock also take 'cascade'"
     )
 
 
@@ -322,6 +322,11 @@ def route_codes(routes: str | Sequence[str]) -> list[int]:
     """
     if isinstance(routes, str):
         routes = routes_of_set(routes)
+    if not isinstance(routes, Sequence) or not all(isinstance(route, str) for route in routes):
+        raise ValueError(
+            f"routes: expected the name of a set or a sequence of routes' names, got {routes!r}; a "
+            "permutation gets a name by vmamba.ops.register_route"
+        )
     if not routes:
         raise ValueError("routes: expected at least one route, got none")
     return [_code_of(route) for route in routes]

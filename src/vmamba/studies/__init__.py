@@ -6,10 +6,11 @@ Throughput (Table 1), resolution (Table 4, Figure 11), the ladder of speed (Figu
 
 from vmamba.studies.run import Budget, run_study
 from vmamba.studies.study import Conditions, Row, Speed, Study, Subject
-from vmamba.studies.tables import STUDIES
+from vmamba.studies.tables import PATTERNS, STUDIES
 from vmamba.studies.writing import cells, write_report
 
 __all__ = [
+    "PATTERNS",
     "STUDIES",
     "Budget",
     "Conditions",

@@ -98,6 +98,8 @@ def draw_resolution(rows: Sequence[Row], path: Path) -> None:
         rows: Of the study.
         path: Of the PNG.
     """
+    from matplotlib.ticker import LogLocator
+
     titles = {
         INFERENCE: "time of an image",
         INFERENCE_MEMORY: "peak memory of an image",
@@ -105,7 +107,7 @@ def draw_resolution(rows: Sequence[Row], path: Path) -> None:
     }
     columns = [column for column in titles if any(column in row.measured for row in rows)]
     figure = _figure(4 * len(columns), 4.4)
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     sizes = sorted({row.subject.size for row in rows})
     for axes, column in zip(panels, columns, strict=True):
         for i, label in enumerate(dict.fromkeys(row.subject.label for row in rows)):
@@ -117,6 +119,7 @@ def draw_resolution(rows: Sequence[Row], path: Path) -> None:
                 _grown(axes, column, quoted, color=f"C{i}", linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", title=titles[column])
         axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)

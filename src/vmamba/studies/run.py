@@ -1,8 +1,8 @@
 """Run a study: measure its groups one after the other, keep each result, and write tables and a figure.
 
-A study's folder holds `groups/`, one file for each group and kind of measurement, and what is made of them:
-`results.json`, `table.md`, `table.csv`, `figure.png`. Run again, a study measures only the groups that are
-missing.
+A study's folder holds `groups/`, a file for each group, kind of measurement and its conditions, and what is
+made of them: `results.json`, `table.md`, `table.csv`, `figure.png`. Run again, a study measures only the
+groups that are missing.
 """
 
 import hashlib
@@ -93,8 +93,8 @@ def run_study(
     where = _fingerprint(conditions)
     for train in (False, True)[: 1 + conditions.train]:
         for number, group in enumerate(study.groups):
-            file = folder / "groups" / f"{'training' if train else 'inference'}-{number}.json"
-            measured = _Measured(file, group, replace(conditions, accuracy={}), train, where)
+            stem = folder / "groups" / f"{'training' if train else 'inference'}-{number}"
+            measured = _Measured(stem, group, replace(conditions, accuracy={}), train, where)
             for key, outcome in measured.get(counts, budget, log).items():
                 results[key] = _with(results[key], outcome, train)
             write_results(study, list(results.values()), conditions, folder)
@@ -134,14 +134,14 @@ class _Measured:
     """A group's speeds, from its file if they are there and were measured alike.
 
     Attributes:
-        file: Of the results.
+        stem: Of the path of the results; what was measured otherwise lies beside them.
         group: The subjects.
         conditions: How to measure.
         train: Whether training steps are timed.
         where: From `_fingerprint`.
     """
 
-    file: Path
+    stem: Path
     group: Sequence[Subject]
     conditions: Conditions
     train: bool
@@ -156,7 +156,8 @@ class _Measured:
             return outcomes
         described = [self.where, self.train, [asdict(subject) for subject in subjects.values()]]
         identity = hashlib.sha256(json.dumps(described, default=str).encode()).hexdigest()
-        kept = self._kept(identity)
+        file = self.stem.with_name(f"{self.stem.name}-{identity[:8]}.json")
+        kept = self._kept(file, identity)
         if kept is not None:
             return outcomes | kept
         passes = 3 if self.train else 1  # a backward pass is about two forward ones
@@ -169,8 +170,8 @@ class _Measured:
         budget.spent(work, time.monotonic() - start)
         plain = {key: each if isinstance(each, str) else asdict(each) for key, each in measured.items()}
         contents = {"identity": identity, "environment": environment(), "outcomes": plain}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, json.dumps(contents, indent=2) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(contents, indent=2) + "\n")
         return outcomes | measured
 
     def _measure(self, subjects: Mapping[str, Subject], log: Log) -> dict[str, Speed | str]:
@@ -188,10 +189,10 @@ class _Measured:
                 return outcomes | speeds
         return outcomes
 
-    def _kept(self, identity: str) -> dict[str, Speed | str] | None:
+    def _kept(self, file: Path, identity: str) -> dict[str, Speed | str] | None:
         """The outcomes in the file, if they are of the same subjects and conditions."""
         try:
-            contents = json.loads(self.file.read_text(encoding="utf-8"))
+            contents = json.loads(file.read_text(encoding="utf-8"))
             if contents["identity"] != identity:
                 return None
             return {

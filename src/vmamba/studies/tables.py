@@ -1,7 +1,7 @@
 """The four studies: their subjects, with the values that the paper states (arXiv 2401.10166, version 2)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -89,7 +89,8 @@ def throughput(models: Sequence[str] = ()) -> Study:
     groups = [[_TINY, *(_TABLE_1[name] for name in names)] for names in _THROUGHPUT]
     if models:
         by_model = {s.model: s for s in reversed(_TABLE_1.values())}
-        groups = [[by_model.get(name) or Subject(name, name, _own_size(name)) for name in models]]
+        names = dict.fromkeys(models)
+        groups = [[by_model.get(name) or Subject(name, name, _own_size(name)) for name in names]]
     return Study("throughput", "Throughput of backbones (Table 1)", groups, figures.draw_throughput)
 
 
@@ -135,11 +136,11 @@ def resolution(models: Sequence[str] = (), sizes: Sequence[int] = SIZES) -> Stud
         sizes: Sides of the images.
     """
     labels = {model: label for label, (model, _, _) in _RESOLUTION.items()}
-    chosen = [labels.get(model, model) for model in models] or list(_RESOLUTION)
+    chosen = [labels.get(model, model) for model in dict.fromkeys(models)] or list(_RESOLUTION)
     return Study(
         "resolution",
         "Models at larger images (Table 4, Figure 11)",
-        [[_at(label, size) for label in chosen] for size in sorted(sizes)],
+        [[_at(label, size) for label in chosen] for size in sorted(set(sizes))],
         figures.draw_resolution,
         _exponents,
     )
@@ -230,19 +231,25 @@ PATTERNS = (*TABLE_5, "snake", "diagonal", "window:7", "atrous:2")
 """Table 5's patterns, and this library's others."""
 
 
-def patterns(model: str = "vmamba_tiny", size: int | None = None, routes: Sequence[str] = ()) -> Study:
+def patterns(
+    model: str = "vmamba_tiny",
+    size: int | None = None,
+    routes: Sequence[str] = (),
+    args: Mapping[str, Any] | None = None,
+) -> Study:
     """The patterns of Table 5 and others.
 
     Args:
         model: That reads images so; the paper's values stand beside "vmamba_tiny".
         size: Side of the images; None for the model's own.
         routes: Names of patterns, as the model's argument `routes`; none for `PATTERNS`.
+        args: Other arguments of the model.
     """
     side = size or _own_size(model)
-    quoted = TABLE_5 if model == "vmamba_tiny" and side == 224 else {}
+    quoted = TABLE_5 if model == "vmamba_tiny" and side == 224 and not args else {}
     group = [
-        Subject(name, model, side, {"routes": name}, quoted=quoted.get(name, {}))
-        for name in routes or PATTERNS
+        Subject(name, model, side, {**(args or {}), "routes": name}, quoted=quoted.get(name, {}))
+        for name in dict.fromkeys(routes or PATTERNS)
     ]
     note = (
         "The paper's 74.8 % of bidirectional came with NaN after about 50 epochs; its later version states "

@@ -11,12 +11,14 @@ from vmamba.environment import environment
 from vmamba.errors import RecipeError
 from vmamba.files import write_atomically
 from vmamba.studies.run import Budget
+from vmamba.studies.writing import ACCURACY
 from vmamba.train import run
 from vmamba.train.module import NonFiniteError
-from vmamba.train.recipe import Recipe
+from vmamba.train.recipe import Recipe, check, read_values
 from vmamba.train.runs import read_run
 from vmamba.train.session import load_recipe
 from vmamba.train.stop import holds_run
+from vmamba.train.tasks import task_type
 
 
 @dataclass(frozen=True)
@@ -71,35 +73,38 @@ def train_patterns(
         log: Called with a line before each training.
 
     Raises:
-        RecipeError: Something in the recipe is wrong, or a run in the folder is of another one; or it asks
-            for several processes.
+        RecipeError: Something in the recipe is wrong, or a run in the folder is of another one or of data
+            elsewhere; or it asks for several processes.
         DataError: The data are missing or damaged.
     """
     one_process(load_recipe(recipe, overrides))
     budget = budget or Budget()
+    routes = list(dict.fromkeys(routes))
     scores: dict[str, list[float]] = {name: [] for name in routes}
     problems: dict[str, list[str]] = {name: [] for name in routes}
     missing = dict.fromkeys(routes, 0)
     for seed in range(seeds):
         for name in routes:
             place = folder / "runs" / f"{name.replace(':', '-')}-{seed}"
-            if not holds_run(place) and budget.lacking(0) is not None:
-                missing[name] += 1
-                continue
-            log(f"{name}, seed {seed}: {place}")
-            try:
-                _train(_with(recipe, overrides, name, seed), place)
-            except NonFiniteError as error:
-                problems[name].append(f"seed {seed}: {error}")
-            else:
-                score = read_run(place, place.name).last
-                assert score is not None, place
-                scores[name].append(score)
+            asked = _with(recipe, overrides, name, seed)
+            if not _is_finished(place, asked):
+                if budget.lacking(0) is not None:
+                    missing[name] += 1
+                    continue
+                log(f"{name}, seed {seed}: {place}")
+                try:
+                    _train(asked, place)
+                except NonFiniteError as error:
+                    problems[name].append(f"seed {seed}: {error}")
+                    continue
+            score = read_run(place, place.name).last
+            assert score is not None, place
+            scores[name].append(score)
     outcomes = [Trained(n, tuple(scores[n]), tuple(problems[n]), missing[n]) for n in routes]
     contents = {"environment": environment(), "recipe": str(recipe), "overrides": list(overrides)}
     rows = [{**asdict(each), "mean": each.mean, "deviation": each.deviation} for each in outcomes]
     write_atomically(folder / "accuracy.json", json.dumps({**contents, "patterns": rows}, indent=2) + "\n")
-    write_atomically(folder / "accuracy.md", table(outcomes) + "\n")
+    write_atomically(folder / ACCURACY, table(outcomes) + "\n")
     return outcomes
 
 
@@ -124,6 +129,25 @@ def _with(recipe: str | Path, overrides: Sequence[str], routes: str, seed: int) 
     return load_recipe(recipe, [*overrides, *fixed])
 
 
+def _is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished run of the recipe.
+
+    Raises:
+        RecipeError: It holds a run of another recipe, or of data elsewhere, which may be others.
+    """
+    if not holds_run(folder):
+        return False
+    file = folder / "recipe.yaml"
+    values, _ = read_values(file)
+    changed = run.changes(check(type(recipe), values, str(file)), task_type(recipe.task).resolve(recipe))
+    if refused := [key for key in changed if key not in run.RESUMABLE or key == "data.root"]:
+        raise RecipeError(
+            f"{folder}: holds a training of another recipe, it differs in {', '.join(refused)}; name another "
+            "folder by --out"
+        )
+    return read_run(folder, folder.name).state == "finished"
+
+
 def _train(recipe: Recipe, folder: Path) -> None:
     if holds_run(folder):
         run.resume(folder, recipe=recipe)
@@ -134,12 +158,13 @@ def _train(recipe: Recipe, folder: Path) -> None:
 def table(outcomes: Sequence[Trained]) -> str:
     """The outcomes as Markdown."""
     lines = [
-        "| pattern | top-1, % | standard deviation | trainings | not finite |",
-        "|---|---:|---:|---:|---|",
+        "| pattern | top-1, % | standard deviation | trainings | not begun, for lack of time | not finite |",
+        "|---|---:|---:|---:|---:|---|",
     ]
     for each in outcomes:
         mean = "" if each.mean is None else f"{100 * each.mean:.2f}"
         deviation = "" if each.deviation is None else f"{100 * each.deviation:.2f}"
         problems = "; ".join(each.problems) or "none"
-        lines.append(f"| {each.routes} | {mean} | {deviation} | {len(each.scores)} | {problems} |")
+        counts = f"{len(each.scores)} | {each.missing or ''}"
+        lines.append(f"| {each.routes} | {mean} | {deviation} | {counts} | {problems} |")
     return "\n".join(lines)

@@ -14,6 +14,9 @@ from vmamba.studies.study import COLUMNS, INFERENCE, TRAINING, Conditions, Row, 
 FILES = ("results.json", "table.md", "table.csv", "figure.png")
 """What is written into a study's folder."""
 
+ACCURACY = "accuracy.md"
+"""The table of the patterns that were trained, beside these."""
+
 
 def write_results(study: Study, rows: Sequence[Row], conditions: Conditions, folder: Path) -> None:
     """Write all files of a study, each of them whole or not at all.
@@ -32,6 +35,7 @@ def write_results(study: Study, rows: Sequence[Row], conditions: Conditions, fol
         "study": study.title,
         "environment": facts,
         "conditions": asdict(conditions),
+        "ratio": "speed of the group's first subject over that of the row's: median and quartiles",
         "rows": [asdict(row) for row in rows],
         "summary": study.summary(rows),
     }
@@ -52,7 +56,7 @@ def _described(conditions: Conditions, facts: dict[str, object]) -> str:
     )
     types = f"training in {conditions.autocast or 'float32'}" if conditions.train else "no training"
     return (
-        f"{where}; batch {conditions.batch}, {conditions.rounds} rounds in turns, inference in float32, "
+        f"{where}; batch {conditions.batch}, rounds in turns: {conditions.rounds}, inference in float32, "
         f"{types}; PyTorch {facts['torch']}, vmamba {facts['vmamba']}, {str(facts['date'])[:10]}"
     )
 
@@ -116,7 +120,8 @@ def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     quoted = [f"{column} (quoted)" for column in columns]
-    writer.writerow(["label", "model", "size", *columns, *quoted, "notes"])
+    relative = [f"{column} (relative)" for column in (INFERENCE, TRAINING) if column in columns]
+    writer.writerow(["label", "model", "size", *columns, *relative, *quoted, "notes"])
     for row in rows:
         writer.writerow(
             [
@@ -124,6 +129,11 @@ def _csv(rows: Sequence[Row]) -> str:
                 row.subject.model,
                 row.subject.size,
                 *(row.measured.get(column, "") for column in columns),
+                *(
+                    1 / row.speeds[column].ratio.median if column in row.speeds else ""
+                    for column in (INFERENCE, TRAINING)
+                    if column in columns
+                ),
                 *(row.subject.quoted.get(column, "") for column in columns),
                 "; ".join(row.notes),
             ]
@@ -131,12 +141,22 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def write_report(studies: Sequence[Study], folder: Path) -> Path:
-    """One page of the studies in a folder, their tables and figures below each other; returns its path."""
+def write_report(folder: Path, names: Sequence[str]) -> Path:
+    """One page of the studies in a folder, their tables and figures below each other; returns its path.
+
+    Args:
+        folder: With a folder for each study.
+        names: Of the studies, in the order of the page; those that the folder lacks are left out.
+    """
     parts = ["# The paper's studies, measured here\n"]
-    for study in studies:
-        table = (folder / study.name / "table.md").read_text(encoding="utf-8")
-        parts.append(f"#{table}\n![{study.title}]({study.name}/figure.png)\n")
+    for name in names:
+        if not (folder / name / "table.md").exists():
+            continue
+        table = (folder / name / "table.md").read_text(encoding="utf-8")
+        title = table.partition("\n")[0].removeprefix("# ")
+        parts.append(f"#{table}\n![{title}]({name}/figure.png)\n")
+        if (folder / name / ACCURACY).exists():
+            parts.append("### Trained alike\n\n" + (folder / name / ACCURACY).read_text(encoding="utf-8"))
     path = folder / "report.md"
     write_atomically(path, "\n".join(parts))
     return path

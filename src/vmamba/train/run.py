@@ -177,13 +177,13 @@ def resume(
             if after.train.threads is None:
                 train = after.train.model_copy(update={"threads": before.train.threads})
                 after = after.model_copy(update={"train": train})
-        changes = _changes(before, after)
-        if refused := [key for key in changes if not _may_change(key, extend)]:
+        differences = changes(before, after)
+        if refused := [key for key in differences if not _may_change(key, extend)]:
             raise RecipeError(
                 f"{folder}: holds a run of another recipe, it differs in {', '.join(refused)}; name another "
                 "folder"
             )
-        resumption = _Resumption(newest, checkpoint["global_step"], checkpoint[CONTENTS], changes)
+        resumption = _Resumption(newest, checkpoint["global_step"], checkpoint[CONTENTS], differences)
         return _run(after, folder, file_log, resumption)
 
 
@@ -208,7 +208,8 @@ def _check_overrides(overrides: Sequence[str], extend: bool) -> None:
         )
 
 
-def _changes(before: Recipe, after: Recipe) -> dict[str, list[Any]]:
+def changes(before: Recipe, after: Recipe) -> dict[str, list[Any]]:
+    """The keys in which two recipes differ → both values."""
     old, new = before.settings(), after.settings()
     return {key: [old.get(key), new.get(key)] for key in {**old, **new} if old.get(key) != new.get(key)}
 

@@ -95,6 +95,9 @@ class S4ND(nn.Module):
         steps: See `Kernel`.
         device: Of the parameters.
         dtype: Of the parameters.
+
+    Raises:
+        ValueError: The input has another number of channels.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class S4ND(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.longest = longest
         self.mixes = out_channels > 0
         kernels = 2 * (out_channels or channels)
@@ -126,6 +130,8 @@ class S4ND(nn.Module):
         return F.pad(after, (0, length)) + F.pad(before.flip(2), (length, 0))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.dim:  # the products below would broadcast
+            raise ValueError(f"x: expected {self.dim} channels, got {x.shape[1]}")
         height, width = x.shape[2], x.shape[3]
         column = self.circle(self.column(self.lags(height)), height)
         row = self.circle(self.row(self.lags(width)), width)
