@@ -160,10 +160,9 @@ def patterns(
         recipe = require_recipe(recipe)
         read = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
         load("vmamba.studies.training", "train").one_process(read)
-        if model is None:
-            model, args = read.model.name, read.model.args
-        elif model != read.model.name:
+        if model not in (None, read.model.name):
             refuse(f"--model {model}: the recipe trains {read.model.name}; leave one of the two out")
+        model, args = read.model.name, read.model.args
         side = getattr(read.data, "image_size", None)
         size = size or (side if isinstance(side, int) else None)
     names = list(dict.fromkeys(routes or ()))
