@@ -248,7 +248,7 @@ def _run(
             rows = studies.run_study(study, out / study.name, how, budget, status.update)
         _print_table(console, study.title, studies.cells(rows), out / study.name / "table.md")
         notes = [f"{row.subject.key}, {note}" for row in rows for note in row.notes]
-        for line in [*notes, *study.summary(rows)]:
+        for line in [*notes, *studies.remarks(study, rows)]:
             console.print(line)
     report = studies.write_report(out, studies.STUDIES)
     typer.echo(f"{report}, and a folder with tables and a figure for each study")
@@ -273,6 +273,20 @@ def _print_table(console: Any, title: str, cells: Sequence[Sequence[str]], file:
     """Print as many of a table's columns as fit into a terminal, and where the others are."""
     from rich.table import Table
 
+    columns, widths = _fitting(cells, console.width if console.is_terminal else None)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(column[0], justify="right" if number else "left", width=width)
+    for row in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*row)
+    console.width = max(console.width, _width(widths))  # rich would cut values otherwise
+    console.print(table)
+    if len(columns) < len(_fitting(cells, None)[0]):
+        console.print(f"More columns: {file}")
+
+
+def _fitting(cells: Sequence[Sequence[str]], width: int | None) -> tuple[list[tuple[str, ...]], list[int]]:
+    """The columns of a table that have values and fit into a width (None: any), and the width of each."""
     left_out: set[str] = set()
     for word in ("", *NARROWER):
         if word:
@@ -285,15 +299,11 @@ def _print_table(console: Any, title: str, cells: Sequence[Sequence[str]], file:
                 columns.append(column)
         # A title may be broken between words, a value may not.
         widths = [max(map(len, (*column[0].split(), *column[1:], ""))) for column in columns]
-        width = sum(widths) + 2 * len(widths)
-        if not console.is_terminal or width <= console.width:
+        if width is None or _width(widths) <= width:
             break
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for number, (column, least) in enumerate(zip(columns, widths, strict=True)):
-        table.add_column(column[0], justify="right" if number else "left", width=least)
-    for row in zip(*(column[1:] for column in columns), strict=True):
-        table.add_row(*row)
-    console.width = max(console.width, width)  # rich would cut values otherwise
-    console.print(table)
-    if left_out:
-        console.print(f"More columns: {file}")
+    return columns, widths
+
+
+def _width(widths: Sequence[int]) -> int:
+    """Of a table's columns, with the space between them."""
+    return sum(widths) + 2 * len(widths)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("lightning")
 
 from vmamba.bench import timing
+from vmamba.bench.models import Setting
 from vmamba_cli.__main__ import app
 from vmamba_cli.study import _print_table
 
@@ -140,3 +141,25 @@ def test_patterns_that_are_refused(
     done = call("study", "patterns", "--out", str(tmp_path / "new"), *options)
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("named", [(), ("--model", "vmamba_pico")], ids=["recipe", "also by its name"])
+def test_patterns_are_of_the_recipes_model(
+    named: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is timed is what is trained: its arguments and its size of images."""
+    timed: list[tuple[int, dict[str, object]]] = []
+
+    def bench(settings: dict[str, tuple[str, Setting]], *_: object) -> list[object]:
+        timed.extend((setting.size, dict(setting.args)) for _, setting in settings.values())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmamba.studies.run.bench_settings", bench)
+    recipe = (
+        "--recipe",
+        "recipes/mnist_pico.yaml",
+        "--set",
+        "model.args={dims: [8, 16, 32], depths: [1, 1, 1]}",
+    )
+    call("study", "patterns", *named, *recipe, "--routes", "cross", "--out", str(tmp_path / "new"))
+    assert timed == [(28, {"dims": [8, 16, 32], "routes": "cross"})]

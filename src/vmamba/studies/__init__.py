@@ -7,7 +7,7 @@ Throughput (Table 1), resolution (Table 4, Figure 11), the ladder of speed (Figu
 from vmamba.studies.run import Budget, run_study
 from vmamba.studies.study import Conditions, Row, Speed, Study, Subject
 from vmamba.studies.tables import PATTERNS, STUDIES
-from vmamba.studies.writing import cells, write_report
+from vmamba.studies.writing import cells, remarks, write_report
 
 __all__ = [
     "PATTERNS",
@@ -19,6 +19,7 @@ __all__ = [
     "Study",
     "Subject",
     "cells",
+    "remarks",
     "run_study",
     "write_report",
 ]

@@ -37,7 +37,7 @@ def write_results(study: Study, rows: Sequence[Row], conditions: Conditions, fol
         "conditions": asdict(conditions),
         "ratio": "speed of the group's first subject over that of the row's: median and quartiles",
         "rows": [asdict(row) for row in rows],
-        "summary": study.summary(rows),
+        "summary": remarks(study, rows),
     }
     results, markdown, table, figure = (folder / name for name in FILES)
     write_atomically(results, json.dumps(contents, indent=2) + "\n")
@@ -45,6 +45,19 @@ def write_results(study: Study, rows: Sequence[Row], conditions: Conditions, fol
     write_atomically(table, _csv(rows))
     with replacing(figure) as temporary:
         study.draw(rows, temporary)
+
+
+def remarks(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Lines below the table: the study's own, and which group has lost the subject that begins it."""
+    lines = study.summary(rows)
+    speeds = {row.subject.key: row.speeds for row in rows}
+    for column in (INFERENCE, TRAINING):
+        for first, *others in study.groups:
+            timed = [each.key for each in (first, *others) if column in speeds.get(each.key, {})]
+            if timed and timed[0] != first.key:
+                kind = column.split(",")[0]
+                lines.append(f"{kind}: {first.key}, was not measured; its group is relative to {timed[0]}")
+    return lines
 
 
 def _described(conditions: Conditions, facts: dict[str, object]) -> str:
@@ -107,7 +120,7 @@ def _markdown(study: Study, rows: Sequence[Row], described: str) -> str:
     notes = [f"- {row.subject.key}, {note}" for row in rows for note in row.notes]
     if notes:
         lines += ["", "Not measured:", "", *notes]
-    lines += [part for line in study.summary(rows) for part in ("", line)]
+    lines += [part for line in remarks(study, rows) for part in ("", line)]
     return "\n".join(lines) + "\n"
 
 
