@@ -162,4 +162,4 @@ def test_patterns_are_of_the_recipes_model(
         "model.args={dims: [8, 16, 32], depths: [1, 1, 1]}",
     )
     call("study", "patterns", *named, *recipe, "--routes", "cross", "--out", str(tmp_path / "new"))
-    assert timed == [(28, {"dims": [8, 16, 32], "routes": "cross"})]
+    assert timed == [(28, {"dims": [8, 16, 32], "depths": [1, 1, 1], "routes": "cross"})]
