@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,11 @@ import torch
 import yaml
 
 import dense_runs
+import predicting
 from images import make_folder, tiny_values
+from predicting import Done
+
+TWO = "train.devices=2"
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +34,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def call(place: Path, out: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vmamba_cli", "train", "recipe.yaml", "--out", out, *overrides]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200)
+def call(place: Path, *arguments: str) -> Done:
+    """The command, in a process of its own where it starts a second one."""
+    if TWO not in arguments:
+        return predicting.call(place, *arguments)
+    command = [sys.executable, "-m", "vmamba_cli", *arguments]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=200)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def train(place: Path, out: str, *overrides: str) -> dict[str, torch.Tensor]:
     """The raw and averaged weights that a run ends with."""
-    done = call(place, out, *overrides)
-    assert done.returncode == 0, done.stderr
+    done = call(place, "train", "recipe.yaml", "--out", out, *overrides)
+    assert done.status == 0, done.stderr
     assert done.stdout.count("next: vmamba eval") == 1
     checkpoint = torch.load(place / out / "checkpoints" / "last.ckpt", weights_only=True)
     return checkpoint["state_dict"]
@@ -48,7 +57,6 @@ def alone(place: Path) -> dict[str, torch.Tensor]:
     return train(place, "alone")
 
 
-TWO = "train.devices=2"
 SHARDED = [TWO, "train.strategy=fsdp"]
 
 
@@ -91,29 +99,24 @@ def test_a_run_goes_on_with_another_number_of_processes(place: Path, alone: dict
     for path in checkpoints.glob("*"):
         if not path.name.startswith("step-000000002."):
             path.unlink()
-    done = call(place, "other", *every, "train.micro_batch_size=2", "--auto-resume")
-    assert done.returncode == 2
+    twos = "train.micro_batch_size=2"
+    done = call(place, "train", "recipe.yaml", "--out", "other", *every, twos, "--auto-resume")
+    assert done.status == 2
     assert "within an epoch, read in parts of 8 samples; here they would be of 2" in done.stderr
     assert "Traceback" not in done.stderr
     assert_close(train(place, "other", *every, TWO, "--auto-resume"), alone)
 
 
+@pytest.mark.usefixtures("alone")
 def test_two_processes_judge_each_image_once(place: Path) -> None:
     """23 images: one process has one more than the other."""
-    train(place, "judged")
-    (place / "images" / "val" / "red" / "7.png").unlink()
+    shutil.copytree(place / "images", place / "fewer")
+    (place / "fewer" / "val" / "red" / "7.png").unlink()
     tables = []
-    for processes in (1, 2):
-        command = ["eval", "judged", "--out", f"report{processes}", f"train.devices={processes}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "vmamba_cli", *command],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        with (place / f"report{processes}" / "predictions.csv").open(newline="") as file:
+    for out, devices in (("judged by one", "train.devices=1"), ("judged by two", TWO)):
+        done = call(place, "eval", "alone", "--out", out, "data.root=fewer", devices)
+        assert done.status == 0, done.stderr
+        with (place / out / "predictions.csv").open(newline="") as file:
             tables.append(list(csv.DictReader(file)))
     one, two = tables
     assert len(two) == 23
