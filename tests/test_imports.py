@@ -223,6 +223,23 @@ import vmamba
 """)
 
 
+def test_training_loads_no_signal_processing() -> None:
+    """Which Lightning would, with more than a second; who uses it gets it, inside the block and after it."""
+    pytest.importorskip("scipy")
+    run("""
+import sys
+from vmamba_cli._extra import load, signal_processing_later
+load("vmamba.train.run", "train")
+assert "torchmetrics" in sys.modules and "scipy.signal" not in sys.modules
+with signal_processing_later():
+    import scipy.signal
+    assert "scipy.signal.windows" not in sys.modules and hasattr(scipy.signal, "hamming")
+    from scipy.signal import fftconvolve
+    assert fftconvolve is sys.modules["scipy.signal"].fftconvolve
+assert scipy.signal.windows.hamming(3).shape == (3,)
+""")
+
+
 def test_the_commands_help_is_light() -> None:
     printed = run("""
 import sys
