@@ -38,15 +38,18 @@ def check_folder(folder: Path, *pictures: str, results: str = RESULTS) -> None:
 def write(folder: Path, rows: Sequence[dict[str, Any]], name: str = RESULTS) -> Path:
     """Write results, with the hardware and software used, to a checked folder; returns the file's path.
 
+    The file is written whole or not at all.
+
     Raises:
         typer.Exit: It cannot be written; the reason was printed.
     """
     from vmamba.environment import environment
+    from vmamba.files import write_atomically
 
     path = folder / name
     text = json.dumps({"environment": environment(), "results": list(rows)}, indent=2) + "\n"
     with _reported(path):
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, text)
     return path
 
 
