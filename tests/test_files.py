@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmamba.files import replacing, sha256, write_atomically
+from vmamba.files import replacing, save_figure, sha256, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -28,6 +28,20 @@ def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
         temporary.write_text(f"half {1 / 0}")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_figure_is_whole_too(tmp_path: Path) -> None:
+    class Figure:
+        def savefig(self, path: Path, **how: object) -> None:
+            path.write_text(str(how))
+            if how["dpi"] == 0:
+                raise OSError(28, "No space left on device")
+
+    save_figure(Figure(), tmp_path / "a.pdf", dpi=90)
+    with pytest.raises(OSError, match="No space left"):
+        save_figure(Figure(), tmp_path / "a.pdf", dpi=0)
+    assert (tmp_path / "a.pdf").read_text() == "{'format': 'pdf', 'dpi': 90}"
+    assert names(tmp_path) == ["a.pdf"]
 
 
 def test_the_file_appears_at_the_end(tmp_path: Path) -> None:

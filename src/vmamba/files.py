@@ -1,4 +1,4 @@
-"""Write files atomically, lock them, and compute their SHA-256."""
+"""Write files and figures atomically, lock them, and compute their SHA-256."""
 
 import errno
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def sha256(path: str | PathLike[str]) -> str:
@@ -93,3 +93,9 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def save_figure(figure: Any, path: str | PathLike[str], dpi: int) -> None:
+    """Write a matplotlib figure through `replacing`, in the format of the path's suffix, PNG without one."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=dpi)

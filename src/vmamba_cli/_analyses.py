@@ -25,6 +25,7 @@ from vmamba.analysis.complexity import ModuleComplexity, count_modules, parse_si
 from vmamba.data.decoding import as_floats, read_image
 from vmamba.data.video import is_video_name
 from vmamba.errors import CheckpointError, DataError
+from vmamba.files import replacing
 from vmamba.inference import Predictor
 from vmamba.models.checkpoints import Weights
 from vmamba.models.factory import create_on_meta
@@ -372,7 +373,7 @@ def print_complexity(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -381,4 +382,5 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_arrays(path: Path, arrays: Mapping[str, Tensor]) -> None:
     """Write tensors as a compressed .npz, by name."""
     values: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
-    np.savez_compressed(path, **values)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **values)

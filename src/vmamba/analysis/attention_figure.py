@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vmamba.analysis.attention import ScanAttention
+from vmamba.files import save_figure
 
 ROW_LABELS = {"CB": "Q Kᵀ", "CwBw": "Q Kᵀ, decay", "ww": "decay"}
 SECTIONS = {
@@ -152,7 +153,7 @@ def draw(
     )
     bar.set_ticks([0, 1], labels=["least", "largest"])
     bar.set_label("colours of each panel are of its own values; grey: not reached yet", fontsize=11)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def draw_panel(panel: Panel, path: str | Path) -> None:
@@ -169,7 +170,7 @@ def draw_panel(panel: Panel, path: str | Path) -> None:
     picture = _show(axes, panel)
     axes.set_title(f"{panel.row}: {panel.column}")
     figure.colorbar(picture, ax=axes, label="mean over channels")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _fill(grid: Any, members: Sequence[Panel]) -> None:

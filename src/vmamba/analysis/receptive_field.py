@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.files import save_figure
 from vmamba.nn.modes import evaluating
 
 SHARES = (0.2, 0.3, 0.5, 0.99)
@@ -117,4 +118,4 @@ def draw(fields: Mapping[str, Tensor], path: str | Path, columns: int | None = N
     bar.set_label("(contribution / largest)$^{0.2}$")
     note = "below each map: area of the smallest" + ("\n" if columns == 1 else " ")
     figure.supxlabel(f"{note}centred square with that share", fontsize=10)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vmamba.analysis.scans import Scan, record_scans
 from vmamba.errors import UserError
+from vmamba.files import save_figure
 from vmamba.ops.routes import Routes, cross_scan, names_of, parse_routes
 
 CASCADE = "cascade"
@@ -135,7 +136,7 @@ def draw(sets: Mapping[str, Sequence[Route]], path: str | Path, image: Tensor | 
         ScalarMappable(cmap=_COLOURS), ax=rows[-1].axes, location="bottom", shrink=0.5, aspect=40
     )
     bar.set_ticks([0, 1], labels=["read first", "read last"])
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def draw_route(axes: Any, route: Route, image: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vmamba.analysis.scans import record_scans
 from vmamba.bench.timing import BenchError, Ratio, interleaved, ratio, synchronizer
+from vmamba.files import save_figure
 from vmamba.models.factory import create_model
 from vmamba.nn import fused
 from vmamba.nn.modes import evaluating
@@ -374,4 +375,4 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axes.set_yscale("log")
         axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

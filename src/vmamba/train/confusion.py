@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from vmamba.files import replacing, write_atomically
+from vmamba.files import save_figure, write_atomically
 
 LABELLED = 30
 """Most classes for which the picture has room for names."""
@@ -131,8 +131,8 @@ def draw_confusion(
     axes.set(xlabel=f"predicted class{across}", ylabel=f"true class{down}")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, label="% of the true class")
-    with replacing(path) as temporary, without_missing_glyphs():
-        figure.savefig(temporary, format="png", dpi=120)
+    with without_missing_glyphs():
+        save_figure(figure, path, dpi=120)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vmamba.errors import OutputError, RecipeError
-from vmamba.files import replacing, write_atomically
+from vmamba.files import save_figure, write_atomically
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -81,5 +81,4 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -12,7 +12,7 @@ from vmamba.data.decoding import DecodedImage
 from vmamba.data.objects import Objects
 from vmamba.data.overlay import colour, draw_objects
 from vmamba.errors import DataError
-from vmamba.files import replacing
+from vmamba.files import save_figure
 from vmamba.train.confusion import draw_confusion, score_cell, shortened, without_missing_glyphs, write_csv
 from vmamba.train.detection_matches import (
     MATCH_IOU,
@@ -166,8 +166,8 @@ def _draw_curves(results: Mapping[str, Tensor], classes: Sequence[str], path: Pa
             axes.legend(title=title, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     for axes in grid[-1]:
         axes.set_xlabel("recall")
-    with replacing(path) as temporary, without_missing_glyphs():
-        figure.savefig(temporary, format="png", dpi=120)
+    with without_missing_glyphs():
+        save_figure(figure, path, dpi=120)
 
 
 def _draw_classes(axes: Any, precision: Tensor, objects: Tensor, classes: Sequence[str]) -> None:
