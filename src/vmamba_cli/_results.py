@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ RESULTS = "results.json"
 
 
 def check_folder(folder: Path, *pictures: str, results: str = RESULTS) -> None:
-    """Make a folder for results, and check that its files can be written.
+    """Check that a folder for results, and its files, can be written; leave nothing behind.
 
     Args:
-        folder: The folder; created if it is missing.
+        folder: The folder; what is written later creates it if it is missing.
         pictures: Names of pictures that will be written beside the results.
         results: Name of the file of results.
 
@@ -25,9 +25,15 @@ def check_folder(folder: Path, *pictures: str, results: str = RESULTS) -> None:
         typer.Exit: It cannot be written to, or pictures cannot be drawn; the reason was printed.
     """
     with _reported(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        finally:
+            for each in missing:
+                with suppress(OSError):  # it was not made, or is no longer empty
+                    each.rmdir()
     for name in (results, *pictures):
         if (folder / name).is_dir():
             refuse(f"--out: {folder / name} is a folder; a file of that name is to be written")

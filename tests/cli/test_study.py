@@ -90,10 +90,11 @@ def test_what_is_wrong_is_refused_before_the_work(
     wrong: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vmamba.studies.run.bench_settings", lambda *_: pytest.fail("the work began"))
-    done = call(*SMALL, "--out", str(tmp_path), *wrong)
+    done = call(*SMALL, "--out", str(tmp_path / "new"), *wrong)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
     assert "Traceback" not in done.output
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
