@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+import vmamba
 from exporting import traced_once
 from images import COLOURS, make_folder, tiny_values
 from later import importorskip_later
@@ -67,12 +70,22 @@ def test_a_run(place: Path, tmp_path: Path) -> None:
 
 
 def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="needs the extra `export`")
+    """The file also gives the model's answers once its user has fixed the size of images."""
+    openvino = pytest.importorskip("openvino", reason="needs the extra `export`")
     done = export(place, "openvino", "run", "--out", str(tmp_path / "a.xml"), "--no-check")
     assert done.status == 0, done.stderr
     assert "outputs logits; any batch, height, width" in done.stdout
     assert "differs" not in done.stdout
     assert names(tmp_path) == ["a.bin", "a.xml"]
+    images = torch.randn(2, 3, 40, 33)
+    with torch.inference_mode():
+        logits = vmamba.load(place / "run", device="cpu").model(images).numpy()
+    model = openvino.Core().read_model(tmp_path / "a.xml")
+    for fixed in (False, True):
+        if fixed:
+            model.reshape(list(images.shape))
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert np.abs(compiled([images.numpy()])["logits"] - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
 @pytest.mark.parametrize(
