@@ -127,13 +127,11 @@ SAMPLED = {
         "EfficientNet-B4-380",
         "cascade-224",
     ),
-    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": (
-        "at the first-fork",
-        "at work-spawn",
-    ),
+    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": ("at work-spawn",),
     "tests/train/test_dense_tasks.py::test_a_killed_run_ends_with_the_same_bits": ("segmentation",),
     "tests/train/test_distributed.py::test_two_processes_go_on_with_a_run": ("shards",),
     "tests/train/test_distributed.py::test_the_second_process_gets_a_signal": ("killed",),
+    "tests/train/test_distributed.py::test_two_processes_of_a_dense_task_equal_one": ("segmentation",),
     "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing": ("two shards",),
     "tests/train/test_faults.py::test_a_signal_of_the_scheduler": (
         "whole steps-SIGUSR1",
