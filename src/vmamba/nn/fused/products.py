@@ -11,6 +11,7 @@ Only fused forms call this module, so x is a plain CPU tensor, and no hook, mode
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def onednn_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     if dtype == torch.float32 or (dtype == torch.bfloat16 and _torch_private.onednn_has_bfloat16()):
         return dtype
     return None
+
+
+def _without_autocast() -> AbstractContextManager[Any]:
+    """Autocast off within the block; where it is off, entering it would cost more than a small product."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def _is_float32(x: Tensor, weight: Tensor) -> bool:
@@ -285,7 +291,7 @@ def _linear_gelu_linear_without_gradients(
     assert weight1 is not None
     assert weight2 is not None
     step = blocking.rows_at_once(fc1.out_features)
-    with torch.autocast("cpu", enabled=False):
+    with _without_autocast():
         results = [
             _product(_product(rows.to(dtype), weight1, bias1, gelu=True), weight2, bias2)
             for rows in x.reshape(-1, x.shape[-1]).split(step)
@@ -303,7 +309,7 @@ def conv_silu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     if torch.is_grad_enabled() or dtype is None:
         return F.silu(conv(images).permute(0, 2, 3, 1))
     weight, bias = conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
-    with torch.autocast("cpu", enabled=False):
+    with _without_autocast():
         y = _torch_private.onednn_conv(images.to(dtype), weight, bias, geometry, silu=True)
     return y.permute(0, 2, 3, 1)
 
