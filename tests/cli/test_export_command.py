@@ -14,11 +14,10 @@ import yaml
 import vmamba
 from exporting import traced_once
 from images import COLOURS, make_folder, tiny_values
-from later import importorskip_later
 from predicting import Done, call
 
-importorskip_later("onnxscript", "export")
-onnxruntime = importorskip_later("onnxruntime", "export")
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 CLASSES = sorted(COLOURS)
 UNTRAINED = ("vmamba_pico", "--untrained")
 

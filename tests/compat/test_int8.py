@@ -8,12 +8,11 @@ import timm
 import torch
 
 from images import make_folder
-from later import Later, importorskip_later
 
-importorskip_later("onnxscript", "export")
-openvino = importorskip_later("openvino", "export")
-importorskip_later("nncf", "int8")
-export = Later("vmamba.export")
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
+openvino = pytest.importorskip("openvino", reason="needs the extra `export`")
+pytest.importorskip("nncf", reason="needs the extra `int8`")
+export = pytest.importorskip("vmamba.export")
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]
 
 

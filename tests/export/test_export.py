@@ -12,15 +12,14 @@ from torch import nn
 import vmamba
 from exporting import traced_once
 from images import make_folder
-from later import Later, importorskip_later
 from vmamba.errors import DataError, ExportError, ModelError, OutputError
 from vmamba.heads import Features, mask_rcnn, upernet
 
-importorskip_later("onnxscript", "export")
-onnxruntime = importorskip_later("onnxruntime", "export")
-export = Later("vmamba.export")
-check = Later("vmamba.export.check")
-subjects = Later("vmamba.export.subject")
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+export = pytest.importorskip("vmamba.export")
+compare = pytest.importorskip("vmamba.export.check").compare
+Subject = pytest.importorskip("vmamba.export.subject").Subject
 
 SIZES = ((1, 33, 40), (2, 96, 160), (3, 224, 224), (1, 384, 288))
 CFG = {
@@ -132,12 +131,12 @@ def test_a_model_of_one_size(tmp_path: Path) -> None:
 
 
 def test_sizes_that_the_model_refuses_are_not_compared() -> None:
-    subject = subjects.Subject.of(OfPatches())
+    subject = Subject.of(OfPatches())
 
     def run(images: Any) -> dict[str, Any]:
         return {"logits": subject.outputs(torch.from_numpy(images))["logits"].numpy()}
 
-    result = check.compare(run, "a runtime", subject, any_size=True)
+    result = compare(run, "a runtime", subject, any_size=True)
     assert result.shapes == ((3, 3, 64, 64), (1, 3, 64, 64), (3, 3, 64, 64))
 
 

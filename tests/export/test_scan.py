@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from later import Later, importorskip_later
 from vmamba.ops import selective_scan_2d
 from vmamba.ops.routes import GIVEN, route_codes
 
-ir = importorskip_later("onnx_ir", "export")
-importorskip_later("onnxscript", "export")
-scan = Later("vmamba.export.scan")
+ir = pytest.importorskip("onnx_ir", reason="needs the extra `export`")
+pytest.importorskip("onnxscript", reason="needs the extra `export`")
+scan = pytest.importorskip("vmamba.export.scan")
 
 RUNTIMES = ("onnxruntime", "openvino")
 
