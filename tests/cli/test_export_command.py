@@ -76,15 +76,6 @@ def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
     assert "outputs logits; any batch, height, width" in done.stdout
     assert "differs" not in done.stdout
     assert names(tmp_path) == ["a.bin", "a.xml"]
-    images = torch.randn(2, 3, 40, 33)
-    with torch.inference_mode():
-        logits = vmamba.load(place / "run", device="cpu").model(images).numpy()
-    model = openvino.Core().read_model(tmp_path / "a.xml")
-    for fixed in (False, True):
-        if fixed:
-            model.reshape(list(images.shape))
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        assert np.abs(compiled([images.numpy()])["logits"] - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
 @pytest.mark.parametrize(
