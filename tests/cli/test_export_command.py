@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
 
-import vmamba
 from exporting import traced_once
 from images import COLOURS, make_folder, tiny_values
 from predicting import Done, call
@@ -69,8 +66,7 @@ def test_a_run(place: Path, tmp_path: Path) -> None:
 
 
 def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
-    """The file also gives the model's answers once its user has fixed the size of images."""
-    openvino = pytest.importorskip("openvino", reason="needs the extra `export`")
+    pytest.importorskip("openvino", reason="needs the extra `export`")
     done = export(place, "openvino", "run", "--out", str(tmp_path / "a.xml"), "--no-check")
     assert done.status == 0, done.stderr
     assert "outputs logits; any batch, height, width" in done.stdout
