@@ -74,8 +74,7 @@ PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "pyth
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=page_name)
 def test_python(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name == "deploy.md":  # torch.export takes seconds for each block
-        create = functools.partial(smaller, timm.create_model)
-        monkeypatch.setattr(timm, "create_model", create)
+        monkeypatch.setattr(timm, "create_model", functools.partial(smaller, timm.create_model))
     for block in blocks(page):
         if block.language == "python":
             compile(block.text, str(block), "exec")

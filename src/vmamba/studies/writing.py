@@ -48,7 +48,7 @@ def write_results(study: Study, rows: Sequence[Row], conditions: Conditions, fol
 
 
 def remarks(study: Study, rows: Sequence[Row]) -> list[str]:
-    """Lines below the table: the study's own, and which group has lost the subject that begins it."""
+    """Lines below the table: the study's summary, and the groups whose first subject was not measured."""
     lines = study.summary(rows)
     speeds = {row.subject.key: row.speeds for row in rows}
     for column in (INFERENCE, TRAINING):
