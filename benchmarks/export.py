@@ -22,15 +22,13 @@ import torch
 
 import vmamba.export
 from vmamba.environment import environment
-from vmamba.export.check import onnxruntime_runner, openvino_runner
+from vmamba.export.check import onnxruntime_runner, openvino_core, openvino_runner
 
 MODELS = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
 
 
 def measure(name: str, rounds: int, folder: Path) -> dict[str, Any]:
     """The row of a model."""
-    import openvino
-
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     start = time.perf_counter()
@@ -40,9 +38,9 @@ def measure(name: str, rounds: int, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     run_onnx, _ = onnxruntime_runner(onnx.path)
     loading = time.perf_counter() - start
-    run_ir, _ = openvino_runner(openvino.Core().read_model(ir.path))
+    run_ir, _ = openvino_runner(openvino_core().read_model(ir.path))
     images = torch.randn(1, 3, 224, 224)
-    fixed = openvino.Core().read_model(ir.path)
+    fixed = openvino_core().read_model(ir.path)
     fixed.reshape(list(images.shape))
     run_fixed, _ = openvino_runner(fixed)
     calls = {

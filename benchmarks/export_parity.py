@@ -25,7 +25,7 @@ from torch import nn
 
 import vmamba.export
 from vmamba.environment import environment
-from vmamba.export.check import TOLERANCE, Runner, onnxruntime_runner, openvino_runner
+from vmamba.export.check import TOLERANCE, Runner, onnxruntime_runner, openvino_core, openvino_runner
 from vmamba.heads import Features, upernet
 
 SIZES = ((33, 40), (96, 160), (224, 224), (384, 288))
@@ -44,8 +44,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """The row of a model."""
-    import openvino
-
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     start = time.perf_counter()
@@ -54,8 +52,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     own = vmamba.export.openvino(model, folder / f"{name}.xml", check=False)
     runners = {
         "onnxruntime": onnxruntime_runner(exported.path)[0],
-        "openvino": openvino_runner(openvino.Core().read_model(exported.path))[0],
-        "openvino, own file": openvino_runner(openvino.Core().read_model(own.path))[0],
+        "openvino": openvino_runner(openvino_core().read_model(exported.path))[0],
+        "openvino, own file": openvino_runner(openvino_core().read_model(own.path))[0],
     }
     row: dict[str, Any] = {"model": name, "export_s": seconds, "nodes": exported.nodes}
     for runtime, run in runners.items():

@@ -15,6 +15,8 @@ import numpy as np
 import openvino
 from openvino import opset13
 
+from vmamba.export.check import openvino_core
+
 SIZES = ((3136, 96, 384), (3136, 192, 96), (784, 192, 768), (196, 384, 1536), (1024, 512, 512))
 """Rows, inputs, outputs."""
 
@@ -32,7 +34,7 @@ def ratio(rows: int, inputs: int, outputs: int, rounds: int) -> tuple[float, flo
     images = nncf.Dataset([normal(1, rows, inputs) for _ in range(4)])
     narrow = nncf.quantize(wide, images, subset_size=4, model_type=nncf.ModelType.TRANSFORMER)
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    models = [openvino.Core().compile_model(model, "CPU", settings) for model in (wide, narrow)]
+    models = [openvino_core().compile_model(model, "CPU", settings) for model in (wide, narrow)]
     value, times = normal(1, rows, inputs), []
     for _ in range(10 + rounds):
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,25 @@ def onnxruntime_runner(path: Path) -> tuple[Runner, str]:
     return run, runtime
 
 
+@cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of the process.
+
+    A Core's plugin gives the thread another stack for signal handlers, and puts the previous one back when it
+    is freed. Of two that are freed in the order of their creation the second puts back the freed stack of the
+    first, and the next signal that Python handles, such as SIGINT or SIGCHLD, ends the process (2026.4.1).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def openvino_runner(model: Any) -> tuple[Runner, str]:
     """A runner of an `openvino.Model`, in float32 also where the processor has narrower types."""
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    compiled = openvino_core().compile_model(model, "CPU", settings)
 
     def run(images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return {output.any_name: value for output, value in compiled([images]).items()}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vmamba.data.finding import LeftOut, find_images
 from vmamba.errors import DataError, ExportError, OutputError
-from vmamba.export.check import check_shapes, openvino_runner
+from vmamba.export.check import check_shapes, openvino_core, openvino_runner
 from vmamba.export.packages import require
 from vmamba.export.subject import Subject
 from vmamba.files import replacing
@@ -43,12 +43,10 @@ class Quantised:
 
 def to_openvino(graph: ir.Model) -> Any:
     """An `openvino.Model` of an ONNX graph, with its metadata."""
-    import openvino
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         ir.save(graph, file)
-        model = openvino.Core().read_model(file)
+        model = openvino_core().read_model(file)
         # Read by now: what is read from a file may be read again when it is needed.
         model = model.clone()
     for key, value in graph.metadata_props.items():

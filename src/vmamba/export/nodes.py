@@ -47,8 +47,9 @@ class Nodes:
     def squeeze(self, value: ir.Value, axis: int) -> ir.Value:
         return self.Squeeze(value, self.vector(axis))
 
-    def zeros(self, shape: ir.Value, dtype: ir.DataType) -> ir.Value:
-        return self.ConstantOfShape(shape, value=tensor((0,), dtype))
+    def full(self, shape: ir.Value, value: int, dtype: ir.DataType) -> ir.Value:
+        """A tensor of a shape, filled with a number."""
+        return self.ConstantOfShape(shape, value=tensor((value,), dtype))
 
     def sum(self, values: Sequence[ir.Value]) -> ir.Value:
         """The sum of one or several."""

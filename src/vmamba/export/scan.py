@@ -15,6 +15,12 @@ There is no division, no padding and no gather, so an image of any size is read 
 and each of the cascade's lines) only step 3 is left. A route given as a permutation is gathered, read as
 one line of h·w steps, and scattered back.
 
+A step costs OpenVINO more than the large operations around the Scans, so for it two Scans do, if n = 1:
+
+1. `from_zero`: from zero at the start of each line, keep the state of every step, and the product of the
+   decays up to it, from which a state at the line's start would be left.
+2. `carry`, as above. Then y = C (state + product · begin).
+
 With n = 1 the decays and drives of all positions are computed before the Scans, by large operations. With
 n > 1 these would take n times the memory of x, so they are computed inside the Scans' bodies, step by step.
 The state is (b, lines, d), or (b, lines, n, d): d last, so that broadcasting runs along contiguous memory.
@@ -97,6 +103,10 @@ def write_scan(
     writer = _Writer(form, operands, prefix)
     y, last_state = writer.write()
     return writer.op.tape.nodes, y, last_state
+
+
+_GIVEN = {"ends": 0, "carry": 1, "outputs": 1, "from_zero": 2}
+"""What a step of a Scan of this kind gives, of each route."""
 
 
 @dataclass
@@ -190,7 +200,9 @@ class _Writer:
         x = self.operands["x"]
         (y,) = self._scanned([self._prepare(k, False, visited(x), visited, 0)], last_states, one_line=True)
         y = self.op.squeeze(y, 2)
-        image = self.op.ScatterND(self.op.zeros(self.op.Shape(y), self.dtype), self.op.unsqueeze(order, 1), y)
+        image = self.op.ScatterND(
+            self.op.full(self.op.Shape(y), 0, self.dtype), self.op.unsqueeze(order, 1), y
+        )
         return self.op.Reshape(self.op.Transpose(image, perm=[1, 0, 2]), self.op.Shape(x))
 
     def _prepare(self, k: int, backwards: bool, x: ir.Value, turned: Any, axis: int) -> _Route:
@@ -217,13 +229,10 @@ class _Writer:
             begins = [self.op.unsqueeze(start, 1) for start in starts]
             ends, ys = self._scan("outputs", begins, steps, routes, forwards)
             finals = [self.op.squeeze(end, 1) for end in ends]
+        elif self.form.n_state == 1 and self.form.spelling == "openvino":
+            finals, ys = self._by_two_scans(routes, shape, starts, steps, forwards)
         else:
-            zeros = [self.op.zeros(self._state_shape(shape), self.dtype) for _ in routes]
-            ends, _ = self._scan("ends", zeros, [step[:-1] for step in steps], routes, forwards)
-            decays = [self._decay_of_line(route) for route in routes]
-            pairs = [[decay, end] for decay, end in zip(decays, ends, strict=True)]
-            finals, begins = self._scan("carry", starts, pairs, routes, forwards)
-            _, ys = self._scan("outputs", begins, steps, routes, forwards)
+            finals, ys = self._by_three_scans(routes, shape, starts, steps, forwards)
         for route, final in zip(routes, finals, strict=True):
             last_states[route.k] = (
                 self.op.unsqueeze(final, 2)
@@ -231,6 +240,41 @@ class _Writer:
                 else self.op.Transpose(final, perm=[0, 2, 1])
             )
         return ys
+
+    def _by_three_scans(
+        self,
+        routes: Sequence[_Route],
+        shape: ir.Value,
+        starts: Sequence[ir.Value],
+        steps: Sequence[Sequence[ir.Value]],
+        forwards: Sequence[bool],
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
+        """The last states, and y; `shape` is that of the state of all lines."""
+        zeros = [self.op.full(self._state_shape(shape), 0, self.dtype) for _ in routes]
+        ends, _ = self._scan("ends", zeros, [step[:-1] for step in steps], routes, forwards)
+        pairs = [[self._decay_of_line(route), end] for route, end in zip(routes, ends, strict=True)]
+        finals, begins = self._scan("carry", starts, pairs, routes, forwards)
+        _, ys = self._scan("outputs", begins, steps, routes, forwards)
+        return finals, ys
+
+    def _by_two_scans(
+        self,
+        routes: Sequence[_Route],
+        shape: ir.Value,
+        starts: Sequence[ir.Value],
+        steps: Sequence[Sequence[ir.Value]],
+        forwards: Sequence[bool],
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
+        """As `_by_three_scans`, for n = 1."""
+        before = [self.op.full(shape, value, self.dtype) for _ in routes for value in (0, 1)]
+        after, kept = self._scan("from_zero", before, [step[:-1] for step in steps], routes, forwards)
+        pairs = [[product, end] for end, product in zip(after[::2], after[1::2], strict=True)]
+        finals, begins = self._scan("carry", starts, pairs, routes, forwards)
+        ys = []
+        for route, begin, state, product in zip(routes, begins, kept[::2], kept[1::2], strict=True):
+            left = self.op.Mul(product, self.op.unsqueeze(begin, route.axis))
+            ys.append(self.op.Mul(self.op.Add(state, left), route.C))
+        return finals, ys
 
     # --- the Scans ----------------------------------------------------------------------------------------
 
@@ -259,14 +303,15 @@ class _Writer:
         """A Scan of several routes at once.
 
         Args:
-            kind: "ends", "carry" or "outputs".
-            states: The first state of each route.
+            kind: "ends", "carry", "outputs" or "from_zero".
+            states: The first state of each route; for "from_zero" also the first product of decays.
             reads: What a step reads, of each route, along its axis; a step of "carry" along the second.
             routes: The routes.
             forwards: Whether each reads from the first step on.
 
         Returns:
-            The last states, and what the steps gave, in the order of the axis; nothing for "ends".
+            The last states, and what the steps gave, in the order of the axis: nothing for "ends", for
+            "from_zero" state and product.
         """
         self.scans += 1
         body = self._body(kind, routes, len(reads[0]))
@@ -274,7 +319,7 @@ class _Writer:
         if self._decays_inside(kind):
             states = [*states, *(route.A for route in routes)]
         backwards = [int(not each) for each in forwards]
-        given = [] if kind == "ends" else backwards
+        given = [each for each in backwards for _ in range(_GIVEN[kind])]
         ports = [read for of_route in reads for read in of_route]
         axis = 1 if kind == "carry" else routes[0].axis
         outputs = self.op.of_many(
@@ -317,7 +362,12 @@ class _Writer:
                 decay, drive = step[:2]
             new = op.Add(op.Mul(state, decay), drive)  # the state first: OpenVINO is wrong otherwise
             new_states.append(new)
-            if kind == "carry":
+            if kind == "from_zero":
+                inputs.append(self._declared(f"{prefix}p{route.k}", rank))
+                product = op.Mul(inputs[-1], decay)
+                new_states.append(product)
+                given += [op.Identity(new), op.Identity(product)]
+            elif kind == "carry":
                 given.append(op.Identity(state))
             elif kind == "outputs" and self.form.n_state == 1:
                 given.append(op.Mul(new, step[-1]))
@@ -369,8 +419,8 @@ class _Writer:
             state = self.op.Gather(self.operands["initial_state"], self.op.number(k), axis=1)  # (b, d, n)
             return self.op.squeeze(state, 2) if n == 1 else self.op.Transpose(state, perm=[0, 2, 1])
         inner = [] if n == 1 else [self.op.vector(n)]
-        return self.op.zeros(
-            self.op.Concat(self._part(shape, 0, 1), *inner, self._part(shape, 2, 3), axis=0), self.dtype
+        return self.op.full(
+            self.op.Concat(self._part(shape, 0, 1), *inner, self._part(shape, 2, 3), axis=0), 0, self.dtype
         )
 
     # --- small pieces -------------------------------------------------------------------------------------
