@@ -6,6 +6,7 @@ PyTorch is imported where it is used: the process that deals tests out to others
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,12 @@ if "TRITON_INTERPRET" in os.environ:
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=3 if INTERPRETED else 25)
 settings.register_profile("quick", settings.get_profile("fixed"), max_examples=5)
 settings.load_profile("fixed")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    from vmamba_cli._extra import signal_processing_later
+
+    with signal_processing_later(), suppress(ModuleNotFoundError):
+        import lightning  # noqa: F401  (over a second sooner than where tests import it)
 
 if INTERPRETED:
     from interpreter import speed_up

@@ -327,6 +327,9 @@ COVERED = {
     "tests/export/test_scan.py::test_either_spelling_is_right": (
         "tests/export/test_scan.py::test_is_the_reference"
     ),
+    "tests/export/test_export.py::test_signals_are_handled_after_openvino": (
+        "tests/cli/test_export_command.py::test_openvino_without_check"
+    ),
     "tests/cli/test_export_command.py::test_a_run": (
         "tests/export/test_export.py::test_any_number_and_size_of_images"
     ),

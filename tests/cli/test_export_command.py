@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+import vmamba
 from exporting import traced_once
 from images import COLOURS, make_folder, tiny_values
+from later import Later, importorskip_later
 from predicting import Done, call
 
-pytest.importorskip("onnxscript", reason="needs the extra `export`")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+importorskip_later("onnxscript", "export")
+onnxruntime = importorskip_later("onnxruntime", "export")
+check = Later("vmamba.export.check")
 CLASSES = sorted(COLOURS)
 UNTRAINED = ("vmamba_pico", "--untrained")
 
@@ -66,12 +71,22 @@ def test_a_run(place: Path, tmp_path: Path) -> None:
 
 
 def test_openvino_without_check(place: Path, tmp_path: Path) -> None:
+    """The file also gives the model's answers once its user has fixed the size of images."""
     pytest.importorskip("openvino", reason="needs the extra `export`")
     done = export(place, "openvino", "run", "--out", str(tmp_path / "a.xml"), "--no-check")
     assert done.status == 0, done.stderr
     assert "outputs logits; any batch, height, width" in done.stdout
     assert "differs" not in done.stdout
     assert names(tmp_path) == ["a.bin", "a.xml"]
+    images = torch.randn(2, 3, 40, 33)
+    with torch.inference_mode():
+        logits = vmamba.load(place / "run", device="cpu").model(images).numpy()
+    model = check.openvino_core().read_model(tmp_path / "a.xml")
+    for fixed in (False, True):
+        if fixed:
+            model.reshape(list(images.shape))
+        compiled = check.openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert np.abs(compiled([images.numpy()])["logits"] - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
 @pytest.mark.parametrize(

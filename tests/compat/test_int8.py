@@ -8,11 +8,13 @@ import timm
 import torch
 
 from images import make_folder
+from later import Later, importorskip_later
 
-pytest.importorskip("onnxscript", reason="needs the extra `export`")
-openvino = pytest.importorskip("openvino", reason="needs the extra `export`")
-pytest.importorskip("nncf", reason="needs the extra `int8`")
-export = pytest.importorskip("vmamba.export")
+importorskip_later("onnxscript", "export")
+importorskip_later("openvino", "export")
+importorskip_later("nncf", "int8")
+export = Later("vmamba.export")
+check = Later("vmamba.export.check")
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("default")]
 
 
@@ -27,7 +29,7 @@ def test_images_of_other_sizes_than_the_calibration(tmp_path: Path) -> None:
     )
     assert result.quantised.images == 12
     assert result.quantised.labelled == 12
-    compiled = openvino.Core().compile_model(result.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = check.openvino_core().compile_model(result.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for size in ((1, 3, 33, 40), (2, 3, 64, 64), (3, 3, 96, 50)):
         images = torch.randn(size)
         with torch.inference_mode():

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from images import COLOURS, make_folder, tiny_values
+from later import importorskip_later
 from vmamba.data import Decoding, HuggingFaceImages, ImageFolder
 from vmamba.errors import DataError
 from vmamba.train.recipe import check
 from vmamba.train.run import train
 from vmamba.train.tasks.classification import ClassificationRecipe
 
-datasets = pytest.importorskip("datasets")
+datasets = importorskip_later("datasets", "data")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 NAMES = sorted(COLOURS)
 

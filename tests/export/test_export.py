@@ -1,5 +1,7 @@
 """Files for other runtimes, of tiny models."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ from torch import nn
 import vmamba
 from exporting import traced_once
 from images import make_folder
+from later import Later, importorskip_later
 from vmamba.errors import DataError, ExportError, ModelError, OutputError
 from vmamba.heads import Features, mask_rcnn, upernet
 
-pytest.importorskip("onnxscript", reason="needs the extra `export`")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
-export = pytest.importorskip("vmamba.export")
-compare = pytest.importorskip("vmamba.export.check").compare
-Subject = pytest.importorskip("vmamba.export.subject").Subject
+importorskip_later("onnxscript", "export")
+onnxruntime = importorskip_later("onnxruntime", "export")
+export = Later("vmamba.export")
+check = Later("vmamba.export.check")
+subjects = Later("vmamba.export.subject")
 
 SIZES = ((1, 33, 40), (2, 96, 160), (3, 224, 224), (1, 384, 288))
 CFG = {
@@ -131,12 +134,12 @@ def test_a_model_of_one_size(tmp_path: Path) -> None:
 
 
 def test_sizes_that_the_model_refuses_are_not_compared() -> None:
-    subject = Subject.of(OfPatches())
+    subject = subjects.Subject.of(OfPatches())
 
     def run(images: Any) -> dict[str, Any]:
         return {"logits": subject.outputs(torch.from_numpy(images))["logits"].numpy()}
 
-    result = compare(run, "a runtime", subject, any_size=True)
+    result = check.compare(run, "a runtime", subject, any_size=True)
     assert result.shapes == ((3, 3, 64, 64), (1, 3, 64, 64), (3, 3, 64, 64))
 
 
@@ -182,6 +185,33 @@ def test_a_missing_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("vmamba.export.packages.is_installed", lambda package: False)
     with pytest.raises(ExportError, match="pip install openvino"):
         export.openvino(tiny(), tmp_path / "model.xml")
+
+
+RELEASED = """
+import gc, signal, subprocess
+import numpy, openvino
+from openvino import opset13
+from vmamba.export.check import openvino_runner
+
+x = opset13.parameter([-1, 3], numpy.float32)
+model = openvino.Model([opset13.relu(x)], [x])
+first = openvino_runner(model)
+second = openvino_runner(model)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+subprocess.run(["true"], check=True)
+"""
+"""Two compiled models, freed in the order of their creation, and then a signal that Python handles."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGCHLD there")
+def test_signals_are_handled_after_openvino() -> None:
+    pytest.importorskip("openvino", reason="needs the extra `export`")
+    done = subprocess.run([sys.executable, "-c", RELEASED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_openvino_wants_xml(tmp_path: Path) -> None:

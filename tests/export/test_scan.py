@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from later import Later, importorskip_later
 from vmamba.ops import selective_scan_2d
 from vmamba.ops.routes import GIVEN, route_codes
 
-ir = pytest.importorskip("onnx_ir", reason="needs the extra `export`")
-pytest.importorskip("onnxscript", reason="needs the extra `export`")
-scan = pytest.importorskip("vmamba.export.scan")
+ir = importorskip_later("onnx_ir", "export")
+importorskip_later("onnxscript", "export")
+scan = Later("vmamba.export.scan")
+check = Later("vmamba.export.check")
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -75,7 +77,9 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any, dict[s
             session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
             return list(session.run(None, values))
         return list(
-            runtime.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(values).values()
+            check.openvino_core()
+            .compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(values)
+            .values()
         )
 
     return call
