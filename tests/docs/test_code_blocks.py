@@ -68,27 +68,35 @@ def smaller(create_model: Callable[..., Any], name: str, **arguments: Any) -> An
 
 
 PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python"})
+EXTENDING = [page for page in PYTHON_PAGES if page.parent.name == "extend"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=page_name)
-def test_python(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page.name == "deploy.md":  # torch.export takes seconds for each block
-        monkeypatch.setattr(timm, "create_model", functools.partial(smaller, timm.create_model))
+def test_python_compiles(page: Path) -> None:
     for block in blocks(page):
         if block.language == "python":
             compile(block.text, str(block), "exec")
-    if page.parent.name != "extend":
-        run_python(page)
-        return
-    code = "import sys; from pathlib import Path; from docs.test_code_blocks import run_python; "
-    code += "run_python(Path(sys.argv[1]))"
-    path = ":".join([str(ROOT / "tests"), str(ROOT / "src")])
-    subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path.split(':')}; {code}", str(page)],
-        check=True,
-        timeout=120,
-    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("page", [page for page in PYTHON_PAGES if page not in EXTENDING], ids=page_name)
+def test_python(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name == "deploy.md":  # torch.export takes seconds for each block
+        monkeypatch.setattr(timm, "create_model", functools.partial(smaller, timm.create_model))
+    run_python(page)
+
+
+def test_python_of_extensions(workplace: Path) -> None:
+    """One process for all: starting it takes longer than their blocks."""
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT / "tests"), str(ROOT / "src")]}
+from pathlib import Path
+from docs.test_code_blocks import run_python
+for page in sys.argv[1:]:
+    run_python(Path(page))
+"""
+    subprocess.run([sys.executable, "-c", code, *map(str, EXTENDING)], check=True, timeout=180)
 
 
 def invoke(*arguments: str) -> None:
