@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.analysis.complexity import count
+from vmamba.errors import ModelError
 from vmamba.models.factory import create_on_meta
 from vmamba.models.peers.s4nd import S4ND, Kernel, S4NDMixer, S4NDStem
 
@@ -84,6 +85,11 @@ def test_an_image_of_other_channels_is_refused() -> None:
     for channels in (1, 2):
         with pytest.raises(ValueError, match=f"expected 3 channels, got {channels}"):
             model(torch.zeros(1, channels, 32, 32))
+
+
+def test_an_image_that_patches_do_not_cover_is_refused() -> None:
+    with pytest.raises(ModelError, match="img_size: expected multiples of 16x16, got 40x32"):
+        create_on_meta("s4nd_vit_base", img_size=(40, 32), depth=1)
 
 
 def test_the_discrete_system_is_the_continuous_one() -> None:

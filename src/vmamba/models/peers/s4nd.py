@@ -225,11 +225,21 @@ class S4NDConvNeXt(ConvNeXt):
 
 class S4NDViT(VisionTransformer):
     """ViT with S4ND for every attention, no class token and no positions; arguments as timm's
-    `VisionTransformer`."""
+    `VisionTransformer`.
+
+    Raises:
+        ValueError: `img_size` is not a multiple of `patch_size`: pixels at the edges would be left out.
+    """
 
     def __init__(self, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         fixed = {"class_token": False, "pos_embed": "none", "fc_norm": False}
         super().__init__(device=device, dtype=dtype, **({"global_pool": "avg"} | kwargs | fixed))
+        height, width = self.patch_embed.img_size
+        patch_height, patch_width = self.patch_embed.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"img_size: expected multiples of {patch_height}x{patch_width}, got {height}x{width}"
+            )
         for block in self.blocks:
             block.attn = S4NDMixer(self.embed_dim, self.patch_embed.grid_size, device=device, dtype=dtype)
 
