@@ -6,7 +6,7 @@ Four rules mark a case `full`, and so leave it out of the quick tier:
   of processes that outlive others and in a browser (`LEFT_OUT`) are left out.
 - Of a test that runs over the combinations of several parameters, as many cases stay as are needed for each
   value of each parameter to occur.
-- Of the tests in `CASES` the named cases stay.
+- Of the tests in `CASES` the named cases stay instead.
 - `COVERED` names what takes long, each beside a quick test that runs the same code.
 
 For `CASES` and `COVERED`, what a case adds to the coverage decides: nothing, or a few branches.
@@ -65,6 +65,12 @@ CASES = {
     "tests/heads/test_features.py::test_maps_of_any_model_at_any_size": ("resnet50", "vmamba_tiny"),
     "tests/heads/test_upernet.py::test_a_file_of_mmseg": ("module.",),
     "tests/models/test_hivit.py::test_the_published_counts": ("hivit_tiny-19181668-4.6",),
+    "tests/models/test_official.py::test_parity": (
+        "v2_micro-reference",
+        "v2_micro-triton",
+        "vanilla_micro-chunked",
+        "vanilla_micro-cpu",
+    ),
     "tests/models/test_routes_of_models.py::test_scripted_and_compiled": ("split",),
     "tests/models/test_s4nd.py::test_the_counts": ("s4nd_convnext_tiny-30.007-4.971",),
     "tests/models/test_s4nd.py::test_the_quoted_multiply_adds": ("s4nd_convnext_tiny-5.162-0.003",),
@@ -296,7 +302,7 @@ COVERED = {
         "tests/train/test_run.py::test_interrupt_and_resume_end_with_the_same_weights[4]"
     ),
     "tests/models/test_official.py::test_a_model_moves_between_backends[vanilla_micro-triton]": (
-        "tests/models/test_official.py::test_parity[vanilla_micro-triton]"
+        "tests/models/test_official.py::test_parity[v2_micro-triton]"
     ),
     "tests/models/test_official.py::test_backends_agree_in_float64[vanilla_micro-triton]": (
         "tests/ops/test_backends.py::test_float64_equals_the_reference[triton]"
@@ -416,14 +422,9 @@ def mark(items: Sequence[pytest.Item]) -> None:
         cases = list(group)
         chosen = covering(values_of(case) for case in cases)
         for index, case in enumerate(cases):
-            is_extra = bool(values_of(case)) and index not in chosen
-            if (
-                is_extra
-                or not is_chosen(case, CASES)
-                or case.nodeid.startswith(LEFT_OUT)
-                or case.nodeid in COVERED
-                or function_of(case.nodeid) in COVERED
-            ):
+            test = function_of(case.nodeid)
+            stays = is_chosen(case, CASES) if test in CASES else index in chosen or not values_of(case)
+            if not stays or case.nodeid.startswith(LEFT_OUT) or case.nodeid in COVERED or test in COVERED:
                 case.add_marker("full")
             if not is_chosen(case, SAMPLED):
                 case.add_marker("slow")
