@@ -196,7 +196,7 @@ assert all(sys.modules[name] is None for name in absent)
 """)
 
 
-def test_the_library_imports_no_extras_package() -> None:
+def test_the_library_imports_no_extras_package_and_touches_no_device() -> None:
     """Nor tries to: what torch and timm import by themselves is imported before."""
     run("""
 import sys, torch, timm, timm.models, timm.data, torch.utils.flop_counter
@@ -204,22 +204,15 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         absent = ("triton", "lightning", "torchmetrics", "matplotlib", "mlxtend", "onnx")
         assert name.split(".")[0] not in absent, name
-before = set(sys.modules)
-sys.meta_path.insert(0, Refuse())
-import vmamba
-assert not [m for m in set(sys.modules) - before if m.split(".")[0] == "triton"]
-""")
-
-
-def test_the_library_touches_no_device() -> None:
-    run("""
-import torch, timm
 def refuse(*arguments):
     raise AssertionError("a device was asked for")
 for name in ("_lazy_init", "init", "is_available", "device_count", "get_device_properties"):
     setattr(torch.cuda, name, refuse)
 torch.backends.mps.is_available = torch.accelerator.is_available = refuse
+before = set(sys.modules)
+sys.meta_path.insert(0, Refuse())
 import vmamba
+assert not [m for m in set(sys.modules) - before if m.split(".")[0] == "triton"]
 """)
 
 

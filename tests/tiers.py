@@ -215,9 +215,6 @@ COVERED = {
     "tests/ops/test_cpu.py::test_shares_the_threads_of_torch": (
         "tests/ops/test_cpu.py::test_a_small_call_stays_on_one_thread"
     ),
-    "tests/test_imports.py::test_the_library_touches_no_device": (
-        "tests/test_imports.py::test_arrows_point_down"
-    ),
     "tests/cli/test_train_eval_predict.py::test_no_warnings_of_other_libraries": (
         "tests/cli/test_train_eval_predict.py::test_train_eval_predict"
     ),
@@ -259,7 +256,7 @@ COVERED = {
     "tests/test_imports.py::test_the_library_imports_without_the_extras_packages": (
         "tests/test_imports.py::test_arrows_point_down"
     ),
-    "tests/test_imports.py::test_the_library_imports_no_extras_package": (
+    "tests/test_imports.py::test_the_library_imports_no_extras_package_and_touches_no_device": (
         "tests/test_imports.py::test_arrows_point_down"
     ),
     "tests/test_imports.py::test_training_loads_no_signal_processing": (

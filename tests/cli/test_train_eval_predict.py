@@ -148,7 +148,9 @@ def test_each_verbs_module_knows_the_tasks() -> None:
     """In a process where no other verb ran before; what is not ours is imported once for all."""
     code = """
 import importlib, os, sys
-import lightning.pytorch, timm, torchmetrics, torchvision
+from vmamba_cli._extra import signal_processing_later
+with signal_processing_later():
+    import lightning.pytorch, timm, torchmetrics, torchvision
 for name in sys.argv[1:]:
     child = os.fork()
     if not child:
