@@ -29,6 +29,7 @@ def test_names_that_are_no_test() -> None:
 
 def test_files_of_the_tables_exist() -> None:
     names = {*tiers.COVERED, *tiers.COVERED.values(), *tiers.CASES, *tiers.SAMPLED, *tiers.LEFT_OUT}
+    names |= {*tiers.EXHAUSTIVE, *tiers.EXHAUSTIVE.values()}
     root = Path(__file__).parents[1]
     assert not sorted(name for name in names if not (root / name.split("::")[0]).exists())
 
@@ -39,6 +40,11 @@ def test_what_covers_is_quick_itself() -> None:
     assert not [name for name in covering if name.startswith(tiers.LEFT_OUT)]
     stay = {f"{test}[{name}]" for test, names in tiers.CASES.items() for name in names}
     assert not [name for name in covering - stay if "[" in name and tiers.function_of(name) in tiers.CASES]
+
+
+def test_what_stands_for_an_exhaustive_test_is_of_ci() -> None:
+    assert not tiers.EXHAUSTIVE.keys() & set(tiers.EXHAUSTIVE.values())
+    assert not tiers.EXHAUSTIVE.keys() & tiers.SAMPLED.keys()
 
 
 def test_the_quick_tier_of_a_file(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ Four rules mark a case `full`, and so leave it out of the quick tier:
 
 For `CASES` and `COVERED`, what a case adds to the coverage decides: nothing, or a few branches.
 
-Of the tests in `SAMPLED`, where a case takes up to a minute, CI runs the named ones; the rest are marked `slow`.
+Of the tests in `SAMPLED`, where a case takes up to a minute, CI runs the named ones, and of those in `EXHAUSTIVE`
+none; the rest are marked `slow`.
 """
 # ruff: noqa: E501  (names of tests)
 
@@ -114,14 +115,12 @@ SAMPLED = {
         "1300-dark",
         "400-light",
     ),
-    "tests/models/test_routes_of_models.py::test_exported_for_any_size": ("split",),
     "tests/models/test_variants.py::test_compiled_traced_and_under_autocast_as_eager": (
         "{'routes': 'cascade'}",
     ),
     "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width": (
         "{'stem': 'patch', 'downsample': 'merge', 'mlp_ratio': 0.0, 'gate': True, 'd_state': 2}",
     ),
-    "tests/ops/test_choice.py::test_two_processes_of_a_run_prove_once": ("right",),
     "tests/ops/test_transforms.py::test_compiles_without_a_break": ("jvp",),
     "tests/studies/test_study_tables.py::test_counts_are_the_papers": (
         "V0: scan in plain operations-224",
@@ -134,11 +133,10 @@ SAMPLED = {
         "cascade-224",
     ),
     "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": ("at work-spawn",),
-    "tests/train/test_dense_tasks.py::test_a_killed_run_ends_with_the_same_bits": ("segmentation",),
-    "tests/train/test_distributed.py::test_two_processes_go_on_with_a_run": ("shards",),
+    "tests/train/test_distributed.py::test_two_processes_equal_one_and_go_on_with_their_run": ("two shards",),
     "tests/train/test_distributed.py::test_the_second_process_gets_a_signal": ("killed",),
     "tests/train/test_distributed.py::test_two_processes_of_a_dense_task_equal_one": ("segmentation",),
-    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing": ("two shards",),
+    "tests/train/test_distributed.py::test_who_shares_a_step_changes_nothing": ("four passes",),
     "tests/train/test_faults.py::test_a_signal_of_the_scheduler": (
         "whole steps-SIGUSR1",
         "steps of two passes-SIGTERM",
@@ -146,6 +144,37 @@ SAMPLED = {
     "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits": ("in step 6",),
 }
 """A test → those of its cases that CI runs."""
+
+EXHAUSTIVE = {
+    "tests/cli/test_analyze.py::test_attention": (
+        "tests/cli/test_analyze.py::test_attention_of_a_module_by_its_name"
+    ),
+    "tests/cli/test_train_eval_predict.py::test_a_full_device[train]": (
+        "tests/cli/test_train_eval_predict.py::test_a_full_device[list]"
+    ),
+    "tests/data/test_tar.py::test_other_processes_read_too[spawn]": (
+        "tests/data/test_tar.py::test_other_processes_read_too[fork]"
+    ),
+    "tests/models/test_routes_of_models.py::test_exported_for_any_size": (
+        "tests/models/test_variants.py::test_exported_with_dynamic_batch_height_and_width"
+    ),
+    "tests/ops/test_choice.py::test_two_processes_of_a_run_prove_once": (
+        "tests/ops/test_proof.py::test_proven_in_another_process"
+    ),
+    "tests/tools/test_compare_checkouts.py::test_a_checkout_against_itself": (
+        "tests/tools/test_compare_checkouts.py::test_turns_are_in_a_random_order_and_ratios_of_one_round"
+    ),
+    "tests/tools/test_compare_checkouts.py::test_another_checkout_by_its_folder": (
+        "tests/tools/test_compare_checkouts.py::test_what_cannot_be_compared"
+    ),
+    "tests/tools/test_gpu_day.py::test_a_stage_that_fails_leaves_the_others": (
+        "tests/tools/test_gpu_day.py::test_models_and_tests_that_it_names_exist"
+    ),
+    "tests/train/test_dense_tasks.py::test_a_killed_run_ends_with_the_same_bits": (
+        "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits"
+    ),
+}
+"""What takes long → a test that CI runs of the same code."""
 
 COVERED = {
     "tests/models/test_routes_of_models.py::test_exported_for_any_size": (
@@ -423,7 +452,7 @@ def mark(items: Sequence[pytest.Item]) -> None:
             stays = is_chosen(case, CASES) if test in CASES else index in chosen or not values_of(case)
             if not stays or case.nodeid.startswith(LEFT_OUT) or case.nodeid in COVERED or test in COVERED:
                 case.add_marker("full")
-            if not is_chosen(case, SAMPLED):
+            if not is_chosen(case, SAMPLED) or case.nodeid in EXHAUSTIVE or test in EXHAUSTIVE:
                 case.add_marker("slow")
 
 
@@ -446,6 +475,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     if not any("::" in argument for argument in config.args):
         chosen = [f"{test}[{name}]" for test, names in (*CASES.items(), *SAMPLED.items()) for name in names]
-        missing = unknown((item.nodeid for item in items), [*COVERED, *COVERED.values(), *chosen])
+        tables = [*COVERED, *COVERED.values(), *EXHAUSTIVE, *EXHAUSTIVE.values(), *chosen]
+        missing = unknown((item.nodeid for item in items), tables)
         if missing:
             raise pytest.UsageError(f"tests/tiers.py: there is no test {', '.join(missing)}")
