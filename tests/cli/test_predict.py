@@ -207,7 +207,7 @@ def test_odd_names_narrow_terminals_and_full_disks(place: Path, tmp_path: Path) 
         done = call(place, *FILES, stdout=full)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == b"vmamba: the output cannot be written (No space left on device)"
-    refused = predict(place, FILES[0], "--out", "/dev/full")
+    refused = predict(place, FILES[0], "--checkpoint", "model", "--out", "/dev/full")
     assert "cannot be written (/dev/full is in the way)" in refused.stderr
 
 
