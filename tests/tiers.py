@@ -359,6 +359,34 @@ COVERED = {
     "tests/export/test_scan.py::test_either_spelling_is_right": (
         "tests/export/test_scan.py::test_is_the_reference"
     ),
+    "tests/analysis/test_receptive_field.py::test_the_picture": (
+        "tests/cli/test_analyze.py::test_receptive_fields_before_and_after_training"
+    ),
+    "tests/analysis/test_route_drawings.py::test_the_picture": ("tests/cli/test_analyze.py::test_routes"),
+    "tests/cli/test_train_eval_predict.py::test_a_whole_report": (
+        "tests/cli/test_train_eval_predict.py::test_a_report_of_one_kind_of_weights"
+    ),
+    "tests/data/test_section.py::test_every_source_turns_images_upright": (
+        "tests/data/test_decoding.py::test_images_are_turned_upright"
+    ),
+    "tests/heads/test_features.py::test_weights_of_timm": (
+        "tests/heads/test_features.py::test_weights_of_a_classifier"
+    ),
+    "tests/studies/test_study_training.py::test_trainings_of_another_recipe_are_refused[rate]": (
+        "tests/studies/test_study_training.py::test_trainings_of_another_recipe_are_refused[data]"
+    ),
+    "tests/test_dense_inference.py::test_the_backbone_is_told_by_its_weights": (
+        "tests/test_dense_inference.py::test_detectors_of_mmdet"
+    ),
+    "tests/train/test_dense_tasks.py::test_a_frozen_backbone_never_changes": (
+        "tests/train/test_transfer.py::test_a_resumed_linear_probe_ends_with_the_same_weights[2]"
+    ),
+    "tests/train/test_dense_tasks.py::test_a_step_that_is_left_out_leaves_no_trace_in_batchnorm": (
+        "tests/train/test_faults.py::test_a_step_that_is_not_finite_is_left_out"
+    ),
+    "tests/train/test_dense_tasks.py::test_predicted_from_the_run_and_from_its_weights[detection]": (
+        "tests/train/test_dense_tasks.py::test_predicted_from_the_run_and_from_its_weights[segmentation]"
+    ),
     "tests/export/test_export.py::test_signals_are_handled_after_openvino": (
         "tests/export/test_export.py::test_any_number_and_size_of_images"
     ),
