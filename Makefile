@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 # Of 20,000 files few are ever imported: those Python compiles itself.
 PIP := $(BIN)/python -m pip install -q --no-compile
+# Where the environment forbids to keep compiled modules, each process would compile anew all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 # How many examples hypothesis draws: "quick" or "fixed", five times as many.
 PROFILE ?= fixed
 # As many processes as cores: in each, one thread, which sleeps where it waits. A file is of one process, which makes
