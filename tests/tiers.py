@@ -174,7 +174,7 @@ EXHAUSTIVE = {
         "tests/train/test_task_contract.py::test_a_killed_run_ends_with_the_same_bits"
     ),
 }
-"""What takes long → a test that CI runs of the same code."""
+"""What takes long → the test of CI that comes nearest to it; of the developers' tools that is a smaller part."""
 
 COVERED = {
     "tests/models/test_routes_of_models.py::test_exported_for_any_size": (
