@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
-# Of 20,000 files few are ever imported: those Python compiles itself.
+# Of 20,000 files few are ever imported: those Python compiles itself. (pip itself is upgraded first, as the one that
+# comes with Python 3.11 takes twice as long to choose versions.)
 PIP := $(BIN)/python -m pip install -q --no-compile
 # Where the environment forbids to keep compiled modules, each process would compile anew all that it imports.
 export PYTHONDONTWRITEBYTECODE :=
@@ -31,6 +32,7 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	@echo "Installing PyTorch and all else into $(VENV): a few minutes, 6 GB on Linux"
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
 	$(PIP) -e '.[dev]'
 	touch $@
 
@@ -71,8 +73,9 @@ serve: $(VENV)/installed
 conformance: $(VENV)/installed
 	$(BIN)/python tools/timm_conformance.py
 
+# The packages of the extra alone: -e would build the kernel again.
 $(VENV)/compat: $(VENV)/installed
-	$(PIP) -e '.[compat]'
+	$(PIP) 'vmamba[compat]'
 	touch $@
 
 compat: $(VENV)/compat

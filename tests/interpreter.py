@@ -1,6 +1,8 @@
 """Triton's interpreter, made fast enough for tests."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,12 +39,32 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
+def _by_name(type_in_numpy: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    """Triton's function, which makes its table of types at each call, asked once for each name."""
+    known: dict[str, np.dtype] = {}
+
+    def of(dtype: Any) -> np.dtype:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = type_in_numpy(dtype)
+        return known[name]
+
+    return of
+
+
 @functools.cache
 def speed_up() -> Any:
-    """Replace the interpreter's scan and calls for the rest of the process; returns Triton's own scan."""
+    """Replace the interpreter's scan and calls for the rest of the process; returns Triton's own scan.
+
+    Sums of integers are not computed again in 64 bits to look for an overflow: tests have few positions, and
+    a GPU does not look either.
+    """
     import triton.runtime.interpreter as interpreter
 
     original = interpreter.ScanOps.generic_scan
     interpreter.ScanOps.generic_scan = _generic_scan
     interpreter.InterpretedFunction.__call__ = _call
+    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     return original

@@ -132,7 +132,7 @@ SAMPLED = {
         "EfficientNet-B4-380",
         "cascade-224",
     ),
-    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": ("at work-spawn",),
+    "tests/test_processes.py::test_workers_end_with_the_process_that_started_them": ("at work-fork",),
     "tests/train/test_distributed.py::test_two_processes_equal_one_and_go_on_with_their_run": ("two shards",),
     "tests/train/test_distributed.py::test_the_second_process_gets_a_signal": ("killed",),
     "tests/train/test_distributed.py::test_two_processes_of_a_dense_task_equal_one": ("segmentation",),

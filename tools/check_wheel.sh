@@ -60,12 +60,10 @@ for version in 3.10 3.11 3.12 3.13; do
     echo "Python $version: not on this machine, not run"
     continue
   fi
-  "$interpreter" -m venv "$work/venv"
-  if [ $full = yes ]; then
-    "$work/venv/bin/python" -m pip install -q "$wheel"
-  else
-    "$work/venv/bin/python" -m pip install -q --no-deps "$wheel"
-  fi
+  "$interpreter" -m venv --without-pip "$work/venv"
+  dependencies=$([ $full = yes ] || echo --no-deps)
+  # shellcheck disable=SC2086  # empty with --full
+  "$python" -m pip --python "$work/venv/bin/python" install -q $dependencies "$wheel"
   if [ $full = no ] && [ "$version" = "$own_version" ]; then
     packages >"$(ls -d "$work"/venv/lib/python*/site-packages)/packages.pth"
   fi
