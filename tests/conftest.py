@@ -3,6 +3,7 @@
 PyTorch is imported where it is used: the process that deals tests out to others runs none.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from hypothesis import settings
 
 from tiers import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401  (hooks)
 
+gc.disable()  # until all is imported that stays: see pytest_collection_finish
 pytest_plugins = ("pytester", "browsers")
 INTERPRETED = False
 if "TRITON_INTERPRET" in os.environ:
@@ -43,6 +45,12 @@ if INTERPRETED:
 def pytest_configure(config: pytest.Config) -> None:
     """Infinities and NaN are tested, and numpy warns of them where it interprets a kernel."""
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not searched for in modules and tests, which stay: a tenth of all tests' time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

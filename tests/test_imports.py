@@ -1,6 +1,8 @@
 """Imports point one way, and importing the library or the command is light."""
 
 import ast
+import gc
+import importlib
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distributions import link_distributions, needed
+from vmamba_cli._extra import importing
 
 SRC = Path(__file__).parent.parent / "src"
 FLOORS = [
@@ -214,6 +217,28 @@ sys.meta_path.insert(0, Refuse())
 import vmamba
 assert not [m for m in set(sys.modules) - before if m.split(".")[0] == "triton"]
 """)
+
+
+def test_garbage_is_not_searched_for_in_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_searched(thing: object) -> bool:
+        return any(each is thing for each in gc.get_objects())
+
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    before: list[object] = [[]]
+    with importing():
+        pass
+    assert is_searched(before)
+    with importing():
+        with importing():
+            importlib.import_module("colorsys")
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert not is_searched(before)
+    after: list[object] = [[]]
+    assert is_searched(after)
+    with pytest.raises(ModuleNotFoundError), importing():
+        importlib.import_module("colorsys.none")
+    assert gc.isenabled()
 
 
 def test_training_loads_no_signal_processing() -> None:

@@ -1,5 +1,6 @@
-"""Import modules that need an optional extra of this package."""
+"""Import what takes long, or needs an optional extra of this package."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -21,12 +22,32 @@ def load(module: str, extra: str) -> Any:
         typer.Exit: A package is missing; how to install it was printed.
     """
     try:
-        with signal_processing_later():
+        with importing(), signal_processing_later():
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("vmamba"):
             raise
         refuse(f"{error}; to get it: pip install 'vmamba[{extra}]'")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within the block nothing is collected as garbage, and what was imported there is never searched for it.
+
+    PyTorch and what builds on it are a million objects that stay. Going through them again and again takes a
+    quarter of their import's time, and about as much once more when the process ends.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    number = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > number:
+            gc.freeze()
+        gc.enable()
 
 
 class _Later(ModuleType):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vmamba_cli._checks import require_path
+from vmamba_cli._extra import importing
 from vmamba_cli._inputs import require_images
 from vmamba_cli._messages import refuse
 from vmamba_cli.predict import Weights
@@ -101,8 +102,9 @@ def erf(
     from vmamba_cli import _results
 
     _results.check_folder(out, "erf.png", results="erf.json")
-    from vmamba.models.factory import check_name
-    from vmamba_cli import _analyses
+    with importing():
+        from vmamba.models.factory import check_name
+        from vmamba_cli import _analyses
 
     for name in models:  # a mistyped one fails before the work on the others
         check_name(name)
@@ -154,8 +156,9 @@ def attention(
     from vmamba_cli import _results
 
     _results.check_folder(out, "attention.png", results="attention.npz")
-    from vmamba.analysis import attention_figure as figure
-    from vmamba_cli import _analyses
+    with importing():
+        from vmamba.analysis import attention_figure as figure
+        from vmamba_cli import _analyses
 
     subject = _analyses.Source(source, device, weights.value, seed, model if checkpoint else None)
     view = _analyses.view_scan(subject, image, size, not untrained, stage, block, module)
@@ -209,7 +212,8 @@ def routes(
     from vmamba_cli import _results
 
     _results.check_folder(out, "routes.png", results="routes.npz")
-    from vmamba_cli import _analyses
+    with importing():
+        from vmamba_cli import _analyses
 
     sets = _analyses.named_routes(named, order, grid)
     if checkpoint is not None or model is not None:
@@ -234,7 +238,8 @@ def complexity(
     PyTorch's, which leaves out norms and pooling. Memory is of the image and intermediate results, in
     inference.
     """
-    from vmamba_cli import _analyses
+    with importing():
+        from vmamba_cli import _analyses
 
     rows = _analyses.complexity_rows(model, size, depth)
     _analyses.print_complexity(rows, as_json)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vmamba_cli._checks import prepare_device
+from vmamba_cli._extra import importing, load
 
 app = typer.Typer(
     name="bench", no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory side by side."
@@ -58,7 +59,8 @@ def models(
 
     from rich.console import Console
 
-    from vmamba.bench import models as bench
+    with importing():
+        from vmamba.bench import models as bench
 
     prepare_device(device, threads)
     names = names or ["vmamba_tiny", *bench.PEERS]
@@ -124,7 +126,8 @@ def ops(
 
     from rich.console import Console
 
-    from vmamba.bench import operator as bench
+    with importing():
+        from vmamba.bench import operator as bench
 
     prepare_device(device, threads)
     console = Console()
@@ -189,8 +192,6 @@ def data(
     from dataclasses import asdict
 
     from rich.console import Console
-
-    from vmamba_cli._extra import load
 
     checked = load("vmamba.train.session", "train").load_recipe(recipe, overrides or [])
     bench = load("vmamba.bench.data", "train")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vmamba_cli._extra import importing
 from vmamba_cli.analyze import Device, Seed, Size, Weights, WhichWeights, parse_place
 
 
@@ -58,9 +59,10 @@ def command(
     places = [parse_place(text) for text in checkpoints]
     for path, _ in places:
         require_path(Path(path), "run or checkpoint")
-    from vmamba.models.factory import check_name
-    from vmamba_cli import _explore
-    from vmamba_cli._analyses import Source
+    with importing():
+        from vmamba.models.factory import check_name
+        from vmamba_cli import _explore
+        from vmamba_cli._analyses import Source
 
     for name in models:
         check_name(name)

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vmamba_cli._extra import importing
+
 
 class Heads(str, Enum):
     """Which head to count a model in, as the names in `vmamba.analysis.heads`."""
@@ -51,11 +53,12 @@ def _machine() -> dict[str, Any]:
     import platform
     import re
 
-    import timm
-    import torch
+    with importing():
+        import timm
+        import torch
 
-    import vmamba
-    from vmamba.words import counted
+        import vmamba
+        from vmamba.words import counted
 
     devices = [f"cpu ({counted(torch.get_num_threads(), 'thread')})"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
@@ -103,9 +106,10 @@ def _proof(device: str) -> str:
 
 
 def _model(name: str, size: str | None) -> dict[str, Any]:
-    from vmamba.analysis.complexity import count, feature_shapes, parse_size
-    from vmamba.analysis.scans import scan_shapes
-    from vmamba.models.factory import create_on_meta
+    with importing():
+        from vmamba.analysis.complexity import count, feature_shapes, parse_size
+        from vmamba.analysis.scans import scan_shapes
+        from vmamba.models.factory import create_on_meta
 
     given = parse_size(size) if size else None
     model = create_on_meta(name, given)
@@ -145,8 +149,9 @@ def _model(name: str, size: str | None) -> dict[str, Any]:
 
 
 def _in_head(name: str, head: str, size: str | None) -> dict[str, Any]:
-    from vmamba.analysis.complexity import parse_size
-    from vmamba.analysis.heads import HEADS, count_in_head
+    with importing():
+        from vmamba.analysis.complexity import parse_size
+        from vmamba.analysis.heads import HEADS, count_in_head
 
     height, width = parse_size(size) if size else HEADS[head].size
     counts = count_in_head(name, head, (height, width))

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vmamba_cli._extra import importing
 from vmamba_cli._inputs import find_images, require_images
 from vmamba_cli._messages import encodable, refuse, say
 
@@ -97,8 +98,9 @@ def command(
 ) -> None:
     """Say what images and videos show."""
     _check(images, checkpoint, model, out)  # before the import below, which takes seconds
-    import vmamba
-    from vmamba_cli._predictions import writing
+    with importing():
+        import vmamba
+        from vmamba_cli._predictions import writing
 
     out = None if out is None else out.expanduser()
     inputs = _outside_of(out, list(find_images(images)))

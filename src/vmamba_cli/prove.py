@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vmamba_cli._extra import importing
 from vmamba_cli._messages import refuse
 
 
@@ -28,9 +29,10 @@ def command(
     import json
     from dataclasses import asdict
 
-    from vmamba.environment import environment
-    from vmamba.files import write_atomically
-    from vmamba.ops import prove_backend
+    with importing():
+        from vmamba.environment import environment
+        from vmamba.files import write_atomically
+        from vmamba.ops import prove_backend
 
     proof = prove_backend(backend, device, thorough=thorough)
     verdict = proof.verdict
