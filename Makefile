@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
-# Of 20,000 files few are ever imported: those Python compiles itself. (pip itself is upgraded first, as the one that
-# comes with Python 3.11 takes twice as long to choose versions.)
+# Of 20,000 files few are ever imported: those Python compiles itself.
 PIP := $(BIN)/python -m pip install -q --no-compile
 # Where the environment forbids to keep compiled modules, each process would compile anew all that it imports.
 export PYTHONDONTWRITEBYTECODE :=
@@ -28,6 +27,7 @@ help:
 	@echo "make serve        the site, rebuilt as you write"
 	@echo "make clean        remove $(VENV) and what tools leave behind"
 
+# The pip that comes with Python 3.11 takes twice as long to choose versions as today's.
 $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else 0'
 	@echo "Installing PyTorch and all else into $(VENV): a few minutes, 6 GB on Linux"

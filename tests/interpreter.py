@@ -56,8 +56,8 @@ def _by_name(type_in_numpy: Callable[[Any], np.dtype]) -> Callable[[Any], np.dty
 def speed_up() -> Any:
     """Replace the interpreter's scan and calls for the rest of the process; returns Triton's own scan.
 
-    Sums of integers are not computed again in 64 bits to look for an overflow: tests have few positions, and
-    a GPU does not look either.
+    Sums and products of integers are not computed again in 64 bits to look for an overflow: tests have few
+    positions, and a GPU does not look either.
     """
     import triton.runtime.interpreter as interpreter
 

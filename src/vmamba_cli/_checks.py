@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from vmamba_cli._extra import importing
 from vmamba_cli._messages import refuse
 
 
@@ -77,7 +78,8 @@ def prepare_device(device: str, threads: int | None) -> None:
     Raises:
         typer.BadParameter: PyTorch cannot use the device.
     """
-    import torch
+    with importing():
+        import torch
 
     if threads is not None:
         torch.set_num_threads(threads)

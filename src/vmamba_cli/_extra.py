@@ -32,10 +32,11 @@ def load(module: str, extra: str) -> Any:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Within the block nothing is collected as garbage, and what was imported there is never searched for it.
+    """Within the block garbage is not collected; after an import, what exists is never searched for any.
 
-    PyTorch and what builds on it are a million objects that stay. Going through them again and again takes a
-    quarter of their import's time, and about as much once more when the process ends.
+    PyTorch and what builds on it are a million objects that stay. Searching them for garbage takes a quarter
+    of their import's time, and about as much once more when the process ends. This is for the command alone:
+    in another program it would keep that program's garbage too.
     """
     if not gc.isenabled():
         yield
